@@ -1,0 +1,51 @@
+"""One call in place of `loss.backward()`: the only place that writes `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from forwardgrad.derivative import Objective, Point
+from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.estimators.forward import ForwardGradient
+
+
+def estimate_grad_(
+    loss: Callable[..., Tensor], at: Point, estimator: Estimator | None = None, *, generator: Generator | None = None
+) -> Estimate:
+    """Evaluate a loss and add an estimate of its gradient to the `.grad` of what it is trained by.
+
+    It stands where `loss.backward()` stands, so any `torch.optim` optimizer, scheduler, `clip_grad_norm_` and accumulation over several
+    batches work after it. Formula, bias, variance and cost are those of the estimator.
+
+    Args:
+        loss: a function of `at` that returns a tensor of one element: `lambda model: loss_fn(model(x), y)` for a module, `f(t)` for a
+            tensor, `f(a, b)` for a sequence of two.
+        at: what is trained: a module, a leaf tensor, or a sequence of leaf tensors. Tensors with `requires_grad=False` are left alone.
+        estimator: the method; `ForwardGradient()` if left out.
+        generator: where directions are drawn from; the global generator is never used for them. Backprop needs none.
+
+    Returns the loss, the directional derivatives and the number of forward passes, as tensors on the device.
+
+    Raises ValueError or TypeError for a loss that is not one number, for parameters that cannot be trained, or for a missing generator;
+    RuntimeError where the loss carries no tangent.
+
+    >>> xy = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> step = estimate_grad_(lambda t: (t**2).sum(), xy, generator=torch.Generator().manual_seed(0))
+    >>> float(step.loss), step.forward_passes
+    (5.0, 2)
+    """
+    objective = Objective(loss, at)
+    record, gradients = (estimator if estimator is not None else ForwardGradient()).estimate(objective, generator)
+    with torch.no_grad():
+        for name, parameter in objective.parameters.items():
+            gradient = gradients[name]
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+    return record

@@ -1,0 +1,1 @@
+"""The laboratory: data, models, training runs, studies and reports around the library."""

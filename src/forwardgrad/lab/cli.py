@@ -1,0 +1,301 @@
+"""The `forwardgrad` command. Nothing heavy is imported before a command needs it, so that --help is quick."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from forwardgrad import __version__
+from forwardgrad.lab import recipes
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
+from forwardgrad.lab.store import Store
+from forwardgrad.lab.study import Arm, Study, run_study
+
+INTERRUPTED = 130
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")
+app.add_typer(data_app, name="data")
+
+Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data sets in torchvision's layout. [default: $FORWARDGRAD_DATA, else the cache folder]")
+]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda or cuda:N.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at the same time, dividing the processor's cores.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
+Data = Annotated[DataName, typer.Option(help="Data set.")]
+Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]
+Estimator = Annotated[Literal["forward", "backprop"], typer.Option(help="How the gradient is found.")]
+Tangents = Annotated[int | None, typer.Option(min=1, help="Forward gradient: directions averaged a step. [default: 1]")]
+Law = Annotated[
+    Literal["gaussian", "rademacher", "sphere"] | None, typer.Option(help="Forward gradient: law of directions. [default: gaussian]")
+]
+Clip = Annotated[float | None, typer.Option(help="Forward gradient: bound on each directional derivative. [default: no clip]")]
+ChunkSize = Annotated[int | None, typer.Option(min=1, help="Forward gradient: tangents evaluated at once; 1 is a loop. [default: all]")]
+OptimizerOption = Annotated[OptimizerName, typer.Option(help="Optimizer; `nesterov` takes the gradient at the look-ahead point.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training split.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples a step.")]
+Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]
+
+
+def main() -> None:
+    """Run the command line: every mistake of the user's is one sentence and status 2, Ctrl-C is status 130."""
+    try:
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:
+        status = _fail(" ".join(error.format_message().split()))
+    except UserError as error:
+        status = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print("\nforwardgrad: interrupted; finished runs are kept, and the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(status or 0)
+
+
+def _fail(message: str) -> int:
+    print(f"forwardgrad: {message}", file=sys.stderr)
+    return 2
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"forwardgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def forwardgrad(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Train neural networks without a backward pass, and compare that fairly with backpropagation."""
+
+
+@app.command()
+def train(
+    data: Data = "mnist",
+    model: Model = "nn",
+    estimator: Estimator = "forward",
+    tangents: Tangents = None,
+    law: Law = None,
+    clip: Clip = None,
+    chunk_size: ChunkSize = None,
+    optimizer: OptimizerOption = "sgd",
+    lr: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 0.000464,
+    decay: Annotated[float, typer.Option(help="Decay k: the learning rate at step t is lr*exp(-k*t).")] = 0.0,
+    momentum: Annotated[float, typer.Option(help="Momentum of SGD and Nesterov, in [0, 1).")] = 0.0,
+    beta1: Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")] = 0.9,
+    beta2: Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")] = 0.999,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+) -> None:
+    """Train one network once and print its validation and test results."""
+    options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2)
+    config = _estimator(estimator, tangents=tangents, law=law, clip=clip, chunk_size=chunk_size)
+    run = Run(data, model, config, options, epochs, batch_size, seed)
+    store, results = _execute(out, [run], {run.identity: f"{model} {estimator}"}, device, data_dir, jobs=1)
+    print(store.folder(run.identity))
+    if results[run.identity]["status"] == "diverged":
+        print(f"diverged at step {results[run.identity]['diverged_at']}: {results[run.identity]['reason']}")
+
+
+@app.command()
+def tune(
+    lr: Annotated[str, typer.Option(help="Learning rates to try, separated by commas.")],
+    decay: Annotated[str, typer.Option(help="Decays to try, separated by commas.")] = "0",
+    momentum: Annotated[str, typer.Option(help="Momenta to try, separated by commas.")] = "0",
+    data: Data = "mnist",
+    model: Model = "nn",
+    estimator: Estimator = "forward",
+    tangents: Tangents = None,
+    law: Law = None,
+    clip: Clip = None,
+    chunk_size: ChunkSize = None,
+    optimizer: OptimizerOption = "sgd",
+    beta1: Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")] = 0.9,
+    beta2: Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")] = 0.999,
+    epochs: Epochs = 10,
+    tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of each trial of the grid.")] = 3,
+    batch_size: BatchSize = 64,
+    seeds: Seeds = 1,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+) -> None:
+    """Search a grid on the validation split, then train the best point on fresh seeds."""
+    space = {"lr": _numbers(lr, "--lr"), "decay": _numbers(decay, "--decay"), "momentum": _numbers(momentum, "--momentum")}
+    first = {name: values[0] for name, values in space.items()}
+    run = Run(
+        data,
+        model,
+        _estimator(estimator, tangents=tangents, law=law, clip=clip, chunk_size=chunk_size),
+        Optimizer(optimizer, **first, beta1=beta1, beta2=beta2),
+        epochs,
+        batch_size,
+    )
+    for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
+        for value in values:
+            Optimizer(optimizer, **{**first, name: value})
+    arm = Arm(f"{model}-{optimizer}-{estimator}", f"{model} · {data} · {optimizer}", estimator, recipes.LABELS[estimator], run, space)
+    study = Study("tune", f"Tuning on {data}", (arm,), seeds, tuning_epochs)
+    _study(study, out, device, data_dir, jobs)
+
+
+@app.command()
+def reproduce(
+    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin"], typer.Argument(help="What to reproduce.")],
+    rows: Annotated[str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
+    seeds: Seeds = 1,
+    retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
+    tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+) -> None:
+    """Run the paper's Table I, its figures, or the comparison of Baydin et al., and write the report.
+
+    Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1.
+    """
+    chosen = [row.strip() for row in rows.split(",") if row.strip()] if rows else None
+    if recipe == "baydin":
+        if retune:
+            raise UserError("baydin always shows both: one learning rate for both arms, and each arm tuned; leave --retune out")
+        study = recipes.baydin(epochs, seeds, tuning_epochs, chosen)
+    else:
+        chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
+        study = recipes.table1(chosen, epochs, seeds, retune, tuning_epochs)
+    store = _open(out)
+    if recipe == "baydin":
+        from forwardgrad.lab import functions
+
+        functions.write(store)
+    _study(study, out, device, data_dir, jobs)
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the final runs.")] = 40,
+    seeds: Seeds = 3,
+    out: Out = Path("demo"),
+    jobs: Jobs = 2,
+) -> None:
+    """Compare both arms on scikit-learn's handwritten digits, without any download, in about a minute."""
+    _study(recipes.demo(epochs, seeds), out, "cpu", None, jobs)
+
+
+@app.command()
+def cost(
+    models: Annotated[str, typer.Option(help="Networks of the paper, separated by commas.")] = "nn,cnn,cifar-cnn",
+    batch_size: BatchSize = 64,
+    rounds: Annotated[int, typer.Option(min=5, help="Times every arm is measured, in turn with the others.")] = 30,
+    device: Device = "cpu",
+    out: Out = Path("results"),
+) -> None:
+    """Time one step of each arm beside a plain forward pass, interleaved in one run, and add it to the report."""
+    from forwardgrad.lab.cost import measure
+
+    store = _open(out)
+    print(measure(store, [name.strip() for name in models.split(",")], batch_size=batch_size, rounds=rounds, device=device))
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]) -> None:
+    """Write the report of an output folder again, from its stored runs."""
+    from forwardgrad.lab.report import write
+
+    print(write(Store(directory, create=False)))
+
+
+@data_app.command()
+def fetch(
+    names: Annotated[list[str] | None, typer.Argument(help="mnist, cifar10; both if left out.")] = None, data_dir: DataDir = None
+) -> None:
+    """Download the official files, check them, and lay them out; what is there and good is not downloaded again."""
+    from forwardgrad.lab.fetch import fetch as download
+
+    for name in names or ["mnist", "cifar10"]:
+        for path in download(name, data_dir):
+            print(path)
+
+
+@data_app.command()
+def verify(data_dir: DataDir = None) -> None:
+    """Check every data file against its checksum; status 2 where one is damaged."""
+    from forwardgrad.lab.data import folder
+    from forwardgrad.lab.data import verify as check
+
+    states = check(data_dir)
+    for name, state in states:
+        print(f"{state:8} {name}")
+    if any(state == "damaged" for _, state in states):
+        raise UserError(f"damaged files in {folder(data_dir)}: `forwardgrad data fetch` replaces them")
+
+
+def _estimator(name: str, **options: Any) -> dict[str, Any]:
+    """The complete description of an estimator, its limits checked before anything runs."""
+    from forwardgrad.estimators import from_config, to_config
+
+    try:
+        return to_config(from_config({"name": name, **{key: value for key, value in options.items() if value is not None}}))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from error
+    if not all(math.isfinite(value) for value in values):
+        raise UserError(f"{option} takes finite numbers, not {text!r}")
+    return values
+
+
+def _open(out: Path) -> Store:
+    return Store(out)
+
+
+def _execute(
+    out: Path, runs: list[Run], names: dict[str, str], device: str, data_dir: Path | None, jobs: int
+) -> tuple[Store, dict[str, dict[str, Any]]]:
+    from forwardgrad.lab.execute import Place, execute
+    from forwardgrad.lab.progress import Progress
+
+    store = _open(out)
+    return store, execute(runs, store, Place(device, data_dir, jobs), Progress(names))
+
+
+def _study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> None:
+    """Run a study, write the report, print where it is."""
+    from forwardgrad.lab.environment import device as check_device
+    from forwardgrad.lab.execute import Place, execute
+    from forwardgrad.lab.progress import Progress
+
+    check_device(device)
+    store, progress, place = _open(out), Progress(), Place(device, data_dir, jobs)
+
+    def over(runs: Any) -> Any:
+        return execute(runs, store, place, progress)
+
+    progress.say(study.title)
+    run_study(study, store, over, " ".join(["forwardgrad", *sys.argv[1:]]), progress.names)
+    from forwardgrad.lab.report import write
+
+    print(f"report: {write(store)}")
+
+
+if __name__ == "__main__":
+    main()
