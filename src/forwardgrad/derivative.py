@@ -5,7 +5,9 @@ Each work-around stands in one place and can go when torch no longer needs it:
 - `no_grad` is enforced: with live Parameters outside it, `torch.func.jvp` would also record a graph for reverse mode.
 - Attention runs on the MATH backend with the fused inference path off: the others have no forward-mode rule.
 - CPU LSTM and GRU run without oneDNN, whose recurrent kernels have no forward-mode rule.
+- Embeddings hold their padding row still themselves: torch's forward-mode rule would train it.
 - Buffers (BatchNorm's statistics) are cloned inside each evaluation and committed once a step.
+- `functional_call` is told every place of a tied weight: its own handling spoils a module that is reached under two names.
 - Random layers (dropout) see one state of the global generator a step, however many evaluations the step makes.
 - A loss whose tangent was dropped on the way (detach, .item(), numpy) is an error: torch itself would answer zero.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -35,8 +37,25 @@ class _Evaluation(nn.Module):
         self.model = model
         self.loss_of = loss
 
-    def forward(self) -> Tensor:
-        return self.loss_of(self.model)
+    def forward(self) -> tuple[Any, dict[str, Tensor]]:
+        loss = self.loss_of(self.model)
+        return loss, {place.name: place.tensor for place in _places(self, "_buffers")}  # read again: a model may put a new one there
+
+
+class _Place(NamedTuple):
+    """Where a module keeps a tensor; a module or tensor that is reached under several names has one place for each module alone."""
+
+    name: str
+    module: nn.Module
+    key: str
+    tensor: Tensor
+
+
+def _places(root: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterator[_Place]:
+    for prefix, module in root.named_modules():
+        for key, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                yield _Place(f"{prefix}.{key}" if prefix else key, module, key, tensor)
 
 
 class Objective:
@@ -44,6 +63,8 @@ class Objective:
 
     `loss` takes what `at` is: the module, the tensor, or the tensors as separate arguments; it returns a tensor of one element.
     `parameters` are the live tensors with `requires_grad=True`, by name; tied weights appear once.
+
+    Raises TypeError or ValueError where there is nothing to train, or something that cannot be trained.
     """
 
     def __init__(self, loss: Callable[..., Tensor], at: Point) -> None:
@@ -53,8 +74,9 @@ class Objective:
             )
         self.loss, self.at = loss, at
         self._module = _Evaluation(loss, at) if isinstance(at, nn.Module) else None
-        self.parameters = {name: p for name, p in self._tensors() if p.requires_grad}
-        self.buffers = dict(self._module.named_buffers()) if self._module else {}
+        self._tensors = {} if self._module else _named(at)
+        named = dict(at.named_parameters(prefix="model")) if isinstance(at, nn.Module) else self._tensors
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         if not self.parameters:
             raise ValueError("nothing to train: no parameter has requires_grad=True")
         for name, p in self.parameters.items():
@@ -63,25 +85,38 @@ class Objective:
             if not p.is_floating_point():
                 raise TypeError(f"{name} is {p.dtype}: forward gradients need real floating-point parameters")
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self.at, nn.Module):
-            return ((f"model.{name}", p) for name, p in self.at.named_parameters())
-        tensors = [self.at] if isinstance(self.at, Tensor) else list(self.at)
-        if not all(isinstance(t, Tensor) for t in tensors):
-            raise TypeError(f"expected a module, a tensor or tensors to train, got {type(self.at).__name__}")
-        return ((f"tensor {index}", t) for index, t in enumerate(tensors))
-
     def live(self) -> Tensor:
         """The loss of the live tensors: an ordinary forward pass, recorded for reverse mode if the caller's context says so."""
-        if isinstance(self.at, (nn.Module, Tensor)):
-            return _scalar(self.loss(self.at))
-        return _scalar(self.loss(*self.at))
+        return _scalar(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
 
-    def with_(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Tensor:
-        """The loss with these tensors in place of the live ones; `buffers` are updated in place as the model updates its own."""
-        if self._module is not None:
-            return _scalar(functional_call(self._module, {**parameters, **buffers}, ()))
-        return _scalar(self.loss(*(parameters.get(name, t) for name, t in self._tensors())))
+    def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
+        if self._module is None:
+            return _scalar(self.loss(*(parameters.get(name, t) for name, t in self._tensors.items()))), {}
+        instead = {id(p): parameters[name] for name, p in self.parameters.items()}  # tied weights: one tensor in several places
+        for place in _places(self._module, "_buffers"):
+            instead.setdefault(id(place.tensor), place.tensor.clone())
+        places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
+        state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
+        loss, buffers = functional_call(self._module, state, (), tie_weights=False)
+        return _scalar(loss), buffers
+
+    def commit(self, buffers: Mapping[str, Tensor]) -> None:
+        """Make these buffers the model's own."""
+        for place in _places(self._module, "_buffers") if self._module else ():
+            if 0 in place.tensor.stride():  # an expanded constant cannot be written to, but may have been replaced
+                place.module._buffers[place.key] = buffers[place.name]
+            else:
+                place.tensor.copy_(buffers[place.name])
+
+
+def _named(at: object) -> dict[str, Tensor]:
+    tensors = [at] if isinstance(at, Tensor) else at
+    if not isinstance(tensors, Sequence) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"expected a module, a tensor, or a list or tuple of tensors to train, not {type(at).__name__}")
+    if len({id(t) for t in tensors}) < len(tensors):
+        raise ValueError("the same tensor was given twice: its two derivatives could not be told apart")
+    return {f"tensor {index}": t for index, t in enumerate(tensors)}
 
 
 def directional_derivatives(
@@ -96,8 +131,7 @@ def directional_derivatives(
     primals = {name: p.detach() for name, p in objective.parameters.items()}
 
     def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        buffers = {name: b.clone() for name, b in objective.buffers.items()}
-        loss = objective.with_(parameters, buffers)
+        loss, buffers = objective.with_(parameters)
         if forward_ad.unpack_dual(loss).tangent is None:
             raise RuntimeError(
                 "the loss carries no tangent: it does not depend on any trainable parameter, or a detach(), .item() or numpy call "
@@ -106,8 +140,8 @@ def directional_derivatives(
         return loss, buffers
 
     def along(tangent: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, derivative, buffers = jvp(evaluate, (primals,), (tangent,), has_aux=True)
-        return loss, derivative, buffers
+        result: tuple[Tensor, Tensor, dict[str, Tensor]] = jvp(evaluate, (primals,), (tangent,), has_aux=True)  # type: ignore[assignment]
+        return result
 
     count = next(iter(tangents.values())).shape[0]
     with torch.no_grad(), _forward_mode(objective, commit):
@@ -115,28 +149,37 @@ def directional_derivatives(
             loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
             derivatives = derivative.reshape(1)
         else:
-            loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))
+            loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))  # type: ignore[arg-type]
         if commit:
-            for name, b in objective.buffers.items():
-                b.copy_(buffers[name])
-    return loss, derivatives
+            objective.commit(buffers)
+    return loss, derivatives.to(loss.dtype)
 
 
 @contextmanager
 def _forward_mode(objective: Objective, commit: bool) -> Iterator[None]:
     """The settings under which torch's forward mode works on ordinary models; all are put back."""
+    modules = list(objective.at.modules()) if isinstance(objective.at, nn.Module) else []
     with ExitStack() as stack:
         if not commit:
             cuda = sorted({p.get_device() for p in objective.parameters.values() if p.is_cuda})
             stack.enter_context(torch.random.fork_rng(cuda))
-        if isinstance(objective.at, nn.Module):
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if torch.backends.mha.get_fastpath_enabled():
-                torch.backends.mha.set_fastpath_enabled(False)
-                stack.callback(torch.backends.mha.set_fastpath_enabled, True)
-            if any(isinstance(module, nn.RNNBase) for module in objective.at.modules()):
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if torch.backends.mha.get_fastpath_enabled():
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        if any(isinstance(module, nn.RNNBase) for module in modules):
+            # not mkldnn.flags(): it also sets, and warns about, settings that are none of our business
+            before: tuple[Any, ...] = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+            stack.callback(torch.backends.mkldnn.set_flags, _enabled=before[0], _fp32_precision=None)
+        for module in modules:
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                stack.callback(module.register_forward_hook(_still_padding).remove)
         yield
+
+
+def _still_padding(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    padding = torch.eq(inputs[0], module.padding_idx or 0).unsqueeze(-1)
+    return torch.where(padding, output.detach(), output)
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -144,4 +187,6 @@ def _scalar(loss: Any) -> Tensor:
         raise TypeError(f"the loss must return a tensor, not {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"the loss must have one element, not shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+    if loss.is_complex():
+        raise TypeError("the loss is complex: take its real part or its absolute value")
     return loss.reshape(())

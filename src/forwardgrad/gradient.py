@@ -37,9 +37,12 @@ def estimate_grad_(
     >>> float(step.loss), step.forward_passes
     (5.0, 2)
     """
-    objective = Objective(loss, at)
-    record, gradients = (estimator if estimator is not None else ForwardGradient()).estimate(objective, generator)
-    with torch.no_grad():
+    chosen = ForwardGradient() if estimator is None else estimator
+    if not isinstance(chosen, Estimator):
+        raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
+    with torch.inference_mode(False), torch.no_grad():  # a gradient made in inference mode could never be used outside it
+        objective = Objective(loss, at)
+        record, gradients = chosen.estimate(objective, generator)
         for name, parameter in objective.parameters.items():
             gradient = gradients[name]
             if gradient is None:

@@ -30,14 +30,18 @@ class Nesterov(Optimizer):
     """
 
     def __init__(self, params: Any, lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        lr, momentum = (param_group.get(name, self.defaults[name]) for name in ("lr", "momentum"))
         if not lr > 0:
             raise ValueError(f"lr must be positive, not {lr}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), not {momentum}")
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move to the look-ahead point, call `closure` (which clears and fills the gradients there and returns the loss), step.
 
         If the closure raises, the parameters go back to θ, up to rounding.

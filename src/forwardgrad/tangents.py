@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -83,12 +84,13 @@ class Sphere(Law):
     name: ClassVar[str] = "sphere"
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
-        for part in tangent:
+        wide = [part if part.dtype.itemsize >= 4 else part.float() for part in tangent]  # a norm of many weights needs the digits
+        for part in wide:
             part.normal_(generator=generator)
-        norms = [torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in tangent]
-        scale = math.sqrt(sum(part.numel() for part in tangent)) / torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        for part in tangent:
-            part.mul_(scale.to(part.dtype))
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in wide]))
+        scale = math.sqrt(sum(part.numel() for part in tangent)) / norm
+        for part, z in zip(tangent, wide, strict=True):
+            part.copy_(z.mul_(scale.to(z.dtype)))
 
     def second_moment(self, n: int) -> float:
         return n
@@ -96,11 +98,14 @@ class Sphere(Law):
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:
     """`count` random signs from one bit each: a byte of random bits picks a row of eight signs from a table of 256."""
-    device = generator.device
-    words = torch.empty(-(-count // _WORD), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    words = torch.empty(-(-count // _WORD), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+    return _sign_table(dtype, generator.device).index_select(0, words.view(torch.uint8).int()).view(-1)[:count]
+
+
+@cache
+def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     byte, bit = torch.arange(256, device=device), torch.arange(8, device=device)
-    table = ((byte[:, None] >> bit & 1) * 2 - 1).to(dtype)
-    return table.index_select(0, words.view(torch.uint8).int()).view(-1)[:count]
+    return ((byte[:, None] >> bit & 1) * 2 - 1).to(dtype)
 
 
 LAWS: tuple[type[Law], ...] = (Gaussian, Rademacher, Sphere)

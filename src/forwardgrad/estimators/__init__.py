@@ -38,7 +38,8 @@ def from_config(config: Mapping[str, Any]) -> Estimator:
         raise ValueError(f"the {kind.name} estimator has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}")
     if "law" in fields:
         fields["law"] = _named(LAWS, fields["law"], "law")()
-    return kind(**fields)
+    estimator: Estimator = kind(**fields)
+    return estimator
 
 
 def _named(kinds: tuple[Any, ...], name: object, what: str) -> Any:

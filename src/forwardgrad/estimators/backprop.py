@@ -28,7 +28,18 @@ class Backprop(Estimator):
         return True
 
     def estimate(self, objective: Objective, generator: Generator | None = None) -> tuple[Estimate, dict[str, Tensor | None]]:
-        with torch.enable_grad():
-            loss = objective.live()
-        gradients = torch.autograd.grad(loss, list(objective.parameters.values()), allow_unused=True)
-        return Estimate(loss.detach(), loss.new_empty(0), 1), dict(zip(objective.parameters, gradients, strict=True))
+        parameters = objective.parameters
+        held = {name: p.grad for name, p in parameters.items()}
+        try:  # through .grad, not autograd.grad: only accumulation copies what shares memory with other tensors, and runs hooks
+            for p in parameters.values():
+                p.grad = None
+            with torch.enable_grad():
+                loss = objective.live()
+                loss.backward(inputs=list(parameters.values()))
+            gradients = {name: p.grad for name, p in parameters.items()}
+        finally:
+            for name, p in parameters.items():
+                p.grad = held[name]
+        if all(gradient is None for gradient in gradients.values()):
+            raise RuntimeError("the loss does not depend on any trainable parameter: there is nothing to differentiate")
+        return Estimate(loss.detach(), loss.new_empty(0), 1), gradients

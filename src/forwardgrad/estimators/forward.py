@@ -36,7 +36,8 @@ class ForwardGradient(Estimator):
 
     Raises ValueError where an argument is outside its limits or `estimate_grad_` was given no generator.
 
-    Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it, section III.
+    Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it,
+    section III.
 
     >>> ForwardGradient(tangents=4, clip=1.0)
     ForwardGradient(tangents=4, law=Gaussian(), clip=1.0, chunk_size=None)
@@ -50,12 +51,13 @@ class ForwardGradient(Estimator):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        for what, value in (("tangents", self.tangents), ("chunk_size", self.chunk_size)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        for what, value in (("tangents", self.tangents), ("chunk_size", 1 if self.chunk_size is None else self.chunk_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.law, Law):
             raise ValueError(f"law must be a law of directions such as Gaussian(), not {self.law!r}")
-        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
+        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if self.clip is not None and not (number and math.isfinite(self.clip) and self.clip > 0):
             raise ValueError(f"clip must be a positive number or None for no clip, not {self.clip!r}")
 
     @property
@@ -63,7 +65,7 @@ class ForwardGradient(Estimator):
         return self.clip is None
 
     def estimate(self, objective: Objective, generator: Generator | None) -> tuple[Estimate, dict[str, Tensor | None]]:
-        if generator is None:
+        if not isinstance(generator, Generator):
             raise ValueError("directions need an explicit generator: pass generator=torch.Generator().manual_seed(seed)")
         size = self.chunk_size or self.tangents
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
@@ -85,4 +87,6 @@ def _combine_(weights: Tensor, tangents: Tensor) -> Tensor:
     """Σₖ weights[k]·tangents[k]; a single tangent is scaled in place, sparing a copy of the parameters."""
     if len(weights) == 1:
         return tangents[0].mul_(weights[0])
-    return torch.tensordot(weights, tangents, dims=1)
+    with torch.autocast(tangents.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
+        combined: Tensor = torch.tensordot(weights, tangents, dims=1)
+    return combined

@@ -1,0 +1,109 @@
+"""Estimators as plain values and back, the limits of their options, and the package's lazy names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import forwardgrad as fg
+from forwardgrad.estimators import from_config, to_config
+
+METHODS = [
+    fg.Backprop(),
+    fg.ForwardGradient(),
+    fg.ForwardGradient(tangents=7, law=fg.Rademacher(), clip=0.5, chunk_size=3),
+    *(fg.ForwardGradient(law=law()) for law in fg.LAWS),
+]
+
+
+def test_the_list_above_has_every_estimator() -> None:
+    assert {type(method) for method in METHODS} == set(fg.ESTIMATORS)
+    assert len({kind.name for kind in fg.ESTIMATORS}) == len(fg.ESTIMATORS)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_config_goes_through_json_and_back(method: fg.Estimator) -> None:
+    config = to_config(method)
+    assert config["name"] == method.name
+    assert set(config) == {"name", *(field.name for field in dataclasses.fields(method))}
+    again = from_config(json.loads(json.dumps(config)))
+    assert again == method
+    assert hash(again) == hash(method)
+
+
+def test_options_left_out_take_their_defaults_and_the_config_is_not_changed() -> None:
+    config = {"name": "forward", "law": "sphere"}
+    assert from_config(config) == fg.ForwardGradient(law=fg.Sphere())
+    assert config == {"name": "forward", "law": "sphere"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"name": "backwards"}, ["unknown estimator 'backwards'", "backprop", "forward"]),
+        ({}, ["unknown estimator None", "backprop", "forward"]),
+        ({"name": "forward", "law": "cauchy"}, ["unknown law 'cauchy'", "gaussian", "rademacher", "sphere"]),
+        ({"name": "forward", "law": None}, ["unknown law None", "gaussian"]),
+        ({"name": "forward", "tangent": 2}, ["no option 'tangent'", "tangents", "law", "clip", "chunk_size"]),
+        ({"name": "backprop", "clip": 1.0}, ["no option 'clip'", "none"]),
+        ({"name": "forward", "tangents": 0}, ["tangents must be", "0"]),
+        ({"name": "forward", "clip": "1"}, ["clip must be", "'1'"]),
+    ],
+    ids=str,
+)
+def test_unknown_names_and_bad_values_are_told_with_what_is_known(config: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"must be|unknown|no option") as told:
+        from_config(config)
+    assert all(words in str(told.value) for words in said)
+
+
+@pytest.mark.parametrize("option", ["tangents", "chunk_size"])
+@pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, math.nan, math.inf, True, False, "2"])
+def test_counts_are_whole_numbers_of_at_least_one(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1"):
+        fg.ForwardGradient(**{option: value})
+
+
+def test_the_number_of_tangents_cannot_be_left_open() -> None:
+    with pytest.raises(ValueError, match="tangents must be a whole number"):
+        fg.ForwardGradient(tangents=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, "1", [1.0]], ids=repr)
+def test_a_clip_is_a_positive_number(value: Any) -> None:
+    with pytest.raises(ValueError, match="clip must be a positive number"):
+        fg.ForwardGradient(clip=value)
+
+
+@pytest.mark.parametrize("value", ["gaussian", None, fg.Gaussian, 1], ids=repr)
+def test_a_law_is_an_instance(value: Any) -> None:
+    with pytest.raises(ValueError, match="law must be a law of directions"):
+        fg.ForwardGradient(law=value)
+
+
+def test_only_a_clip_makes_an_estimate_biased() -> None:
+    assert [method.unbiased for method in METHODS[:3]] == [True, True, False]
+
+
+def test_estimators_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        METHODS[1].tangents = 2  # type: ignore[attr-defined]
+
+
+def test_the_package_lists_its_names_and_knows_no_others() -> None:
+    assert dir(fg) == sorted(fg.__all__)
+    assert {"ForwardGradient", "estimate_grad_", "Nesterov", "__version__"} <= set(dir(fg))
+    assert all(getattr(fg, name) is not None for name in fg.__all__)
+    with pytest.raises(AttributeError, match="module 'forwardgrad' has no attribute 'ForwardGradients'"):
+        fg.ForwardGradients  # noqa: B018
+
+
+def test_the_package_alone_does_not_load_torch() -> None:
+    program = "import sys, forwardgrad as fg; dir(fg), fg.__version__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

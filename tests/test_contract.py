@@ -1,0 +1,212 @@
+"""What every estimator promises of every model: list of methods × list of cases."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tests.cases import CASES, EXACT, Case, Loss, perceptron, regress, rows, seeded, trained, true_gradient
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+import forwardgrad as fg
+
+PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk
+    fg.Backprop(): 1,
+    fg.ForwardGradient(): 2,
+    fg.ForwardGradient(tangents=3): 4,
+    fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=1): 6,
+    fg.ForwardGradient(tangents=3, law=fg.Rademacher(), clip=0.5, chunk_size=2): 5,
+}
+METHODS = list(PASSES)
+FORWARD = [method for method in METHODS if isinstance(method, fg.ForwardGradient)]
+
+
+def short(method: fg.Estimator) -> str:
+    return str(method).replace("ForwardGradient", "").replace("tangents=", "K=").replace("chunk_size=", "chunk=").replace(" ", "")
+
+
+methods = pytest.mark.parametrize("method", METHODS, ids=short)
+forward = pytest.mark.parametrize("method", FORWARD, ids=short)
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def estimate(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> fg.Estimate:
+    torch.manual_seed(7)  # for dropout
+    return fg.estimate_grad_(loss, model, method, generator=seeded(seed))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+
+
+def packed(work: Callable[[], object]) -> tuple[int, int]:
+    """How many tensors were saved for a backward pass during the work, and how many bytes."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return len(sizes), sum(sizes)
+
+
+def test_every_estimator_is_tested() -> None:
+    assert {type(method) for method in METHODS} == set(fg.ESTIMATORS)
+
+
+@methods
+@cases
+def test_fills_grad_and_adds_to_it(method: fg.Estimator, case: Case) -> None:
+    model, loss = case.build()
+    parameters = dict(model.named_parameters())
+    estimate(method, model, loss)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    for p in parameters.values():
+        assert isinstance(p, nn.Parameter)
+        if not p.requires_grad:
+            assert p.grad is None
+            continue
+        assert (p.grad.dtype, p.grad.device, p.grad.shape) == (p.dtype, p.device, p.shape)
+        assert p.grad.isfinite().all()
+        assert type(p.grad) is Tensor
+        assert not p.grad.requires_grad
+        assert not p.grad.is_inference()
+    first = gradients(model)
+    assert any(g.any() for g in first.values())
+    copied, loss = case.build()
+    for name, p in trained(copied).items():
+        p.grad = -3 * first[name]
+    estimate(method, copied, loss)
+    torch.testing.assert_close(gradients(copied), {name: -2 * g for name, g in first.items()})
+
+
+@methods
+@cases
+def test_same_seed_same_bits(method: fg.Estimator, case: Case) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        model, loss = case.build()
+        record = estimate(method, model, loss, seed)
+        found.append([record.loss, record.derivatives, *gradients(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    other = all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
+    assert other == isinstance(method, fg.Backprop)
+
+
+@methods
+@cases
+def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(method: fg.Estimator, case: Case) -> None:
+    model, loss = case.build()
+    torch.manual_seed(7)
+    start = torch.get_rng_state()
+    expected = loss(copy.deepcopy(model)).detach().reshape(())
+    after = torch.get_rng_state()
+    assert torch.equal(start, after) != case.random
+    record = estimate(method, model, loss)
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(record.loss, expected, rtol=1e-12 if case.exact else None, atol=1e-12 if case.exact else None)
+    assert record.derivatives.shape == (getattr(method, "tangents", 0),)
+    assert record.forward_passes == PASSES[method]
+    assert not record.loss.requires_grad
+    assert not record.derivatives.requires_grad
+
+
+@methods
+@cases
+def test_buffers_are_updated_as_by_one_ordinary_forward_pass(method: fg.Estimator, case: Case) -> None:
+    model, loss = case.build()
+    plain = copy.deepcopy(model)
+    buffers = dict(model.named_buffers())
+    for _ in range(2):
+        torch.manual_seed(7)
+        loss(plain)
+        estimate(method, model, loss)
+    assert all(b is buffers[name] for name, b in model.named_buffers())
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), rtol=1e-13, atol=1e-14)
+
+
+@forward
+@cases
+def test_forward_mode_saves_nothing_for_a_backward_pass(method: fg.Estimator, case: Case) -> None:
+    model, loss = case.build()
+    assert torch.is_grad_enabled()
+    assert packed(lambda: estimate(method, model, loss)) == (0, 0)
+    assert packed(lambda: estimate(fg.Backprop(), model, loss))[1] > 0  # the counter counts
+
+
+def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_gradients_enabled() -> None:
+    model, loss = perceptron().double(), regress(rows(6, 4))
+    live = dict(model.named_parameters())
+    tangents = {name: torch.ones_like(p) for name, p in live.items()}
+    assert packed(lambda: jvp(lambda ps: (functional_call(model, ps, rows(6, 4)) - 0.5).square().mean(), (live,), (tangents,)))[1] > 0
+    assert packed(lambda: fg.estimate_grad_(loss, model, generator=seeded())) == (0, 0)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_chunks_make_no_difference_beyond_rounding(case: Case) -> None:
+    found = []
+    for chunk_size in (None, 1, 2, 3, 4):
+        model, loss = case.build()
+        record = estimate(fg.ForwardGradient(tangents=3, clip=2.0, chunk_size=chunk_size), model, loss)
+        found.append((record.derivatives, gradients(model)))
+    for chunked in found[1:]:
+        torch.testing.assert_close(chunked, found[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_estimate_is_the_mean_of_clipped_derivatives_times_tangents(case: Case) -> None:
+    model, loss = case.build()
+    exact, clip = true_gradient(model, loss), 0.3
+    tangents = fg.Gaussian().draw(trained(model), 3, seeded(5))
+    d = sum((exact[name] * v).reshape(3, -1).sum(dim=1) for name, v in tangents.items())
+    expected = {name: torch.tensordot(d.clamp(-clip, clip), v, dims=1) / 3 for name, v in tangents.items()}
+    record = estimate(fg.ForwardGradient(tangents=3, clip=clip), model, loss, seed=5)
+    torch.testing.assert_close(record.derivatives, d, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-10, atol=1e-12)
+
+
+@cases
+def test_backprop_is_loss_backward(case: Case) -> None:
+    model, loss = case.build()
+    plain = copy.deepcopy(model)
+    torch.manual_seed(7)
+    loss(plain).backward()
+    estimate(fg.Backprop(), model, loss)
+    torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
+
+
+@cases
+def test_estimators_can_take_turns(case: Case) -> None:
+    """A forward gradient leaves nothing behind that another estimator, or plain torch, would trip over."""
+    (model, loss), (fresh, _) = case.build(), case.build()
+    for method in FORWARD[:3]:
+        estimate(method, model, loss)
+    model.zero_grad()
+    estimate(fg.Backprop(), model, loss)
+    estimate(fg.Backprop(), fresh, loss)
+    torch.testing.assert_close(gradients(model), gradients(fresh))
+    assert list(model.state_dict()) == list(copy.deepcopy(model).state_dict())
+
+
+@methods
+@pytest.mark.parametrize("outer", ["no_grad", "enable_grad", "inference_mode"])
+def test_the_context_of_the_caller_makes_no_difference(method: fg.Estimator, outer: str) -> None:
+    (model, loss), (usual, _) = CASES[0].build(), CASES[0].build()
+    with getattr(torch, outer)():
+        record = estimate(method, model, loss)
+    estimate(method, usual, loss)
+    torch.testing.assert_close(gradients(model), gradients(usual), rtol=0, atol=0)
+    for p in model.parameters():
+        p.grad.mul_(0.5)  # as clip_grad_norm_ does: not allowed of a tensor that was made in inference mode
+    assert not record.loss.requires_grad
+
+
+@forward
+def test_live_parameters_outside_what_is_trained_are_not_recorded_either(method: fg.Estimator) -> None:
+    head, backbone = nn.Linear(3, 1).double(), perceptron().double()
+    assert packed(lambda: estimate(method, head, lambda m: m(backbone(rows(6, 4))).square().mean())) == (0, 0)

@@ -1,0 +1,125 @@
+"""The laws: mean 0, covariance I, their further moments, and draws that replay.
+
+Statistical tests have fixed seeds. A |z| ≥ 4.5 has probability 6.8e-6 for a correct law, so a test of m numbers gives a false alarm for
+less than m · 6.8e-6 of all seeds (Bonferroni); m is stated in each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests.cases import seeded
+from torch import Tensor
+
+import forwardgrad as fg
+
+LAWS = [law() for law in fg.LAWS]
+SHAPES = {"matrix": (3, 5), "vector": (7,), "scalar": (), "empty": (0, 2), "cube": (2, 1, 4)}
+LIKE = {name: torch.empty(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+
+
+def joined(tangents: dict[str, Tensor]) -> Tensor:
+    return torch.cat([v.reshape(len(v), -1) for v in tangents.values()], dim=1).double()
+
+
+def z_scores(samples: Tensor, mean: Tensor | float) -> Tensor:
+    """How many of its standard errors the average of the rows lies from `mean`; where nothing varies, the average has to hit."""
+    error = samples.std(dim=0) / math.sqrt(len(samples))
+    gap = samples.mean(dim=0) - mean
+    return torch.where(error > 1e-14, gap / error, torch.where(gap.abs() < 1e-12, 0.0, torch.inf))
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_mean_is_zero_and_covariance_is_the_identity(law: fg.Law) -> None:
+    v = joined(law.draw(LIKE, 2_000, seeded(1)))  # m = 31 + 31·32/2 = 527 numbers a law: false alarms below 0.36 %
+    n = v.shape[1]
+    assert z_scores(v, 0.0).abs().max() < 4.5
+    i, j = torch.triu_indices(n, n)
+    assert z_scores(v[:, i] * v[:, j], (i == j).double()).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_fourth_moments(law: fg.Law) -> None:
+    v = joined(law.draw(LIKE, 2_000, seeded(2)))  # m = 31 + 30 numbers a law: false alarms below 0.05 %
+    n = v.shape[1]
+    alone, pair = {"gaussian": (3, 1), "rademacher": (1, 1), "sphere": (3 * n / (n + 2), n / (n + 2))}[law.name]
+    assert z_scores(v**4, alone).abs().max() < 4.5
+    assert z_scores(v[:, 1:] ** 2 * v[:, :1] ** 2, pair).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("n", [1, 2, 10, 65])
+def test_second_moment_of_the_forward_gradient(law: fg.Law, n: int) -> None:
+    g = torch.linspace(-1, 2, n, dtype=torch.float64)
+    v = joined(law.draw({"all": g}, 3_000, seeded(3)))  # m = 1 number a law and size: 12 in all, false alarms below 0.01 %
+    noise = (v @ g) ** 2 * (v**2).sum(dim=1) / (g @ g)
+    assert z_scores(noise[:, None], law.second_moment(n)).abs().max() < 4.5
+    assert law.second_moment(n) == {"gaussian": n + 2, "rademacher": n, "sphere": n}[law.name]
+
+
+def test_sphere_has_one_norm_over_all_parameters_together() -> None:
+    v = joined(fg.Sphere().draw(LIKE, 50, seeded()))
+    torch.testing.assert_close(v.norm(dim=1), torch.full((50,), math.sqrt(v.shape[1]), dtype=torch.float64), rtol=1e-14, atol=0)
+    parts = fg.Sphere().draw(LIKE, 50, seeded())["vector"].norm(dim=1)
+    assert parts.std() > 0.1  # the norm of one parameter does vary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sphere_in_low_precision_is_on_the_sphere_up_to_rounding(dtype: torch.dtype) -> None:
+    v = joined(fg.Sphere().draw({"a": torch.empty(150, dtype=dtype), "b": torch.empty(50, dtype=dtype)}, 20, seeded(4)))
+    # entries and scale are rounded by less than eps / 2 each; Gaussian norms would spread by 5 %
+    assert (v.norm(dim=1) / math.sqrt(200) - 1).abs().max() < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rademacher_entries_are_signs(count: int, dtype: torch.dtype) -> None:
+    v = fg.Rademacher().draw({"all": torch.empty(count, dtype=dtype)}, 3, seeded())["all"]
+    assert (v.dtype, v.shape) == (dtype, (3, count))
+    assert (v.abs() == 1).all()
+
+
+def test_rademacher_signs_are_fair_and_independent_across_bytes_and_words() -> None:
+    v = fg.Rademacher().draw({"all": torch.empty(131)}, 4_000, seeded(5))["all"].double()
+    means = v.mean(dim=0) * math.sqrt(4_000)
+    correlations = (v.T @ v).fill_diagonal_(0) / math.sqrt(4_000)
+    assert means.abs().max() < 4.5  # m = 131: false alarms below 0.09 %
+    assert correlations.abs().max() < 5.5  # m = 8,515 at 3.8e-8 each: below 0.04 %
+    flat = v.flatten()
+    for lag in (1, 7, 8, 9, 63, 64, 65, 131):  # m = 8 lags, also from one tangent to the next
+        product = flat[lag:] * flat[:-lag]
+        assert abs(product.sum()) / math.sqrt(len(product)) < 4.5
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_tangents_drawn_at_once_are_the_bits_of_tangents_drawn_one_by_one(law: fg.Law) -> None:
+    like = {**LIKE, "half": torch.empty(33, dtype=torch.bfloat16), "single": torch.empty(16)}
+    at_once, generator = law.draw(like, 5, seeded(6)), seeded(6)
+    for index in range(5):
+        one = law.draw(like, 1, generator)
+        assert all(torch.equal(one[name][0], at_once[name][index]) for name in like)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_a_draw_replays_from_its_seed_and_leaves_the_global_generator_alone(law: fg.Law) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (joined(law.draw(LIKE, 2, seeded(seed))) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_tangents_have_shape_and_dtype_of_their_parameters(law: fg.Law) -> None:
+    like = {"a": torch.empty(2, 3, dtype=torch.bfloat16), "b": torch.empty((), dtype=torch.float64), "c": torch.empty(4, 5).t()}
+    drawn = law.draw(like, 3, seeded())
+    assert list(drawn) == list(like)
+    assert all(v.shape == (3, *like[name].shape) and v.dtype == like[name].dtype and not v.requires_grad for name, v in drawn.items())
+
+
+def test_laws_have_names_and_are_values() -> None:
+    assert [law.name for law in fg.LAWS] == ["gaussian", "rademacher", "sphere"]
+    assert fg.Gaussian() == fg.Gaussian() != fg.Sphere()
+    assert len({hash(fg.Gaussian()), hash(fg.Gaussian())}) == 1
