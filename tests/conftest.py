@@ -1,0 +1,37 @@
+"""What every test shares: one thread, no window, reproducible examples, and the folder with MNIST and CIFAR-10."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)
+settings.register_profile("reproducible", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("reproducible")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with MNIST and CIFAR-10: FORWARDGRAD_DATA, or unpacked once a session from shared/data beside the checkout."""
+    if given := os.environ.get("FORWARDGRAD_DATA"):
+        return Path(given)
+    unpack = ROOT.parent / "shared" / "data" / "unpack.py"
+    if not unpack.exists():
+        pytest.skip("no MNIST and CIFAR-10 here: run `forwardgrad data fetch` and set FORWARDGRAD_DATA to its folder")
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # the workers' common folder
+    folder = session / "data"
+    with FileLock(session / "data.lock"):  # the first worker writes the files, the others find them there
+        subprocess.run([sys.executable, unpack, folder], check=True, stdout=subprocess.DEVNULL)
+    return folder
