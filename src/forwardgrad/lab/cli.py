@@ -155,7 +155,9 @@ def tune(
 @app.command()
 def reproduce(
     recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin"], typer.Argument(help="What to reproduce.")],
-    rows: Annotated[str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
     seeds: Seeds = 1,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,

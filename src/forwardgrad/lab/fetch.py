@@ -109,9 +109,10 @@ def _bring(source: Source, name: str, root: Path, report: Report) -> None:
             if not kept:
                 target.unlink()
     except OSError as error:
-        where, why = error.filename or target, error.strerror or error
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # pooch wraps it in a paragraph
+        why = cause.strerror or cause
         raise UserError(
-            f"cannot write {where} ({why}): make room or allow writing there, or choose another folder, then {again}"
+            f"cannot write {target} ({why}): make room or allow writing there, or choose another folder, then {again}"
         ) from error
 
 
@@ -177,9 +178,9 @@ def _download(url: str, partial: Path, size: int, report: Report) -> None:
             try:
                 # Undecoded: some servers label a .gz file as a compressed transfer of what it holds.
                 for chunk in response.raw.stream(CHUNK, decode_content=False):
-                    file.write(chunk[: size - have])
+                    file.write(chunk)
                     have += len(chunk)
-                    report(min(have, size))
+                    report(have)
                     if have > size:
                         break
             except urllib3.exceptions.HTTPError as error:

@@ -54,6 +54,4 @@ def _convolutional(
         height, width = height // 2, width // 2
     if height < 1 or width < 1:
         raise UserError(f"the model {name} needs larger images than {shape[1]} × {shape[2]}: use mnist or cifar10, or another model")
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(channels * height * width, dense), nn.ReLU(), nn.Linear(dense, classes)
-    )
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, dense), nn.ReLU(), nn.Linear(dense, classes))

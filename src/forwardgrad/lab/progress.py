@@ -61,7 +61,13 @@ class Progress:
                     self.say(f"[{total - len(open_runs)}/{total}] {self._name(identity)}: {describe(result)}")
 
     def _bars(self, store: Store, identities: Sequence[str], stop: threading.Event) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Bars(*columns, console=self.console, transient=False) as bars:
             overall = bars.add_task("runs", total=len(identities), note="")
             tasks: dict[str, Any] = {}

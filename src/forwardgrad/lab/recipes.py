@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from forwardgrad.lab.errors import UserError
@@ -89,7 +90,8 @@ def _chosen(rows: list[str] | None) -> tuple[Arm, ...]:
         return TABLE1
     wanted = set()
     for row in rows:
-        found = [names[int(row) - 1]] if row.isdigit() and 1 <= int(row) <= len(names) else [n for n in names if f"{n}-".startswith(f"{row}-")]
+        numbered = row.isdigit() and 1 <= int(row) <= len(names)
+        found = [names[int(row) - 1]] if numbered else [name for name in names if f"{name}-".startswith(f"{row}-")]
         if not found:
             raise UserError(f"no row {row!r} in Table I: choose a number from 1 to {len(names)} or a start of {', '.join(names)}")
         wanted.update(found)
@@ -97,8 +99,6 @@ def _chosen(rows: list[str] | None) -> tuple[Arm, ...]:
 
 
 def _resized(arm: Arm, *, epochs: int | None, space: dict[str, tuple[float, ...]]) -> Arm:
-    from dataclasses import replace
-
     return replace(arm, run=replace(arm.run, epochs=epochs or arm.run.epochs), space=space)
 
 
@@ -110,12 +110,11 @@ def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None 
     for model in models:
         if rows and model not in rows:
             continue
-        for tuned in (False, True):
-            for kind in ("forward", "backprop"):
-                arms.append(_baydin_arm(model, kind, tuned, epochs))  # type: ignore[arg-type]
+        arms += [_baydin_arm(model, kind, tuned, epochs) for tuned in (False, True) for kind in LABELS]
     if not arms:
         raise UserError(f"no row {rows[0] if rows else ''!r} in Baydin's comparison: choose from {', '.join(models)}")
-    return Study("baydin", "Baydin's comparison: one learning rate for both arms, and each arm tuned", tuple(arms), seeds, tuning_epochs or min(3, epochs))
+    title = "Baydin's comparison: one learning rate for both arms, and each arm tuned"
+    return Study("baydin", title, tuple(arms), seeds, tuning_epochs or min(3, epochs))
 
 
 def _baydin_arm(model: ModelName, kind: Kind, tuned: bool, epochs: int) -> Arm:

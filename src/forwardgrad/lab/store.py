@@ -1,13 +1,13 @@
 """Runs as folders: what was asked, where it ran, how it went, and the result, each file written whole or not at all.
 
-    OUT/runs/<identity>/run.json            the complete description; its hash is the folder's name
-                        environment.json    versions, hardware, commit, command
-                        status.json         where a run in progress is (replaced about once a second)
-                        checkpoint.pt       the state that a killed run goes on from; gone once it has finished
-                        evaluations.csv     validation loss and accuracy against step, epoch and training seconds
-                        losses.csv.gz       the training loss of every step
-                        result.json         written last: a folder that has it is finished
-    OUT/studies/<name>.json                 which runs belong to which arm of a comparison
+OUT/runs/<identity>/run.json            the complete description; its hash is the folder's name
+                    environment.json    versions, hardware, commit, command
+                    status.json         where a run in progress is (replaced about once a second)
+                    checkpoint.pt       the state that a killed run goes on from; gone once it has finished
+                    evaluations.csv     validation loss and accuracy against step, epoch and training seconds
+                    losses.csv.gz       the training loss of every step
+                    result.json         written last: a folder that has it is finished
+OUT/studies/<name>.json                 which runs belong to which arm of a comparison
 """
 
 from __future__ import annotations

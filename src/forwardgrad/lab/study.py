@@ -82,9 +82,7 @@ def run_study(study: Study, store: Store, execute: Execute, command: str, names:
     """
     names = names if names is not None else {}
     trials = {arm.name: arm.trials(study.tuning_epochs) if arm.space else [] for arm in study.arms}
-    names.update(
-        {run.identity: f"{name} trial {_short(values)}" for name, tried in trials.items() for values, run in tried}
-    )
+    names.update({run.identity: f"{name} trial {_short(values)}" for name, tried in trials.items() for values, run in tried})
     searched = execute([run for arm in study.arms for _, run in trials[arm.name]])
     chosen = {arm.name: _choose(arm, trials[arm.name], searched) for arm in study.arms}
     finals = {
@@ -102,7 +100,8 @@ def _short(values: dict[str, float]) -> str:
 
 
 def _with(run: Run, point: dict[str, float]) -> Run:
-    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **point))
+    optimizer = dataclasses.replace(run.optimizer, **point)  # type: ignore[arg-type]
+    return dataclasses.replace(run, optimizer=optimizer)
 
 
 def _choose(arm: Arm, trials: Sequence[tuple[dict[str, float], Run]], results: Results) -> dict[str, Any]:

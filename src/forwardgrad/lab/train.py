@@ -73,9 +73,7 @@ class _State:
         self.losses[: self.step] = content["losses"].to(self.losses.device)
 
 
-def train(
-    run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0
-) -> dict[str, Any]:
+def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
     """Train one run in its folder, or go on with it, and return its result; a finished run is only read.
 
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
@@ -170,7 +168,7 @@ def _advance(run: Run, dataset: data.Dataset, state: _State, stop: int) -> None:
             loss = lambda model: F.cross_entropy(model(images), labels)  # noqa: E731
             return estimate_grad_(loss, state.model, estimator, generator=state.generator).loss
 
-        state.losses[step] = state.optimizer.step(loss_and_gradient)
+        state.losses[step] = state.optimizer.step(loss_and_gradient)  # type: ignore[arg-type]
         state.schedule.step()
     state.step = stop
     if state.losses.is_cuda:

@@ -1,0 +1,273 @@
+"""The plots: plain numbers in, SVG text out, the same bytes for the same numbers; matplotlib's global settings stay as they are."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from forwardgrad.lab.stats import Curve
+
+# One look for each arm in every figure: Okabe and Ito's colours, told apart without colour by line style and marker.
+LOOKS: dict[str, dict[str, Any]] = {
+    "backprop": {"color": "#0072B2", "linestyle": "-", "marker": "o", "name": "backpropagation"},
+    "forward": {"color": "#D55E00", "linestyle": (0, (3.5, 1.2)), "marker": "s", "name": "forward gradient"},
+}
+INK, QUIET = "#1f2933", "#5f6b76"
+STYLE = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
+    "svg.fonttype": "path",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One arm's curve in a panel; `end` says in words which runs ended early, `stopped` that all of them did."""
+
+    kind: str
+    curve: Curve
+    end: str | None = None
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: a title, a note below it, and the lines; without lines the note stands in the middle."""
+
+    title: str
+    lines: tuple[Line, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A path over a function of two variables."""
+
+    kind: str
+    label: str
+    path: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A function of two variables on a grid, its minimum and where descents start."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    z: Sequence[Sequence[float]]
+    minimum: tuple[float, float]
+    start: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its interval."""
+
+    kind: str
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def curves(name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: str, marks: bool = False, log: bool | None = None) -> str:
+    """Panels on shared axes, the mean as a line and the range from least to greatest as a light band.
+
+    The loss axis is logarithmic where asked for or, with `log` None, where the means span more than a factor of fifteen.
+    """
+    tall, wide = len(rows), max(len(row) for row in rows)
+
+    def draw() -> Figure:
+        size = (9.6, 4.4) if wide == tall == 1 else (9.6, 3.4 * tall + (0.9 if tall == 1 else 0.5))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(tall, wide, squeeze=False, sharex=True, sharey=True)
+        lines = [line for row in rows for panel in row for line in panel.lines]
+        _scale(grid[0][0], lines, log)
+        for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
+            _panel(axes, panel, marks)
+        figure.supxlabel(xlabel, fontsize=9.5, color=INK)
+        figure.supylabel(ylabel, fontsize=9.5, color=INK)
+        _legend(figure, [kind for kind in LOOKS if any(line.kind == kind for line in lines)], marks)
+        return figure
+
+    return _svg(name, draw)
+
+
+def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
+    """Limits from the means, not the bands: one bad mini-batch must not flatten every curve."""
+    means = [value for line in lines for value in line.curve.mean if value > 0]
+    if not means:
+        axes.set_ylim(0, 1)
+        return
+    least, most = max(min(means), 1e-5), max(means)
+    if log or (log is None and most / least > 15):
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(least / 1.4, most * 1.6)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most / least < 100 else (1.0,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
+        axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
+    else:
+        axes.set_ylim(0, most * 1.12)
+
+
+def _panel(axes: Axes, panel: Panel, marks: bool) -> None:
+    axes.set_title(panel.title + (f"\n{panel.note}" if panel.note and panel.lines else ""))
+    if not panel.lines:
+        axes.text(0.5, 0.5, panel.note or "not run", transform=axes.transAxes, ha="center", va="center", color=QUIET, fontsize=10)
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"))
+    for line in sorted(panel.lines, key=_dashes_last):
+        look, curve = LOOKS[line.kind], line.curve
+        axes.fill_between(curve.at, curve.low, curve.high, color=look["color"], alpha=0.16, linewidth=0)
+        marker = look["marker"] if marks or len(curve.at) == 1 else None
+        axes.plot(curve.at, curve.mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, marker=marker, markersize=4)
+        if line.stopped and curve.at:
+            axes.plot(curve.at[-1], curve.mean[-1], marker="X", markersize=9, color=look["color"], markeredgecolor="white", clip_on=False)
+    for place, line in enumerate(line for line in panel.lines if line.end):
+        color, height = LOOKS[line.kind]["color"], 0.96 - 0.08 * place
+        axes.text(0.97, height, f"× {line.end}", transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=color)
+
+
+def _legend(figure: Figure, kinds: Sequence[str], marks: bool) -> None:
+    handles = [
+        Line2D([], [], color=LOOKS[kind]["color"], linestyle=LOOKS[kind]["linestyle"], linewidth=2, label=LOOKS[kind]["name"],
+               marker=LOOKS[kind]["marker"] if marks else None, markersize=5)
+        for kind in kinds
+    ]  # fmt: skip
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=3.2)
+
+
+def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> str:
+    """Level lines, evenly spaced in the logarithm of the height above the minimum, with the paths taken in each panel."""
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(9.6, 4.9), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (title, descents) in zip(grid, panels, strict=True):
+            _levels(axes, surface)
+            for descent in descents:  # halos, so that the paths stand out from the levels
+                axes.plot(*_columns(descent), color="white", linewidth=3.6, alpha=0.8)
+            for descent in sorted(descents, key=_dashes_last):
+                _descend(axes, descent)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), handlelength=3, ncols=1)
+            axes.plot(*surface.start, marker="o", markersize=7, color="white", markeredgecolor=INK, linestyle="none", zorder=5)
+            axes.plot(*surface.minimum, marker="*", markersize=13, color="white", markeredgecolor=INK, linestyle="none", zorder=5)
+            axes.set(title=title, xlim=(surface.x[0], surface.x[-1]), ylim=(surface.y[0], surface.y[-1]), xlabel="x")
+        grid[0].set_ylabel("y")
+        points = [("o", "start"), ("*", "minimum")]
+        handles = [Line2D([], [], marker=m, color="white", markeredgecolor=INK, linestyle="none", markersize=9, label=t) for m, t in points]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        return figure
+
+    return _svg(name, draw)
+
+
+def _levels(axes: Axes, surface: Surface) -> None:
+    heights = [value for row in surface.z for value in row if math.isfinite(value) and value > 0]
+    axes.grid(False)
+    if not heights or min(heights) == max(heights):
+        return
+    low, high = math.log10(max(min(heights), max(heights) * 1e-7)), math.log10(max(heights))
+    levels = [10 ** (low + (high - low) * i / 13) for i in range(14)]
+    axes.contourf(surface.x, surface.y, surface.z, levels=[0, *levels], cmap="Greys", norm="symlog", alpha=0.35, extend="max")
+    axes.contour(surface.x, surface.y, surface.z, levels=levels, colors="#8492a0", linewidths=0.6)
+
+
+def _descend(axes: Axes, descent: Descent) -> None:
+    look, (across, along) = LOOKS[descent.kind], _columns(descent)
+    axes.plot(across, along, color=look["color"], linestyle=look["linestyle"], linewidth=1.9, label=descent.label)
+    axes.plot(across[-1:], along[-1:], color=look["color"], marker=look["marker"], markersize=6, markeredgecolor="white")
+
+
+def _columns(descent: Descent) -> tuple[list[float], list[float]]:
+    return [x for x, _ in descent.path], [y for _, y in descent.path]
+
+
+def _dashes_last(drawn: Line | Descent) -> bool:
+    """Where two lines run together, the dashed one on top lets the other show through."""
+    return drawn.kind == "forward"
+
+
+def bars(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, xlabel: str) -> str:
+    """Horizontal bars with intervals and their values in figures, one group under another."""
+
+    def draw() -> Figure:
+        count = sum(len(group) for _, group in groups)
+        figure = Figure(figsize=(9.6, 0.9 + 0.36 * count + 0.42 * len(groups)), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(axis="y", visible=False)
+        place, ticks, reach = 0.0, [], max((bar.high or bar.value for _, group in groups for bar in group), default=1.0)
+        for title, group in groups:
+            axes.text(0, place, title, fontsize=9.5, fontweight="bold", color=INK, va="center", backgroundcolor="white")
+            for bar in group:
+                place += 1
+                ticks.append((place, bar.label))
+                _bar(axes, bar, place, reach)
+            place += 1.15
+        axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set(ylim=(place - 0.4, -0.7), xlim=(0, reach * 1.22), xlabel=xlabel)
+        axes.axvline(1, color=QUIET, linewidth=0.9, linestyle=":", zorder=0.9)
+        return figure
+
+    return _svg(name, draw)
+
+
+def _bar(axes: Axes, bar: Bar, place: float, reach: float) -> None:
+    color = LOOKS[bar.kind]["color"] if bar.kind in LOOKS else "#9aa5b1"
+    hatch = "///" if bar.kind == "forward" else None
+    axes.barh(place, bar.value, height=0.7, color=color, alpha=0.85, hatch=hatch, edgecolor="white", linewidth=0)
+    edge = bar.value
+    if bar.low is not None and bar.high is not None:
+        edge = max(edge, bar.high)
+        ends = [[max(0.0, bar.value - bar.low)], [max(0.0, bar.high - bar.value)]]
+        axes.errorbar(bar.value, place, xerr=ends, color=INK, capsize=3, linewidth=1.2)
+    axes.text(edge + reach * 0.015, place, f"{bar.value:.2f}", va="center", fontsize=9, color=INK)
+
+
+def _svg(name: str, draw: Callable[[], Figure]) -> str:
+    """The figure as one <svg> element with ids of its own, so that several can stand in one page."""
+    with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]):
+        buffer = io.BytesIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: it would name other sites, and the hour
+        draw().savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point is fine enough

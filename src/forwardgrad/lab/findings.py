@@ -1,0 +1,149 @@
+"""What the stored results say, as sentences computed from them; nothing here is decided beforehand. Loads without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forwardgrad.lab import stats
+from forwardgrad.lab.results import ArmResult, StudyResult
+from forwardgrad.lab.tables import count, exact, number
+
+Pair = tuple[ArmResult, ArmResult]  # the forward and the backprop arm of one comparison, all runs of both finished
+
+
+def pairs(study: StudyResult) -> list[Pair]:
+    found = []
+    for arms in study.groups.values():
+        first = {kind: next((arm for arm in arms if arm.kind == kind and arm.complete), None) for kind in ("forward", "backprop")}
+        if first["forward"] and first["backprop"]:
+            found.append((first["forward"], first["backprop"]))
+    return found
+
+
+def headlines(study: StudyResult) -> list[str]:
+    """Who reached the lower test loss, how often, and whether seeds allow to say so; apart for arms as given and arms tuned."""
+    everything = pairs(study)
+    if not everything:
+        return ["No comparison is finished yet."]
+    given = [pair for pair in everything if not any(arm.record.get("space") for arm in pair)]
+    tuned = [pair for pair in everything if pair not in given]
+    if not (given and tuned):
+        return [_winner(everything), _spread(everything)]
+    return ["At one learning rate: " + _lower_first(_winner(given)), "Each arm tuned: " + _lower_first(_winner(tuned)), _spread(everything)]
+
+
+def _winner(compared: Sequence[Pair]) -> str:
+    gaps = [_gap(pair).mean for pair in compared]
+    forward, level = sum(gap < 0 for gap in gaps), sum(gap == 0 for gap in gaps)
+    backprop = len(gaps) - forward - level
+    name, wins = ("Backpropagation", backprop) if backprop >= forward else ("The forward gradient", forward)
+    rest = f", and {level} {'was' if level == 1 else 'were'} level" if level else ""
+    return f"{name} reached the lower test loss in {wins} of {count(len(gaps), 'comparison')}{rest}."
+
+
+def _gap(pair: Pair) -> stats.Estimate:
+    forward, backprop = ([run.test_loss for run in arm.done] for arm in pair)
+    return stats.difference(forward, backprop)
+
+
+def _spread(compared: Sequence[Pair]) -> str:
+    gaps = [_gap(pair) for pair in compared]
+    known = [gap for gap in gaps if gap.low is not None and gap.high is not None]
+    if all(gap.n == 1 for gap in gaps):
+        return "Each arm has one seed, which decides nothing about spread: no interval can be given."
+    apart = sum(1 for gap in known if (gap.low or 0.0) > 0 or (gap.high or 0.0) < 0)
+    without = len(gaps) - len(known)
+    rest = f"; {without} had too few seeds or losses that are not finite for an interval" if without else ""
+    return f"Over the seeds, the 95 % interval of the difference excludes zero in {apart} of {len(known)}{rest}."
+
+
+def details(study: StudyResult) -> list[str]:
+    """Divergence, unfinished and shortened arms, the published readings, the time of a step: each where there is something to say."""
+    said = (finding(study) for finding in (_diverged, _unfinished, _shortened, _published, _steps))
+    return [sentence for sentence in said if sentence]
+
+
+def _diverged(study: StudyResult) -> str:
+    parts = []
+    for kind, name in (("forward", "the forward gradient"), ("backprop", "backpropagation")):
+        runs = [run for arm in study.arms if arm.kind == kind for run in arm.done]
+        if lost := sum(run.diverged for run in runs):
+            parts.append(f"{lost} of {count(len(runs), 'run')} of {name}")
+    return f"Diverged: {' and '.join(parts)}." if parts else ""
+
+
+def _unfinished(study: StudyResult) -> str:
+    waiting = sum(not arm.complete for arm in study.arms)
+    return f"{waiting} of {count(len(study.arms), 'arm')} {_is(waiting)} unfinished and left out of the count." if waiting else ""
+
+
+def _shortened(study: StudyResult) -> str:
+    labels = [arm.shortened for arm in study.arms if arm.shortened]
+    if not labels:
+        return ""
+    which = "Every arm" if len(labels) == len(study.arms) else f"{len(labels)} of {count(len(study.arms), 'arm')}"
+    return (
+        f"{which} trained for fewer epochs than the paper's ({'; '.join(dict.fromkeys(labels))}): "
+        "such arms compare with one another, not with the published column."
+    )
+
+
+def _published(study: StudyResult) -> str:
+    inside, asked = 0, 0
+    for arm in study.arms:
+        published = arm.record.get("published")
+        test = next((run.result["test"] for run in arm.done if run.result.get("test")), None)
+        if not published or arm.shortened or test is None:
+            continue
+        asked += 1
+        low, high = test.get("last16_low"), test.get("last16_high")
+        # Compared as printed, with three decimals: a published 0.000 may stand for anything below 0.0005.
+        inside += low is not None and high is not None and round(low, 3) <= published["test_loss"] <= round(high, 3)
+    if not asked:
+        return ""
+    return (
+        f"Of {count(asked, 'arm')} trained as long as the paper's, {inside} {'has' if inside == 1 else 'have'} "
+        "the published reading within the 5–95 % range of our own."
+    )
+
+
+def _steps(study: StudyResult) -> str:
+    ratios = []
+    for forward, backprop in pairs(study):
+        machines = {(run.environment.get("device"), run.environment.get("threads")) for arm in (forward, backprop) for run in arm.done}
+        if len(machines) == 1:  # times of different machines do not compare
+            one, two = (stats.estimate([run.seconds_per_step for run in arm.done]).mean for arm in (forward, backprop))
+            ratios += [one / two] if two > 0 else []
+    if not ratios:
+        return ""
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return f"One step of the forward gradient took {low if low == high else f'{low} to {high}'} times as long as one of backpropagation."
+
+
+def two_settings(name: str, same: dict[str, ArmResult], tuned: dict[str, ArmResult]) -> str:
+    """What changes for one model between one learning rate for both arms and each arm tuned."""
+    name = name[:1].upper() + name[1:]
+    arms = [setting.get(kind) for setting in (same, tuned) for kind in ("forward", "backprop")]
+    there = [arm for arm in arms if arm is not None and arm.complete]
+    if len(there) < 4:
+        return f"{name}: not all four arms are finished, so the two settings cannot be compared yet."
+    ends = [number(stats.estimate([run.validation_loss for run in arm.done]).mean) for arm in there]
+    rates = [float(arm.run["optimizer"]["lr"]) for arm in there]
+    shared = exact(rates[0]) if rates[0] == rates[1] else f"{exact(rates[0])} and {exact(rates[1])}"
+    return (
+        f"{name}: at one learning rate ({shared}) the validation loss ends at {ends[0]} with the forward gradient and {ends[1]} with "
+        f"backpropagation; each tuned, at {ends[2]} and {ends[3]}. {_times('Backpropagation', rates[3], rates[1])}; "
+        f"{_lower_first(_times('The forward gradient', rates[2], rates[0]))}."
+    )
+
+
+def _times(name: str, tuned: float, shared: float) -> str:
+    return f"{name}'s tuned learning rate, {exact(tuned)}, is {number(tuned / shared)} times the shared one"
+
+
+def _is(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
+def _lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]

@@ -1,0 +1,149 @@
+"""Estimates and intervals of numbers; knows nothing of files.
+
+A loss that is not finite counts as infinite: it is never left out, because leaving out the runs that failed would flatter an arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n values with its two-sided 95 % t interval; no interval from one value or where a value is not finite."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values against steps, over one run or several: mean, least and greatest."""
+
+    at: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+def estimate(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Estimate:
+    """The mean of independent values and its interval, cut to the values that are possible at all (a loss is never negative).
+
+    >>> estimate([1.0, 2.0, 3.0]).mean, estimate([1.0]).low
+    (2.0, None)
+    """
+    if not values:
+        raise ValueError("no values to average")
+    n = len(values)
+    if not all(math.isfinite(value) for value in values):
+        return Estimate(math.inf, None, None, n)
+    mean = float(np.mean(values))
+    if n == 1:
+        return Estimate(mean, None, None, n)
+    half = _quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Estimate(mean, max(least, mean - half), min(most, mean + half), n)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """mean(first) − mean(second) with Welch's 95 % interval, which lets the two spreads differ; n is the smaller number of values."""
+    one, two = estimate(first), estimate(second)
+    n = min(one.n, two.n)
+    if not (math.isfinite(one.mean) and math.isfinite(two.mean)):
+        gap = 0.0 if one.mean == two.mean else one.mean - two.mean  # inf − inf: neither arm is ahead
+        return Estimate(gap, None, None, n)
+    gap = one.mean - two.mean
+    if n == 1:
+        return Estimate(gap, None, None, n)
+    parts = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
+    variance = sum(parts)
+    if variance == 0:
+        return Estimate(gap, gap, gap, n)
+    # Welch–Satterthwaite, on shares of the variance so that tiny variances cannot underflow when squared.
+    freedom = 1 / sum((part / variance) ** 2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
+    half = _quantile(freedom) * math.sqrt(variance)
+    return Estimate(gap, gap - half, gap + half, n)
+
+
+def _quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def first_at_or_below(at: Sequence[float], losses: Sequence[float], target: float) -> float:
+    """Where (step or second) the loss was first seen at or below the target; infinity where it never was.
+
+    >>> first_at_or_below([50, 100, 200], [2.0, 0.9, 1.1], 1.0), first_at_or_below([50], [2.0], 1.0)
+    (100.0, inf)
+    """
+    return next((float(place) for place, loss in zip(at, losses, strict=True) if loss <= target), math.inf)
+
+
+def median(values: Sequence[float]) -> float:
+    """The median, infinite where half of the values or more are: a miss counts as taking for ever.
+
+    >>> median([100.0, 300.0]), median([100.0, float("inf")])
+    (200.0, inf)
+    """
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def binned(curves: Sequence[Sequence[float]], bins: int = 400) -> Curve:
+    """Losses of steps 1, 2, … of one run or several, pooled into at most `bins` equal bins; what is not finite is a gap."""
+    longest = max((len(curve) for curve in curves), default=0)
+    if not longest:
+        return Curve((), (), (), ())
+    width = math.ceil(longest / bins)
+    values = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
+    places = np.concatenate([np.arange(len(curve)) // width for curve in curves])
+    places, values = places[np.isfinite(values)], values[np.isfinite(values)]
+    count = math.ceil(longest / width)
+    sizes = np.bincount(places, minlength=count)
+    low, high = np.full(count, np.inf), np.full(count, -np.inf)
+    np.minimum.at(low, places, values)
+    np.maximum.at(high, places, values)
+    there = sizes > 0
+    means = np.bincount(places, weights=values, minlength=count)[there] / sizes[there]
+    starts = np.arange(count) * width + 1
+    centres = (starts + np.minimum(starts + width - 1, longest)) / 2
+    return Curve(_tuple(centres[there]), _tuple(means), _tuple(low[there]), _tuple(high[there]))
+
+
+def pooled(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Curve:
+    """Evaluations (steps, losses) of several runs, pooled where they share a step; values that are not finite are gaps."""
+    seen: dict[float, list[float]] = {}
+    for at, losses in curves:
+        for place, loss in zip(at, losses, strict=True):
+            if math.isfinite(loss):
+                seen.setdefault(float(place), []).append(float(loss))
+    rows = sorted(seen.items())
+    return Curve(
+        tuple(place for place, _ in rows),
+        tuple(float(np.mean(values)) for _, values in rows),
+        tuple(min(values) for _, values in rows),
+        tuple(max(values) for _, values in rows),
+    )
+
+
+def thinned(path: Sequence[Sequence[float]], most: int = 400) -> list[tuple[float, float]]:
+    """A path of points with at most about `most` of them, its ends kept, up to the first point that is not finite."""
+    points: list[tuple[float, float]] = []
+    for point in path:
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in point):
+            break
+        points.append((float(point[0]), float(point[1])))
+    stride = math.ceil(len(points) / most) if points else 1
+    return [point for i, point in enumerate(points) if i % stride == 0 or i == len(points) - 1]
+
+
+def _tuple(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

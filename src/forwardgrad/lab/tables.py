@@ -1,0 +1,279 @@
+"""The tables of a report: stored results in, words and figures in cells out. Loads without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forwardgrad.lab import stats
+from forwardgrad.lab.recipes import TABLE1
+from forwardgrad.lab.results import ArmResult, Done, StudyResult, finite
+
+TARGETS = {"cifar10": (2.2, 2.0, 1.5, 1.0)}  # validation losses whose first sight is timed
+TARGETS_ELSEWHERE = (1.0, 0.5, 0.3, 0.1)
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "digits": "digits"}
+MODELS = {"nn": "NN", "cnn": "CNN", "cifar-cnn": "CNN", "logistic": "logistic regression", "mlp": "MLP"}
+ROWS = {arm.name: number for number, arm in enumerate(TABLE1, 1)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell, a smaller line below it, and a tone: an arm's kind, `warn`, `quiet`, `code` or nothing."""
+
+    text: str
+    sub: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in titled groups, and what each column means in plain words."""
+
+    columns: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]
+    caption: str
+    meaning: tuple[tuple[str, str], ...] = ()
+
+
+NONE = Cell("–", tone="quiet")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without exponents where a reader can do without; words for what is no finite number.
+
+    >>> number(0.06128), number(12345.6), number(1e-05), number(float("inf"))
+    ('0.0613', '12,346', '1e-5', 'not finite')
+    """
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value == 0 or abs(value) >= 1e-4:
+        return f"{value:#.{digits}g}".rstrip(".") if value else "0"
+    return f"{value:.{digits}g}".replace("e-0", "e-")
+
+
+def exact(value: float) -> str:
+    """A hyperparameter as it was given: 0.1, 1e-5."""
+    return f"{value:.6g}".replace("e-0", "e-")
+
+
+def percent(value: float) -> str:
+    return "not finite" if not math.isfinite(value) else f"{100 * value:.2f} %"
+
+
+def duration(value: float) -> str:
+    """Seconds in the unit that suits them.
+
+    >>> duration(0.00321), duration(75), duration(5400)
+    ('3.21 ms', '75.0 s', '1.50 h')
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (5400.0, 1 / 60, "min")):
+        if value < limit:
+            return f"{number(value * factor)} {unit}"
+    return f"{number(value / 3600)} h"
+
+
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def results(study: StudyResult) -> Table:
+    """What every arm reached on the test split."""
+    numbered = any(arm.name in ROWS for arm in study.arms)
+    published = any(arm.record.get("published") for arm in study.arms)
+    kinds: list[tuple[str, str, Callable[[ArmResult], Cell]]] = [
+        ("arm", "the method that supplies the gradient; within a comparison only it and the hyperparameters beside it differ", arm_cell),
+        ("hyperparameters", "lr γ₀ and decay k: the learning rate at step t is γ₀·exp(−k·t)", lambda arm: Cell(hyperparameters(arm))),
+        ("epochs", "epochs really run; 'shortened' where the paper trained longer", _epochs),
+        ("published 'test loss'", "as printed in Table I: the loss of the last 16 shuffled test images, one seed", _published),
+        ("ours, last 16", "the same reading of our first run; below it, the 5–95 % range of such readings of the same network", _last16),
+        ("test loss", "mean cross-entropy (nats) over the whole test split, averaged over seeds, with its 95 % t interval", _test_loss),
+        ("test accuracy", "images of the whole test split classified rightly, averaged over seeds, with its 95 % t interval", _accuracy),
+        ("outcome", "whether the runs finished, and where and why one was stopped as diverged", outcome),
+    ]
+    if numbered:
+        kinds.insert(0, ("#", "row of the paper's Table I", lambda arm: Cell(str(ROWS[arm.name])) if arm.name in ROWS else NONE))
+    if not published:
+        kinds = [kind for kind in kinds if kind[2] not in (_published, _last16)]
+    rows = _grouped(study, [make for _, _, make in kinds])
+    return Table(tuple(head for head, _, _ in kinds), rows, "Results", tuple((head, words) for head, words, _ in kinds))
+
+
+def speed(study: StudyResult) -> list[Table]:
+    """How long each arm took to given validation losses: one table for each data set, because the losses differ."""
+    tables = []
+    for data in dict.fromkeys(arm.data for arm in study.arms if arm.done):
+        targets = TARGETS.get(str(data), TARGETS_ELSEWHERE)
+        makers = [arm_cell, _per_step, *(_to(target) for target in targets)]
+        arms = tuple(arm for arm in study.arms if arm.data == data and arm.done)
+        meaning = (
+            ("time per step", "training time over steps, averaged over seeds; evaluations do not count"),
+            ("to loss …", "step and training time of the first evaluation with at most this validation loss, the median over seeds; "
+             "losses are evaluated after 50, 100, 200 and 400 steps and then every epoch"),
+        )  # fmt: skip
+        columns = ("arm", "time per step", *(f"to loss {target}" for target in targets))
+        caption = f"Speed on {DATA.get(str(data), str(data))}"
+        tables.append(Table(columns, _grouped(StudyResult(study.name, study.title, arms), makers), caption, meaning))
+    return tables
+
+
+def tuning(study: StudyResult) -> Table | None:
+    """How each arm was tuned; None for a study without a search."""
+    arms = tuple(arm for arm in study.arms if arm.record.get("space"))
+    if not arms:
+        return None
+    columns = ("arm", "grid points", "searched", "chosen", "validation loss", "winner's place")
+    meaning = (
+        ("grid points", "combinations tried, each for the epochs given below it, on a seed of its own, without the test split"),
+        ("chosen", "the combination with the least validation loss"),
+        ("winner's place", "on an edge of the grid a better value may lie outside it"),
+    )
+    rows = _grouped(
+        StudyResult(study.name, study.title, arms),
+        [arm_cell, _points, _space, lambda arm: Cell(_values(_chosen(arm).get("values") or {})), _trial_loss, _edge],
+    )
+    return Table(columns, rows, "Tuning", meaning)
+
+
+def _grouped(study: StudyResult, makers: Sequence[Callable[[ArmResult], Cell]]) -> tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]:
+    return tuple((group, tuple(tuple(make(arm) for make in makers) for arm in arms)) for group, arms in study.groups.items())
+
+
+def arm_cell(arm: ArmResult) -> Cell:
+    return Cell(arm.label, tone=arm.kind)
+
+
+def hyperparameters(arm: ArmResult) -> str:
+    if not arm.run:
+        return _values(_chosen(arm).get("values") or {}) or "–"
+    optimizer, estimator = arm.run["optimizer"], arm.run["estimator"]
+    parts = [f"lr {exact(optimizer['lr'])}", f"decay {exact(optimizer['decay'])}"]
+    if optimizer["name"] == "nesterov" or optimizer["momentum"]:
+        parts.append(f"momentum {exact(optimizer['momentum'])}")
+    if optimizer["name"] == "adam":
+        parts += [f"β₁ {exact(optimizer['beta1'])}", f"β₂ {exact(optimizer['beta2'])}"]
+    if arm.kind == "forward":
+        clip, tangents = estimator.get("clip"), estimator.get("tangents", 1)
+        parts.append(f"clip ±{exact(clip)}" if clip else "no clip")
+        parts += [f"{tangents} tangents"] if tangents != 1 else []
+    return " · ".join(parts)
+
+
+def _epochs(arm: ArmResult) -> Cell:
+    run = [float(done.result["epochs"]) for done in arm.done]
+    text = "–" if not run else _epoch(run[0]) if min(run) == max(run) else f"{_epoch(min(run))} to {_epoch(max(run))}"
+    return Cell(text, arm.shortened or "", "warn" if arm.shortened else "")
+
+
+def _epoch(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:.2g}" if value < 1 else f"{value:.1f}"
+
+
+def _published(arm: ArmResult) -> Cell:
+    published = arm.record.get("published")
+    return Cell(f"{published['test_loss']:.3f}", f"after {published['epochs']} epochs") if published else NONE
+
+
+def _last16(arm: ArmResult) -> Cell:
+    tests = [done.result["test"] for done in arm.done if done.result.get("test")]
+    if not tests:
+        return NONE
+    test = tests[0]
+    return Cell(number(test.get("last16")), f"{number(test.get('last16_low'))} to {number(test.get('last16_high'))}")
+
+
+def _test_loss(arm: ArmResult) -> Cell:
+    return _estimated([done.test_loss for done in arm.done], number, 0.0, math.inf)
+
+
+def _accuracy(arm: ArmResult) -> Cell:
+    return _estimated([done.accuracy for done in arm.done], percent, 0.0, 1.0)
+
+
+def _estimated(values: Sequence[float], words: Callable[[float], str], least: float, most: float) -> Cell:
+    """A mean with its interval; where a value is not finite there is no mean, and the finite ones are listed instead."""
+    if not values:
+        return NONE
+    bad = [value for value in values if not math.isfinite(value)]
+    if bad:
+        others = ", ".join(words(value) for value in values if math.isfinite(value))
+        return Cell(f"not finite in {len(bad)} of {count(len(values), 'run')}", f"the rest: {others}" if others else "", "warn")
+    found = stats.estimate(values, least, most)
+    if found.low is None or found.high is None:
+        return Cell(words(found.mean), "n = 1, no interval")
+    low, high = words(found.low), words(found.high)
+    unit = high[high.index(" ") :] if " " in high else ""  # named once where both ends have it
+    return Cell(words(found.mean), f"{low.removesuffix(unit) if unit else low} to {high}, n = {found.n}")
+
+
+def outcome(arm: ArmResult) -> Cell:
+    lost = [f"diverged at step {done.result['diverged_at']:,} ({done.result['reason']})" for done in arm.done if done.diverged]
+    if lost:
+        among = f"in {len(lost)} of {count(len(arm.done), 'run')}" if len(arm.done) > 1 else ""
+        rest = "; ".join(part for part in (among, "" if arm.complete else arm.progress) if part)
+        return Cell("; ".join(dict.fromkeys(lost)), rest, "warn")
+    if not arm.complete:
+        return Cell(arm.progress, tone="warn")
+    return Cell("finished", tone="quiet")
+
+
+def _per_step(arm: ArmResult) -> Cell:
+    return _estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
+
+
+def _to(target: float) -> Callable[[ArmResult], Cell]:
+    def make(arm: ArmResult) -> Cell:
+        steps, seconds = ([_reached(done, column, target) for done in arm.done] for column in ("step", "seconds"))
+        hits = sum(math.isfinite(step) for step in steps)
+        among = f"{hits} of {len(steps)} runs" if 0 < hits < len(steps) else ""
+        if not math.isfinite(stats.median(steps)):
+            return Cell("not reached", f"except in {among}" if among else "", "quiet")
+        return Cell(f"{stats.median(steps):,.0f} steps", duration(stats.median(seconds)) + (f", {among}" if among else ""))
+
+    return make
+
+
+def _reached(done: Done, column: str, target: float) -> float:
+    table = done.evaluations
+    return stats.first_at_or_below(table.get(column, []), table.get("validation_loss", []), target)
+
+
+def _chosen(arm: ArmResult) -> dict[str, Any]:
+    return arm.record.get("chosen") or {}
+
+
+def _values(values: dict[str, float]) -> str:
+    return " · ".join(f"{name} {exact(value)}" for name, value in values.items())
+
+
+def _points(arm: ArmResult) -> Cell:
+    results = [trial for trial in arm.trials if trial]
+    lost = sum(trial.get("status") == "diverged" for trial in results)
+    waiting = len(arm.trials) - len(results)
+    parts = [count(int(arm.record.get("tuning_epochs") or 0), "epoch") + " each"]
+    parts += [f"{lost} diverged"] if lost else []
+    parts += [f"{waiting} unfinished"] if waiting else []
+    return Cell(str(len(arm.trials)), ", ".join(parts))
+
+
+def _space(arm: ArmResult) -> Cell:
+    parts = []
+    for name, values in arm.record["space"].items():
+        many = f"{exact(min(values))} to {exact(max(values))} ({len(values)} values)"
+        parts.append(f"{name} {', '.join(map(exact, values)) if len(values) <= 4 else many}")
+    return Cell(" · ".join(parts))
+
+
+def _trial_loss(arm: ArmResult) -> Cell:
+    loss = _chosen(arm).get("validation_loss")
+    return Cell(number(finite(loss))) if loss is not None else Cell("no point stayed finite", tone="warn")
+
+
+def _edge(arm: ArmResult) -> Cell:
+    edges = _chosen(arm).get("at_edge") or []
+    return Cell(f"on the edge of its grid: {', '.join(edges)}", tone="warn") if edges else Cell("inside its grid", tone="quiet")

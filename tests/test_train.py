@@ -1,0 +1,207 @@
+"""The training loop: against a loop written by hand, killed and resumed, diverging, and evaluated on whole splits."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from forwardgrad.lab import data, models, store, train
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import Optimizer, Run, stream
+
+BACKPROP = {"name": "backprop"}
+FORWARD = {"name": "forward", "clip": 1.0}
+RUN = Run("digits", "logistic", BACKPROP, Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5), epochs=3)
+UNTIMED = {"seconds"}
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """Everything a run leaves behind, but for the time it took."""
+    result = json.loads((folder / "result.json").read_text())
+    evaluations = store.read_table(folder / "evaluations.csv")
+    kept = [{key: value for key, value in table.items() if key not in UNTIMED} for table in (result, evaluations)]
+    return (*kept, (folder / "losses.csv.gz").read_bytes())
+
+
+def test_backprop_is_the_loop_anyone_would_write(tmp_path: Path) -> None:
+    result = train.train(RUN, tmp_path)
+    digits = data.load("digits", RUN.seed)
+    torch.manual_seed(stream(RUN.seed, "initialisation"))
+    model = models.build("logistic", digits.shape, 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
+    losses = []
+    for epoch in range(3):
+        order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(stream(RUN.seed, f"order of epoch {epoch}")))
+        for batch in order.split(64):
+            optimizer.param_groups[0]["lr"] = 0.5 * math.exp(-1e-3 * len(losses))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(digits.train.images[batch].float() / 16), digits.train.labels[batch])
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert result["steps"] == len(losses) == 3 * 17
+    assert store.read_table(tmp_path / "losses.csv.gz")["loss"] == pytest.approx(losses, rel=1e-5)
+    with torch.no_grad():
+        logits = model(digits.test.images.float() / 16)
+    assert result["test"]["loss"] == pytest.approx(float(F.cross_entropy(logits.double(), digits.test.labels)), rel=1e-5)
+    assert result["test"]["accuracy"] == float((logits.argmax(1) == digits.test.labels).double().mean())
+    assert result["test"]["examples"] == 360
+
+
+@pytest.mark.parametrize("estimator", [BACKPROP, FORWARD], ids=lambda e: e["name"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Optimizer("sgd", 0.01, 1e-4), Optimizer("nesterov", 0.01, 1e-4, momentum=0.9), Optimizer("adam", 0.001, 1e-4)],
+    ids=lambda o: o.name,
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: dict[str, Any], optimizer: Optimizer
+) -> None:
+    run = dataclasses.replace(RUN, estimator=estimator, optimizer=optimizer, epochs=4)
+    train.train(run, tmp_path / "undisturbed")
+    monkeypatch.setattr(train, "FIRST_EVALUATIONS", (7,))  # other interruptions of the loop must not matter either
+    train.train(run, tmp_path / "reference")
+
+    say, kills = train._say, iter([7, 17, 51])
+    kill_at = next(kills)
+
+    def killed(state: Any, *rest: Any) -> None:
+        nonlocal kill_at
+        say(state, *rest)
+        if state.step >= kill_at:
+            kill_at = next(kills, 10**9)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_say", killed)
+    interruptions = 0
+    while not (tmp_path / "killed" / "result.json").exists():
+        try:
+            train.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 3
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "reference")
+    assert outcome(tmp_path / "undisturbed")[2] == outcome(tmp_path / "reference")[2]
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "environment.json",
+        "evaluations.csv",
+        "losses.csv.gz",
+        "result.json",
+        "run.json",
+    ]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train.train(RUN, tmp_path)
+    monkeypatch.setattr(train, "_loop", lambda *_: pytest.fail("trained again"))
+    assert train.train(RUN, tmp_path) == first
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.01))
+    first, again = train.train(run, tmp_path / "a"), train.train(run, tmp_path / "b")
+    other = train.train(dataclasses.replace(run, seed=1), tmp_path / "c")
+    assert first["test"] == again["test"] != other["test"]
+
+
+def test_a_run_that_explodes_is_a_result(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, model="mlp", optimizer=Optimizer("sgd", 1e20), epochs=10)
+    result = train.train(run, tmp_path)
+    assert result["status"] == "diverged"
+    assert result["reason"] == "the loss is not finite"
+    losses = store.read_table(tmp_path / "losses.csv.gz")["loss"]
+    assert result["diverged_at"] == result["steps"] == len(losses)
+    assert all(map(math.isfinite, losses[:-1]))
+    assert not math.isfinite(losses[-1])
+    assert result["test"]["loss"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "STUCK_STEPS", 50)
+    monkeypatch.setattr(train, "STUCK_FACTOR", 0.01)
+    result = train.train(dataclasses.replace(RUN, epochs=20), tmp_path)
+    assert result["status"] == "diverged"
+    assert result["reason"] == f"the loss stayed above {0.01 * math.log(10):.1f} for 50 steps"
+    assert result["diverged_at"] == 100  # the first look after 50 steps
+
+
+def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    losses_of = train.losses_of
+    monkeypatch.setattr(train, "losses_of", lambda model, dataset, split: seen.append(split) or losses_of(model, dataset, split))
+    digits = data.load("digits", RUN.seed)
+    assert train.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
+    assert seen
+    assert all(torch.equal(split.labels, digits.validation.labels) for split in seen)
+
+
+def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
+    losses = torch.zeros(1000, dtype=torch.float64)
+    losses[::16] = 16.0  # so a mini-batch's mean is the number of such images in it
+    readings = [train._published_reading(losses, seed) for seed in range(20)]
+    assert all(float(r["last16"]).is_integer() for r in readings)  # type: ignore[arg-type]
+    assert len({r["last16"] for r in readings}) > 1
+    assert all(r["last16_low"] == 0.0 and r["last16_high"] in (2.0, 3.0) for r in readings)  # binomial(16, 0.063)
+
+
+def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(RUN, estimator=FORWARD)
+    digits = data.load("digits", 0)
+    state = train._begin(run, digits, torch.device("cpu"))
+    train._advance(run, digits, state, 1)
+
+    def waits(*_: Any, **__: Any) -> None:
+        pytest.fail("a step read a value from the device")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    train._advance(run, digits, state, 5)
+    monkeypatch.undo()
+    assert state.step == 5
+    assert state.losses[:5].isfinite().all()
+
+
+def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train.train(RUN, tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK nonsense")
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
+        train.train(RUN, tmp_path)
+
+
+def test_a_checkpoint_of_unknown_origin_executes_nothing(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"model": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="damaged"):
+        train.train(RUN, tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no GPU for --device cuda:99"):
+        train.train(RUN, tmp_path, device="cuda:99")
+    with pytest.raises(UserError, match="choose cpu, cuda"):
+        train.train(RUN, tmp_path, device="gpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mnist_trains(tmp_path: Path, data_dir: Path) -> None:
+    run = Run("mnist", "logistic", BACKPROP, Optimizer("sgd", 0.1), epochs=1)
+    result = train.train(run, tmp_path, data_dir=data_dir)
+    assert result["steps"] == 782
+    assert result["test"]["examples"] == 10_000
+    assert 0.88 < result["test"]["accuracy"] < 0.93  # logistic regression after one epoch
