@@ -189,7 +189,7 @@ def reproduce(
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the final runs.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the final runs.")] = 30,
     seeds: Seeds = 3,
     out: Out = Path("demo"),
     jobs: Jobs = 2,

@@ -15,7 +15,7 @@ from typing import Any
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Run
-from forwardgrad.lab.store import Store
+from forwardgrad.lab.store import Store, sweep
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,11 @@ def _pooled(runs: Sequence[Run], store: Store, place: Place) -> dict[str, dict[s
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed (out of memory?): run the same command again to go on, with fewer --jobs") from error
     except BaseException:
-        for process in (pool._processes or {}).values():  # a run only ends at its end: waiting for it would ignore Ctrl-C
+        for process in list((pool._processes or {}).values()):  # a run only ends at its end: waiting for it would ignore Ctrl-C
             process.terminate()
+            process.join()
+        for run in runs:
+            sweep(store.folder(run.identity))
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

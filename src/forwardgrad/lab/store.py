@@ -40,6 +40,12 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left in a run's folder; nobody else may be writing there."""
+    for path in folder.glob(".*"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 

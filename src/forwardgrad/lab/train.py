@@ -86,6 +86,7 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = _begin(run, dataset, on)
         folder.mkdir(parents=True, exist_ok=True)
+        store.sweep(folder)
         store.write_json(folder / "run.json", to_json(run))
         store.write_json(folder / "environment.json", environment.describe(on))
         _resume(state, folder)

@@ -1,0 +1,197 @@
+"""The command line as a user meets it: every mistake one sentence and status 2, Ctrl-C status 130, finished work kept."""
+
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import forwardgrad as fg
+from forwardgrad.lab import cli, recipes
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["forwardgrad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+DIGITS = ("train", "--data", "digits", "--model", "logistic", "--epochs", "2", "--lr", "0.01", "--out", "OUT")
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    (("train", "--data", "imagenet"), "'digits', 'mnist', 'cifar10'"),
+    (("train", "--model", "resnet"), "'cifar-cnn'"),
+    (("train", "--estimator", "evolution"), "'forward', 'backprop'"),
+    (("train", "--optimizer", "lion"), "'sgd', 'nesterov', 'adam'"),
+    (("train", "--law", "cauchy"), "'gaussian', 'rademacher', 'sphere'"),
+    (("train", "--lr", "0"), "learning rate must be a positive number, not 0.0"),
+    (("train", "--lr", "-1"), "learning rate must be a positive number, not -1.0"),
+    (("train", "--lr", "nan"), "learning rate must be a positive number"),
+    (("train", "--lr", "fast"), "--lr"),
+    (("train", "--decay", "-1"), "decay must be zero or positive"),
+    (("train", "--momentum", "1"), "momentum must lie in [0, 1)"),
+    (("train", "--beta1", "1"), "beta1 must lie in [0, 1)"),
+    (("train", "--epochs", "0"), "--epochs"),
+    (("train", "--epochs", "-3"), "--epochs"),
+    (("train", "--batch-size", "0"), "--batch-size"),
+    (("train", "--tangents", "0"), "--tangents"),
+    (("train", "--clip", "0"), "clip must be a positive number or None for no clip, not 0.0"),
+    (("train", "--clip", "-1"), "clip must be a positive number"),
+    (("train", "--estimator", "backprop", "--tangents", "2"), "backprop estimator has no option 'tangents'"),
+    (("train", "--seed", "-1"), "--seed"),
+    (("train", "--device", "cuda:77"), "no GPU for --device cuda:77"),
+    (("train", "--device", "abacus"), "choose cpu, cuda"),
+    (("train", "--data", "mnist", "--data-dir", "NOWHERE"), "forwardgrad data fetch mnist"),
+    (("train", "--data", "digits", "--model", "cnn"), "needs larger images"),
+    (("train", "--data", "digits", "--out", "FILE/out"), "cannot write to the output folder"),
+    (("tune", "--lr", "0.1,high"), "--lr takes numbers separated by commas"),
+    (("tune", "--lr", "0.1,-0.1"), "learning rate must be a positive number, not -0.1"),
+    (("tune",), "--lr"),
+    (("reproduce", "table2"), "'table1', 'figure1', 'figure2', 'baydin'"),
+    (("reproduce", "table1", "--rows", "15"), "choose a number from 1 to 14"),
+    (("reproduce", "table1", "--epochs", "0"), "--epochs"),
+    (("reproduce", "table1", "--seeds", "0"), "--seeds"),
+    (("reproduce", "table1", "--jobs", "0"), "--jobs"),
+    (("reproduce", "baydin", "--rows", "cnn"), "choose from logistic, nn"),
+    (("reproduce", "baydin", "--retune"), "leave --retune out"),
+    (("cost", "--models", "resnet"), "unknown model 'resnet'"),
+    (("report", "NOWHERE"), "not an output folder of forwardgrad"),
+    (("data", "fetch", "imagenet"), "imagenet"),
+    (("tarin",), "train"),
+    (("train", "--learning-rate", "1"), "--learning-rate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_is_one_sentence_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORWARDGRAD_DATA", raising=False)
+    (tmp_path / "FILE").write_text("")
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    told = [line for line in err.strip().splitlines() if line.startswith("forwardgrad: ")]
+    assert status == 2
+    assert len(told) == 1
+    assert words in told[0]
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("run.json"))  # nothing half-written
+
+
+def test_train_prints_its_result_and_a_second_call_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tmp_path) if a == "OUT" else a for a in DIGITS]
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    folder = Path(out.strip())
+    assert status == 0
+    assert "finished, validation loss" in err
+    result = (folder / "result.json").read_bytes()
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert (status, Path(out.strip())) == (0, folder)
+    assert "1 finished before" in err
+    assert (folder / "result.json").read_bytes() == result
+
+
+def test_every_estimator_and_every_field_can_be_chosen() -> None:
+    options = set(inspect.signature(cli.train).parameters)
+    fields = {field.name for kind in fg.ESTIMATORS for field in dataclasses.fields(kind)}
+    assert fields <= options
+    assert {kind.name for kind in fg.ESTIMATORS} == {"forward", "backprop"}  # as in cli.Estimator
+    assert {law.name for law in fg.LAWS} == {"gaussian", "rademacher", "sphere"}  # as in cli.Law
+
+
+def test_tune_trains_the_best_point_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm = ("tune", "--data", "digits", "--model", "logistic", "--estimator", "backprop")
+    budget = ("--lr", "0.01,0.1,1", "--epochs", 3, "--tuning-epochs", 1, "--seeds", 2)
+    status, out, _ = run(monkeypatch, capsys, *arm, *budget, "--out", tmp_path)
+    (study,) = [json.loads(p.read_text()) for p in (tmp_path / "studies").iterdir()]
+    (stored,) = study["arms"]
+    assert status == 0
+    assert len(stored["trials"]) == 3
+    assert stored["chosen"]["values"]["lr"] == 1.0
+    assert stored["chosen"]["at_edge"] == ["lr"]
+    assert len(stored["runs"]) == 2
+    assert str(tmp_path / "report.html") in out
+    assert (tmp_path / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(monkeypatch, capsys, "demo", "--epochs", 2, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
+    assert status == 0
+    assert str(tmp_path / "report.html") in out
+    page = (tmp_path / "report.html").read_text()
+    assert "backpropagation" in page
+    assert "<svg" in page
+
+
+@pytest.mark.slow
+def test_reproduce_runs_rows_shortened_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_dir: Path
+) -> None:
+    short = (dataclasses.replace(recipes.TABLE1[0].run, model="logistic"), dataclasses.replace(recipes.TABLE1[1].run, model="logistic"))
+    rows = tuple(dataclasses.replace(row, run=run) for row, run in zip(recipes.TABLE1[:2], short, strict=True))
+    monkeypatch.setattr(recipes, "TABLE1", rows)  # the smallest network in place of the NN
+    status, _, _ = run(monkeypatch, capsys, "reproduce", "table1", "--epochs", 1, "--data-dir", data_dir, "--out", tmp_path)
+    assert status == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "shortened: 1 of 50 epochs" in report
+    assert str(data_dir) not in report.replace(f"--data-dir {data_dir}", "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("train",), ("tune",), ("reproduce",), ("demo",), ("cost",), ("report",), ("data",)])
+def test_help_explains_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    status, out, _ = run(monkeypatch, capsys, *arguments, "--help")
+    assert status == 0
+    assert "Usage: forwardgrad" in out
+    options = [line.split() for line in out.splitlines() if line.startswith("  --")]
+    assert all(len(words) > 1 for words in options)
+
+
+def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"forwardgrad {fg.__version__}\n")
+
+
+def test_data_verify_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(monkeypatch, capsys, "data", "verify", "--data-dir", tmp_path)
+    assert status == 0
+    assert out.count("missing") == 11
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"not it")
+    status, out, err = run(monkeypatch, capsys, "data", "verify", "--data-dir", tmp_path)
+    assert status == 2
+    assert "damaged" in out
+    assert "forwardgrad data fetch" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_keeps_finished_work_and_the_same_command_goes_on(tmp_path: Path, jobs: str) -> None:
+    command = [sys.executable, "-m", "forwardgrad", "demo", "--epochs", "60", "--seeds", "1", "--jobs", jobs, "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (finished := list(tmp_path.glob("runs/*/result.json"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, err = process.communicate(timeout=60)
+    assert finished
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted; finished runs are kept" in err
+    assert all(json.loads(path.read_text()) for path in tmp_path.glob("runs/*/*.json"))
+    assert not list(tmp_path.rglob(".*"))  # no temporary file is left
