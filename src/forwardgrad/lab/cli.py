@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -179,12 +180,11 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds, retune, tuning_epochs)
-    store = _open(out)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
-        functions.write(store)
-    _study(study, out, device, data_dir, jobs)
+        functions.write(_open(out))
+    _study(study, out, device, data_dir, jobs, cost_of={arm.run.model for arm in study.arms})
 
 
 @app.command()
@@ -280,8 +280,8 @@ def _execute(
     return store, execute(runs, store, Place(device, data_dir, jobs), Progress(names))
 
 
-def _study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> None:
-    """Run a study, write the report, print where it is."""
+def _study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, cost_of: Collection[str] = ()) -> None:
+    """Run a study, time a step of the networks `cost_of` that were not timed before, write the report, print where it is."""
     from forwardgrad.lab.environment import device as check_device
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress
@@ -294,8 +294,11 @@ def _study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: in
 
     progress.say(study.title)
     run_study(study, store, over, " ".join(["forwardgrad", *sys.argv[1:]]), progress.names)
+    from forwardgrad.lab import cost as costs
     from forwardgrad.lab.report import write
 
+    if untimed := sorted(set(cost_of) - costs.measured(store)):
+        progress.say(costs.measure(store, untimed, batch_size=64, rounds=15, device=device))
     print(f"report: {write(store)}")
 
 

@@ -32,18 +32,23 @@ ARMS: tuple[tuple[str, str, Estimator | None], ...] = (
 )
 
 
+def measured(store: Store) -> set[str]:
+    """The networks whose cost is stored."""
+    return {network["model"] for network in (read_json(store.root / "cost.json") or {}).get("networks", [])}
+
+
 def measure(store: Store, names: list[str], *, batch_size: int, rounds: int, device: str) -> str:
     """Measure the networks, store them in OUT/cost.json beside those measured before on the same machine, and return a text table."""
     if unknown := [name for name in names if name not in INPUTS]:
         raise UserError(f"unknown model {unknown[0]!r}: choose from {', '.join(INPUTS)}")
     on = environment.device(device)
     where = environment.describe(on)
-    measured = [_network(name, batch_size, rounds, on) for name in names]
+    new = [_network(name, batch_size, rounds, on) for name in names]
     stored = read_json(store.root / "cost.json") or {}
     kept = stored.get("networks", []) if _same_machine(stored.get("environment", {}), where) else []
-    networks = [network for network in kept if network["model"] not in names] + measured
+    networks = [network for network in kept if network["model"] not in names] + new
     write_json(store.root / "cost.json", {"schema": SCHEMA, "environment": where, "networks": networks})
-    return "\n".join(_line(network, arm) for network in measured for arm in network["arms"])
+    return "\n".join(_line(network, arm) for network in new for arm in network["arms"])
 
 
 def _same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
