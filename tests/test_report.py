@@ -133,7 +133,7 @@ def test_shortened_runs_are_marked_in_table_and_figure(table1: Store) -> None:
     text = reported(table1)
     assert row(text, "Results", NN_SGD, "forward gradient")["epochs"] == "1 (shortened: 1 of 50 epochs)"
     assert "Every arm trained for fewer epochs than the paper's (shortened: 1 of 50 epochs)" in text
-    assert re.search(r"!\[Training loss .*Shortened: 1 of 50 epochs\.\]", text)
+    assert re.search(r"!\[Figure [12]\. Training loss .*Shortened: 1 of 50 epochs\.\]", text)
 
 
 def test_the_verdict_is_counted_from_the_results(table1: Store) -> None:

@@ -58,8 +58,8 @@ def _spread(compared: Sequence[Pair]) -> str:
 
 
 def details(study: StudyResult) -> list[str]:
-    """Divergence, unfinished and shortened arms, the published readings, the time of a step: each where there is something to say."""
-    said = (finding(study) for finding in (_diverged, _unfinished, _shortened, _published, _steps))
+    """Divergence, unfinished and shortened arms, the published readings: each where there is something to say."""
+    said = (finding(study) for finding in (_diverged, _unfinished, _shortened, _published))
     return [sentence for sentence in said if sentence]
 
 
@@ -105,19 +105,6 @@ def _published(study: StudyResult) -> str:
         f"Of {count(asked, 'arm')} trained as long as the paper's, {inside} {'has' if inside == 1 else 'have'} "
         "the published reading within the 5–95 % range of our own."
     )
-
-
-def _steps(study: StudyResult) -> str:
-    ratios = []
-    for forward, backprop in pairs(study):
-        machines = {(run.environment.get("device"), run.environment.get("threads")) for arm in (forward, backprop) for run in arm.done}
-        if len(machines) == 1:  # times of different machines do not compare
-            one, two = (stats.estimate([run.seconds_per_step for run in arm.done]).mean for arm in (forward, backprop))
-            ratios += [one / two] if two > 0 else []
-    if not ratios:
-        return ""
-    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
-    return f"One step of the forward gradient took {low if low == high else f'{low} to {high}'} times as long as one of backpropagation."
 
 
 def two_settings(name: str, same: dict[str, ArmResult], tuned: dict[str, ArmResult]) -> str:

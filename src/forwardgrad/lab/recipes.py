@@ -145,7 +145,7 @@ def demo(epochs: int = 30, seeds: int = 3) -> Study:
             name=f"digits-{kind}",
             group="MLP · digits · SGD",
             kind=kind,
-            label=LABELS[kind] if kind == "backprop" else "forward gradient, 8 tangents",
+            label=LABELS[kind],
             run=Run("digits", "mlp", BACKPROP if kind == "backprop" else averaged, Optimizer("sgd", 0.01), epochs, batch_size=32),
             space={"lr": space},
         )

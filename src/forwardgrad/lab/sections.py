@@ -66,17 +66,17 @@ def _pictures(study: StudyResult) -> Iterable[str | Picture]:
         yield _validation(f"{study.name}-validation", [("", list(study.arms))], "Validation loss of both arms")
     else:
         if cifar := [arm for arm in study.arms if arm.data == "cifar10"]:
-            yield _training(f"{study.name}-figure-1", cifar)
+            yield _training(f"{study.name}-figure-1", cifar, "Figure 1. ")
         if any(arm.data == "mnist" for arm in study.arms):
             yield _figure_2(study)
 
 
-def _training(name: str, arms: Sequence[ArmResult]) -> Picture:
+def _training(name: str, arms: Sequence[ArmResult], heading: str = "") -> Picture:
     """Both arms' training loss in one panel: the paper's Figure 1."""
     title = " and ".join(dict.fromkeys(str(arm.record["group"]) for arm in arms))
     panel = figures.Panel(title, _lines(arms, 400), _notes(arms))
     svg = figures.curves(name, [[panel]], xlabel=STEP, ylabel=TRAINING)
-    return Picture(name, svg, f"Training loss per optimizer step, {title}. {_bins(400)}{_note_sentence(arms)}")
+    return Picture(name, svg, f"{heading}Training loss per optimizer step, {title}. {_bins(400)}{_note_sentence(arms)}")
 
 
 def _figure_2(study: StudyResult) -> Picture:
@@ -94,7 +94,7 @@ def _figure_2(study: StudyResult) -> Picture:
         rows.append(row)
     name = f"{study.name}-figure-2"
     svg = figures.curves(name, rows, xlabel=STEP, ylabel=TRAINING)
-    return Picture(name, svg, f"Training loss per optimizer step on MNIST, both arms. {_bins(150)}{_note_sentence(shown)}")
+    return Picture(name, svg, f"Figure 2. Training loss per optimizer step on MNIST, both arms. {_bins(150)}{_note_sentence(shown)}")
 
 
 def _bins(bins: int) -> str:

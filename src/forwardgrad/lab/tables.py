@@ -112,7 +112,8 @@ def speed(study: StudyResult) -> list[Table]:
         makers = [arm_cell, _per_step, *(_to(target) for target in targets)]
         arms = tuple(arm for arm in study.arms if arm.data == data and arm.done)
         meaning = (
-            ("time per step", "training time over steps, averaged over seeds; evaluations do not count"),
+            ("time per step", "training time over steps, averaged over seeds; evaluations do not count, but runs trained at the same time "
+             "slow one another: what a step costs is measured apart, both arms in turn"),
             ("to loss …", "step and training time of the first evaluation with at most this validation loss, the median over seeds; "
              "losses are evaluated after 50, 100, 200 and 400 steps and then every epoch"),
         )  # fmt: skip
