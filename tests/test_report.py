@@ -202,8 +202,8 @@ def test_the_winner_on_an_edge_is_flagged(store: Store) -> None:
     text = reported(store)
     forward = row(text, "Tuning", "MLP · digits · SGD", "forward gradient")
     assert forward["winner's place"] == "on the edge of its grid: lr"
-    assert forward["grid points"] == "5 (1 epoch each, 1 unfinished)"
-    assert forward["chosen"] == "lr 0.0001"
+    assert forward["grid points"] == "5 (1 epoch each, 1 diverged, 1 unfinished)"
+    assert forward["chosen"] == "lr 0.001"
     assert "and 1 was level" in text
     assert (store.root / "figures" / "demo-training.svg").exists()
 
