@@ -12,7 +12,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execute import Place, execute
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
-from forwardgrad.lab.store import Store
+from forwardgrad.lab.store import Store, alone
 
 RUN = Run("digits", "logistic", {"name": "forward", "clip": 1.0}, Optimizer("sgd", 0.01), epochs=2)
 QUIET = Progress(quiet=True)
@@ -34,6 +34,14 @@ def test_what_is_finished_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     first = execute([RUN, RUN], store, Place(), QUIET)
     monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("repeated"))
     assert execute([RUN], store, Place(jobs=2), QUIET) == first
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with alone(store.folder(RUN.identity)), pytest.raises(UserError, match="another process is training"):
+        execute([RUN], store, Place(), QUIET)
+    assert execute([RUN], store, Place(), QUIET)[RUN.identity]["status"] == "finished"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [RUN.identity]
 
 
 def test_a_mistake_in_a_worker_reaches_the_user(tmp_path: Path) -> None:

@@ -148,9 +148,10 @@ def tune(
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:
             Optimizer(optimizer, **{**first, name: value})
-    arm = Arm(f"{model}-{optimizer}-{estimator}", f"{model} · {data} · {optimizer}", estimator, recipes.LABELS[estimator], run, space)
-    study = Study("tune", f"Tuning on {data}", (arm,), seeds, tuning_epochs)
-    _study(study, out, device, data_dir, jobs)
+    arm = Arm(
+        f"{data}-{model}-{optimizer}-{estimator}", f"{model} · {data} · {optimizer}", estimator, recipes.LABELS[estimator], run, space
+    )
+    _report(_run_study(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs))
 
 
 @app.command()
@@ -180,11 +181,13 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds, retune, tuning_epochs)
+    store = _run_study(study, out, device, data_dir, jobs)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
-        functions.write(_open(out))
-    _study(study, out, device, data_dir, jobs, cost_of={arm.run.model for arm in study.arms})
+        functions.write(store)
+    _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    _report(store)
 
 
 @app.command()
@@ -195,7 +198,7 @@ def demo(
     jobs: Jobs = 2,
 ) -> None:
     """Compare both arms on scikit-learn's handwritten digits, without any download, in about a minute."""
-    _study(recipes.demo(epochs, seeds), out, "cpu", None, jobs)
+    _report(_run_study(recipes.demo(epochs, seeds), out, "cpu", None, jobs))
 
 
 @app.command()
@@ -209,16 +212,13 @@ def cost(
     """Time one step of each arm beside a plain forward pass, interleaved in one run, and add it to the report."""
     from forwardgrad.lab.cost import measure
 
-    store = _open(out)
-    print(measure(store, [name.strip() for name in models.split(",")], batch_size=batch_size, rounds=rounds, device=device))
+    print(measure(Store(out), [name.strip() for name in models.split(",")], batch_size=batch_size, rounds=rounds, device=device))
 
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]) -> None:
     """Write the report of an output folder again, from its stored runs."""
-    from forwardgrad.lab.report import write
-
-    print(write(Store(directory, create=False)))
+    _report(Store(directory, create=False))
 
 
 @data_app.command()
@@ -266,39 +266,41 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     return values
 
 
-def _open(out: Path) -> Store:
-    return Store(out)
-
-
 def _execute(
     out: Path, runs: list[Run], names: dict[str, str], device: str, data_dir: Path | None, jobs: int
 ) -> tuple[Store, dict[str, dict[str, Any]]]:
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress
 
-    store = _open(out)
+    store = Store(out)
     return store, execute(runs, store, Place(device, data_dir, jobs), Progress(names))
 
 
-def _study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, cost_of: Collection[str] = ()) -> None:
-    """Run a study, time a step of the networks `cost_of` that were not timed before, write the report, print where it is."""
+def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> Store:
+    """Run what is not finished of a study, under the live display; returns the store it is in."""
     from forwardgrad.lab.environment import device as check_device
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress
 
     check_device(device)
-    store, progress, place = _open(out), Progress(), Place(device, data_dir, jobs)
-
-    def over(runs: Any) -> Any:
-        return execute(runs, store, place, progress)
-
+    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs)
     progress.say(study.title)
-    run_study(study, store, over, " ".join(["forwardgrad", *sys.argv[1:]]), progress.names)
-    from forwardgrad.lab import cost as costs
+    command = " ".join(["forwardgrad", *sys.argv[1:]])
+    run_study(study, store, lambda runs: execute(runs, store, place, progress), command, progress.names)
+    return store
+
+
+def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
+    """Time a step of the networks that were not timed before in this store."""
+    from forwardgrad.lab.cost import measure, measured
+
+    if untimed := sorted(set(networks) - measured(store)):
+        print(measure(store, untimed, batch_size=64, rounds=15, device=device), file=sys.stderr)
+
+
+def _report(store: Store) -> None:
     from forwardgrad.lab.report import write
 
-    if untimed := sorted(set(cost_of) - costs.measured(store)):
-        progress.say(costs.measure(store, untimed, batch_size=64, rounds=15, device=device))
     print(f"report: {write(store)}")
 
 

@@ -61,9 +61,11 @@ def study_section(study: StudyResult) -> Section:
 def _pictures(study: StudyResult) -> Iterable[str | Picture]:
     if study.name == "baydin":
         yield from _baydin(study)
-    elif study.name == "demo":
-        yield _training(f"{study.name}-training", study.arms)
-        yield _validation(f"{study.name}-validation", [("", list(study.arms))], "Validation loss of both arms")
+    elif not any(arm.record.get("published") for arm in study.arms):
+        for index, (group, arms) in enumerate(study.groups.items()):
+            name = f"{study.name}-{index}" if index else study.name
+            yield _training(f"{name}-training", arms)
+            yield _validation(f"{name}-validation", [("", arms)], f"Validation loss, {group}")
     else:
         if cifar := [arm for arm in study.arms if arm.data == "cifar10"]:
             yield _training(f"{study.name}-figure-1", cifar, "Figure 1. ")

@@ -18,9 +18,12 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from forwardgrad.lab.errors import UserError
 
@@ -40,8 +43,28 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, swept of what a killed writer left there; the lock of a process that died is free.
+
+    Raises UserError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process is training in {folder}: wait for it, or choose another output folder with --out") from error
+    try:
+        sweep(folder)
+        yield
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
 def sweep(folder: Path) -> None:
-    """Remove what a killed writer left in a run's folder; nobody else may be writing there."""
+    """Remove half-written files from a run's folder; nobody may be writing there."""
     for path in folder.glob(".*"):
         path.unlink(missing_ok=True)
 

@@ -78,20 +78,20 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
 
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
-    done = store.read_json(folder / "result.json")
-    if done is not None:
+    if (done := store.read_json(folder / "result.json")) is not None:
         return done
     on = environment.device(device)
     dataset = data.load(run.data, run.seed, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = _begin(run, dataset, on)
-        folder.mkdir(parents=True, exist_ok=True)
-        store.sweep(folder)
-        store.write_json(folder / "run.json", to_json(run))
-        store.write_json(folder / "environment.json", environment.describe(on))
-        _resume(state, folder)
-        reason = _loop(run, dataset, state, folder, checkpoint_seconds)
-        return _finish(run, dataset, state, folder, reason)
+        with store.alone(folder):
+            if (done := store.read_json(folder / "result.json")) is not None:  # another process was quicker
+                return done
+            store.write_json(folder / "run.json", to_json(run))
+            store.write_json(folder / "environment.json", environment.describe(on))
+            _resume(state, folder)
+            reason = _loop(run, dataset, state, folder, checkpoint_seconds)
+            return _finish(run, dataset, state, folder, reason)
 
 
 def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
