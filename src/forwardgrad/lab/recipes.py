@@ -103,7 +103,10 @@ def _resized(arm: Arm, *, epochs: int | None, space: dict[str, tuple[float, ...]
 
 
 def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None = None, rows: list[str] | None = None) -> Study:
-    """Baydin's comparison at one learning rate for both arms, and beside it each arm tuned with seven points."""
+    """Baydin's comparison at one learning rate for both arms, and beside it each arm tuned with seven points.
+
+    Trials are as long as the final runs unless told otherwise: the largest rate that survives a short trial need not survive a long run.
+    """
     epochs = epochs or 10
     arms: list[Arm] = []
     models: tuple[ModelName, ...] = ("logistic", "nn")
@@ -114,7 +117,7 @@ def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None 
     if not arms:
         raise UserError(f"no row {rows[0] if rows else ''!r} in Baydin's comparison: choose from {', '.join(models)}")
     title = "Baydin's comparison: one learning rate for both arms, and each arm tuned"
-    return Study("baydin", title, tuple(arms), seeds, tuning_epochs or min(3, epochs))
+    return Study("baydin", title, tuple(arms), seeds, tuning_epochs or epochs)
 
 
 def _baydin_arm(model: ModelName, kind: Kind, tuned: bool, epochs: int) -> Arm:
