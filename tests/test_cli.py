@@ -1,9 +1,11 @@
 """The command line as a user meets it: every mistake one sentence and status 2, Ctrl-C status 130, finished work kept."""
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +69,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("data", "fetch", "imagenet"), "imagenet"),
     (("tarin",), "train"),
     (("train", "--learning-rate", "1"), "--learning-rate"),
+    (("train", "--data", "digits", "--lr", "1e300"), "at most 1e+30"),
+    (("train", "--data", "digits", "--epochs", "1000000000000"), "at most 1,000,000"),
+    (("train", "--data", "digits", "--optimizer", "adam", "--momentum", "0.9"), "Adam takes no momentum"),
+    (("train", "--data", "digits", "--optimizer", "sgd", "--beta1", "0.5"), "sgd takes no beta1"),
+    (("train", "--data", "digits", "--out", ""), "not the current folder"),
+    (("reproduce", "table1", "--rows", ","), "no row ''"),
+    (("data", "verify", "digits"), "choose from mnist, cifar10"),
 ]
 
 
@@ -91,12 +100,13 @@ def test_train_prints_its_result_and_a_second_call_repeats_nothing(
 ) -> None:
     arguments = [str(tmp_path) if a == "OUT" else a for a in DIGITS]
     status, out, err = run(monkeypatch, capsys, *arguments)
-    folder = Path(out.strip())
+    told, folder = out.splitlines()[0], Path(out.splitlines()[1])
     assert status == 0
-    assert "finished, validation loss" in err
+    assert told.startswith("finished, validation loss")
+    assert "[1/1] logistic forward: finished" in err
     result = (folder / "result.json").read_bytes()
     status, out, err = run(monkeypatch, capsys, *arguments)
-    assert (status, Path(out.strip())) == (0, folder)
+    assert (status, out) == (0, f"{told}\n{folder}\n")
     assert "1 finished before" in err
     assert (folder / "result.json").read_bytes() == result
 
@@ -161,14 +171,80 @@ def test_help_explains_every_option(
     assert all(len(words) > 1 for words in options)
 
 
+def test_no_arguments_show_the_help_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ((), ("data",)):
+        _, out, err = run(monkeypatch, capsys, *words)
+        assert "Commands:\n" in out
+        assert err == ""
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(tmp_path / "out") if a == "OUT" else a for a in DIGITS]
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert "forwardgrad: cannot read or write (No space left on device)" in err
+    monkeypatch.undo()
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+
+
+DAMAGE = [
+    ("runs/*/result.json", "{}"),
+    ("runs/*/result.json", '{"status": 3}'),
+    ("runs/*/result.json", "[]"),
+    ("runs/*/result.json", "\x00\xff"),
+    ("runs/*/run.json", "{}"),
+    ("runs/*/evaluations.csv", "step\n1\n"),
+    ("runs/*/evaluations.csv", ""),
+    ("runs/*/losses.csv.gz", "not gzip"),
+    ("studies/tune.json", "{}"),
+    ("studies/tune.json", '{"schema": 1, "name": "tune", "title": "", "arms": 3}'),
+    ("studies/tune.json", '{"schema": 1, "name": "tune", "title": "", "arms": [{}]}'),
+    ("studies/tune.json", '{"schema": 99}'),
+    ("cost.json", "{"),
+    ("cost.json", '{"schema": 1}'),
+    ("functions.json", '{"schema": 1, "functions": [1]}'),
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned")
+    words = "tune --data digits --model logistic --estimator backprop --lr 0.1 --epochs 1 --tuning-epochs 1 --out"
+    subprocess.run([sys.executable, "-m", "forwardgrad", *words.split(), str(out)], check=True, capture_output=True)
+    return out
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGE)
+def test_a_damaged_store_is_one_sentence(
+    tmp_path: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    shutil.copytree(tuned, tmp_path / "out")
+    for path in list((tmp_path / "out").glob(name)) or [tmp_path / "out" / name]:
+        path.write_text(content)
+    status, _, err = run(monkeypatch, capsys, "report", tmp_path / "out")
+    assert status == 2
+    assert err.startswith("forwardgrad: ")
+    assert len(err.splitlines()) == 1
+    assert Path(name).name in err
+    if not name.startswith("runs"):
+        assert "delete the folder" not in err  # the folder is that of every run
+
+
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "--version")[:2] == (0, f"forwardgrad {fg.__version__}\n")
 
 
 def test_data_verify_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(monkeypatch, capsys, "data", "verify", "--data-dir", tmp_path)
-    assert status == 0
+    status, out, err = run(monkeypatch, capsys, "data", "verify", "--data-dir", tmp_path)
+    assert status == 2
     assert out.count("missing") == 11
+    assert "11 of 11 files are missing or damaged" in err
+    assert "4 of 4 files" in run(monkeypatch, capsys, "data", "verify", "mnist", "--data-dir", tmp_path)[2]
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"not it")
     status, out, err = run(monkeypatch, capsys, "data", "verify", "--data-dir", tmp_path)

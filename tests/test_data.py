@@ -82,6 +82,7 @@ def test_the_seed_decides_the_split_and_the_global_generator_is_left_alone() -> 
     assert torch.equal(first.train.images, again.train.images)
     assert torch.equal(first.test.labels, again.test.labels)
     assert not torch.equal(first.train.images, other.train.images)
+    assert torch.equal(first.test.images, other.test.images)  # no seed sees another's test images in training
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(run.stream(0, "split")))
     parts = data.divide(torch.arange(1797), torch.arange(1797), (1077, 360, 360), seed=0)
     assert torch.equal(torch.cat([p.images for p in parts]), order)

@@ -2,6 +2,11 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,6 +53,31 @@ def test_a_mistake_in_a_worker_reaches_the_user(tmp_path: Path) -> None:
     runs = [Run("mnist", "nn", {"name": "backprop"}, Optimizer("sgd", 0.1), 1, seed=seed) for seed in (0, 1)]
     with pytest.raises(UserError, match="forwardgrad data fetch mnist"):
         execute(runs, Store(tmp_path / "out"), Place(data_dir=tmp_path / "empty", jobs=2), QUIET)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    words = ["demo", "--epochs", "5000", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
+    parent = subprocess.Popen([sys.executable, "-m", "forwardgrad", *words], stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/status.json"))) > 0)
+    parent.kill()
+    parent.wait()
+
+    def gone() -> bool:
+        try:
+            os.killpg(parent.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    assert wait_for(gone)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return met
 
 
 def test_lines_of_finished_runs_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

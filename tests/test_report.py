@@ -12,7 +12,7 @@ import pytest
 from forwardgrad.lab import figures, recipes, report
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import SCHEMA, Run, to_json
-from forwardgrad.lab.store import Store, write_json, write_table
+from forwardgrad.lab.store import Store, read_study, write_json, write_table
 from forwardgrad.lab.study import Arm, Study
 
 ENVIRONMENT = {
@@ -138,12 +138,26 @@ def test_shortened_runs_are_marked_in_table_and_figure(table1: Store) -> None:
 
 def test_the_verdict_is_counted_from_the_results(table1: Store) -> None:
     text = reported(table1)
-    assert "Backpropagation reached the lower test loss in 1 of 1 comparison." in text
-    assert "the 95 % interval of the difference excludes zero in 1 of 1." in text
+    sizes = "0.100 with backpropagation, 0.500 with the forward gradient"
+    assert f"Backpropagation reached the lower test loss in 1 of 1 comparison: {sizes}." in text
+    assert "the 95 % interval of the paired difference excludes zero in 1 of 1." in text
     for arm in recipes.table1(rows=["1"], epochs=1).arms:
         for run in seeds(arm, 3):
             put(table1, run, 0.01)
-    assert "The forward gradient reached the lower test loss in 1 of 1 comparison." in reported(table1)
+    assert "The forward gradient reached the lower test loss in 1 of 1 comparison: 0.100 with" in reported(table1)
+
+
+def test_what_is_not_comparable_is_not_compared(table1: Store) -> None:
+    longer = recipes.table1(rows=["1"], epochs=2, seeds=3)
+    path = table1.root / "studies" / "table1.json"
+    (backprop,) = [arm for arm in read_study(path)["arms"] if arm["kind"] == "backprop"]
+    record(table1, longer)
+    write_json(path, {**read_study(path), "arms": [*read_study(path)["arms"], backprop]})
+    for run in seeds(longer.arms[0], 3):
+        put(table1, run, 0.2)
+    text = reported(table1)
+    assert f"Not comparable, and left out of the count: {NN_SGD} (different epochs)." in text
+    assert "No fair comparison is finished yet." in text
 
 
 def test_targets_are_timed_and_misses_said(table1: Store) -> None:
@@ -176,7 +190,7 @@ def test_divergence_says_where_and_why(store: Store) -> None:
     assert forward["outcome"] == "diverged at step 120 (the loss is not finite)"
     assert forward["test loss"] == "not finite in 1 of 1 run"
     assert "Diverged: 1 of 1 run of the forward gradient." in text
-    assert "Backpropagation reached the lower test loss in 1 of 1 comparison." in text
+    assert "Backpropagation reached the lower test loss in 1 of 1 comparison: 1.20 with" in text
     assert not re.search(r"\b(nan|inf|None)\b", text, flags=re.IGNORECASE)
 
 
@@ -187,7 +201,7 @@ def test_unfinished_arms_are_shown_and_left_out_of_the_verdict(table1: Store) ->
     text = reported(table1)
     assert row(text, "Results", NN_SGD, "backpropagation")["outcome"] == "unfinished (2 of 3 runs)"
     assert row(text, "Results", "NN · MNIST · Nesterov", "forward gradient")["outcome"] == "unfinished (0 of 3 runs)"
-    assert "No comparison is finished yet." in text
+    assert "No fair comparison is finished yet." in text
     assert "2 of 3 arms are unfinished" in text
 
 
@@ -280,8 +294,8 @@ def test_a_report_is_made_again_to_the_same_bytes(table1: Store, monkeypatch: py
 
 def test_every_part_has_its_computed_words(whole: Store) -> None:
     text = (whole.root / "report.md").read_text()
-    assert "At one learning rate: backpropagation reached the lower test loss in 2 of 2 comparisons." in text
-    assert "Each arm tuned: backpropagation reached the lower test loss in 2 of 2 comparisons." in text
+    assert "At one learning rate: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
+    assert "Each arm tuned: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
     assert "NN on MNIST: at one learning rate (0.0002) the validation loss ends at 0.500 with the forward gradient and 0.0500" in text
     assert "cost 2.25 and 3.00 on NN · MNIST (ratio 0.750)." in text
     cost = row(text, "Cost of a step", "NN · MNIST · batch 64 · 1,863,690 parameters", "backpropagation")

@@ -45,19 +45,14 @@ def test_the_mean_lies_in_its_interval(values: list[float]) -> None:
     assert found.low <= found.mean <= found.high
 
 
-def test_welch_with_equal_spread_and_size_is_the_pooled_interval() -> None:
-    gap = stats.difference([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
-    half = 2.77645 * math.sqrt(2 / 3)  # t(0.975; 4) from a table
-    assert gap.mean == -3.0
-    assert gap.low == pytest.approx(-3 - half, abs=1e-4)
-    assert gap.high == pytest.approx(-3 + half, abs=1e-4)
-
-
-def test_welch_gives_fewer_degrees_of_freedom_to_unequal_spreads() -> None:
-    # A textbook form: variances 1 and 100 with n = 3 and 3 give ν = (1/3+100/3)²/((1/3)²/2 + (100/3)²/2) = 2.04.
-    gap = stats.difference([0.0, 1.0, 2.0], [0.0, 10.0, 20.0])
-    assert gap.high is not None
-    assert (gap.high + 9.0) / math.sqrt(101 / 3) == pytest.approx(4.22, abs=0.03)  # between t(2) = 4.303 and t(3) = 3.182
+def test_a_difference_is_paired_by_seed() -> None:
+    gap = stats.difference([1.0, 2.0, 6.0], [0.0, 2.0, 4.0])  # differences 1, 0, 2: mean 1, sd 1
+    half = 4.30265 / math.sqrt(3)  # t(0.975; 2) from a table
+    assert gap.mean == 1.0
+    assert gap.low == pytest.approx(1 - half, abs=1e-4)
+    assert gap.high == pytest.approx(1 + half, abs=1e-4)
+    with pytest.raises(ValueError, match="equal numbers"):
+        stats.difference([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,13 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except typer.TyperException as error:
-        status = _fail(" ".join(error.format_message().split()))
+        helps = type(error).__name__ == "NoArgsIsHelpError"  # not a mistake: a user who asks what there is
+        status = print(error.format_message()) if helps else _fail(" ".join(error.format_message().split()))
     except UserError as error:
         status = _fail(str(error))
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        status = _fail(f"cannot read or write{where} ({error.strerror or error}): mend that and run the same command again to go on")
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     if status == INTERRUPTED:
@@ -104,10 +108,12 @@ def train(
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2)
     config = _estimator(estimator, tangents=tangents, law=law, clip=clip, chunk_size=chunk_size)
     run = Run(data, model, config, options, epochs, batch_size, seed)
-    store, results = _execute(out, [run], {run.identity: f"{model} {estimator}"}, device, data_dir, jobs=1)
-    print(store.folder(run.identity))
-    if results[run.identity]["status"] == "diverged":
-        print(f"diverged at step {results[run.identity]['diverged_at']}: {results[run.identity]['reason']}")
+    from forwardgrad.lab.execute import Place, execute
+    from forwardgrad.lab.progress import Progress, describe
+
+    store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
+    result = execute([run], store, Place(device, data_dir), progress)[run.identity]
+    print(f"{describe(result)}\n{store.folder(run.identity)}")
 
 
 @app.command()
@@ -173,7 +179,7 @@ def reproduce(
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1.
     """
-    chosen = [row.strip() for row in rows.split(",") if row.strip()] if rows else None
+    chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if recipe == "baydin":
         if retune:
             raise UserError("baydin always shows both: one learning rate for both arms, and each arm tuned; leave --retune out")
@@ -234,16 +240,19 @@ def fetch(
 
 
 @data_app.command()
-def verify(data_dir: DataDir = None) -> None:
-    """Check every data file against its checksum; status 2 where one is damaged."""
+def verify(
+    names: Annotated[list[str] | None, typer.Argument(help="mnist, cifar10; both if left out.")] = None, data_dir: DataDir = None
+) -> None:
+    """Check the data files against their checksums; status 2 where one is missing or damaged."""
     from forwardgrad.lab.data import folder
     from forwardgrad.lab.data import verify as check
 
-    states = check(data_dir)
+    states = check(data_dir, names)
     for name, state in states:
         print(f"{state:8} {name}")
-    if any(state == "damaged" for _, state in states):
-        raise UserError(f"damaged files in {folder(data_dir)}: `forwardgrad data fetch` replaces them")
+    if wrong := [name for name, state in states if state != "ok"]:
+        count = f"{len(wrong)} of {len(states)} files are"
+        raise UserError(f"{count} missing or damaged in {folder(data_dir)}: `forwardgrad data fetch` brings them")
 
 
 def _estimator(name: str, **options: Any) -> dict[str, Any]:
@@ -266,18 +275,9 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     return values
 
 
-def _execute(
-    out: Path, runs: list[Run], names: dict[str, str], device: str, data_dir: Path | None, jobs: int
-) -> tuple[Store, dict[str, dict[str, Any]]]:
-    from forwardgrad.lab.execute import Place, execute
-    from forwardgrad.lab.progress import Progress
-
-    store = Store(out)
-    return store, execute(runs, store, Place(device, data_dir, jobs), Progress(names))
-
-
 def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> Store:
     """Run what is not finished of a study, under the live display; returns the store it is in."""
+    from forwardgrad.lab.environment import command
     from forwardgrad.lab.environment import device as check_device
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress
@@ -285,8 +285,7 @@ def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs
     check_device(device)
     store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs)
     progress.say(study.title)
-    command = " ".join(["forwardgrad", *sys.argv[1:]])
-    run_study(study, store, lambda runs: execute(runs, store, place, progress), command, progress.names)
+    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
     return store
 
 
@@ -294,7 +293,7 @@ def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
     """Time a step of the networks that were not timed before in this store."""
     from forwardgrad.lab.cost import measure, measured
 
-    if untimed := sorted(set(networks) - measured(store)):
+    if untimed := sorted(set(networks) - measured(store, device)):
         print(measure(store, untimed, batch_size=64, rounds=15, device=device), file=sys.stderr)
 
 

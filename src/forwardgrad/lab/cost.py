@@ -16,7 +16,7 @@ from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import environment, models
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import SCHEMA
-from forwardgrad.lab.store import Store, read_json, write_json
+from forwardgrad.lab.store import Store, check, read_json, write_json
 
 WARM_UP = 3
 INPUTS: dict[str, tuple[str, tuple[int, int, int]]] = {
@@ -32,9 +32,11 @@ ARMS: tuple[tuple[str, str, Estimator | None], ...] = (
 )
 
 
-def measured(store: Store) -> set[str]:
-    """The networks whose cost is stored."""
-    return {network["model"] for network in (read_json(store.root / "cost.json") or {}).get("networks", [])}
+def measured(store: Store, device: str) -> set[str]:
+    """The networks whose cost on this kind of device is stored."""
+    stored = _stored(store)
+    here = environment.describe(environment.device(device))["device"]
+    return {network["model"] for network in stored["networks"]} if stored["environment"].get("device") == here else set()
 
 
 def measure(store: Store, names: list[str], *, batch_size: int, rounds: int, device: str) -> str:
@@ -44,11 +46,20 @@ def measure(store: Store, names: list[str], *, batch_size: int, rounds: int, dev
     on = environment.device(device)
     where = environment.describe(on)
     new = [_network(name, batch_size, rounds, on) for name in names]
-    stored = read_json(store.root / "cost.json") or {}
-    kept = stored.get("networks", []) if _same_machine(stored.get("environment", {}), where) else []
+    stored = _stored(store)
+    kept = stored["networks"] if _same_machine(stored["environment"], where) else []
     networks = [network for network in kept if network["model"] not in names] + new
     write_json(store.root / "cost.json", {"schema": SCHEMA, "environment": where, "networks": networks})
     return "\n".join(_line(network, arm) for network in new for arm in network["arms"])
+
+
+def _stored(store: Store) -> dict[str, Any]:
+    path = store.root / "cost.json"
+    if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
+        return {"environment": {}, "networks": []}
+    for network in check(path, stored, {"environment": dict, "networks": list})["networks"]:
+        check(path, network, {"model": str, "arms": list})
+    return stored
 
 
 def _same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:

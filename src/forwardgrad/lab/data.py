@@ -85,12 +85,15 @@ class Dataset:
         return images.to(torch.float32) / self.scale
 
 
+DIGITS_TEST = 0  # digits come without a test set: this seed cuts one, the same for every run
+
+
 def load(name: str, seed: int, device: torch.device | str = "cpu", data_dir: Path | str | None = None) -> Dataset:
-    """The data set `name`; `seed` alone decides which examples validate (for digits, which has no official test set, which test too)."""
+    """The data set `name`; `seed` decides which examples train and which validate, never which test."""
     run.check_choice(name, run.DataName, "data set")
     if name == "digits":
-        images, labels = _digits()
-        train, validation, test = divide(images, labels, (1077, 360, 360), seed)
+        rest, test = divide(*_digits(), (1437, 360), DIGITS_TEST)
+        train, validation = divide(rest.images, rest.labels, (1077, 360), seed)
         return Dataset(name, CLASSES, _to(train, device), _to(validation, device), _to(test, device), scale=16)
     official, test = (read_mnist if name == "mnist" else read_cifar)(folder(data_dir))
     train, validation = divide(official.images, official.labels, (len(official) - 10_000, 10_000), seed)
@@ -157,10 +160,12 @@ def remedy(name: str, root: Path) -> str:
     return f"forwardgrad data fetch {name}{option}"
 
 
-def verify(data_dir: Path | str | None = None) -> list[tuple[str, State]]:
-    """Every official file as (path relative to the data folder, state)."""
+def verify(data_dir: Path | str | None = None, names: Sequence[str] | None = None) -> list[tuple[str, State]]:
+    """Every official file of these data sets (of all, if left out) as (path relative to the data folder, state)."""
+    if unknown := [name for name in names or () if not KNOWN.get(name)]:
+        raise UserError(f"no files belong to the data set {unknown[0]!r}: choose from {', '.join(name for name in KNOWN if KNOWN[name])}")
     root = folder(data_dir)
-    return [state(root, name, relative, md5) for name, files in KNOWN.items() for relative, md5 in files.items()]
+    return [state(root, name, relative, md5) for name in names or KNOWN for relative, md5 in KNOWN[name].items()]
 
 
 def state(root: Path, name: str, relative: str, md5: str) -> tuple[str, State]:

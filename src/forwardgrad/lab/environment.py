@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def describe(on: torch.device) -> dict[str, Any]:
     return {
         "forwardgrad": forwardgrad.__version__,
         "commit": commit(),
-        "command": " ".join(["forwardgrad", *sys.argv[1:]]),
+        "command": command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
@@ -43,6 +44,14 @@ def describe(on: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
+
+
+def command() -> str:
+    """The command line; where the data lay on this machine is left out of it."""
+    words = sys.argv[1:]
+    private = {i + 1 for i, word in enumerate(words) if word == "--data-dir"}
+    shown = ["DIR" if i in private else "--data-dir=DIR" if word.startswith("--data-dir=") else word for i, word in enumerate(words)]
+    return shlex.join(["forwardgrad", *shown])
 
 
 def processor() -> str:

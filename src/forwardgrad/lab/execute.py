@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -76,6 +78,14 @@ def _pooled(runs: Sequence[Run], store: Store, place: Place) -> dict[str, dict[s
 
 def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _follow(parent: int) -> None:
+    """End this worker once its parent is gone: nobody would take its results, and its runs would stay locked."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

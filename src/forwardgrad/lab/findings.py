@@ -12,6 +12,11 @@ Pair = tuple[ArmResult, ArmResult]  # the forward and the backprop arm of one co
 
 
 def pairs(study: StudyResult) -> list[Pair]:
+    """The comparisons that are finished and fair."""
+    return [pair for pair in _finished(study) if not _unequal(pair)]
+
+
+def _finished(study: StudyResult) -> list[Pair]:
     found = []
     for arms in study.groups.values():
         first = {kind: next((arm for arm in arms if arm.kind == kind and arm.complete), None) for kind in ("forward", "backprop")}
@@ -20,11 +25,22 @@ def pairs(study: StudyResult) -> list[Pair]:
     return found
 
 
+def _unequal(pair: Pair) -> list[str]:
+    """In what two arms of a group differ that a fair comparison holds equal."""
+    forward, backprop = ({**arm.terms} for arm in pair)
+    return [what for what in forward if forward[what] != backprop[what]]
+
+
+def _unfair(study: StudyResult) -> str:
+    parts = [f"{pair[0].record['group']} (different {', '.join(what)})" for pair in _finished(study) if (what := _unequal(pair))]
+    return f"Not comparable, and left out of the count: {'; '.join(parts)}." if parts else ""
+
+
 def headlines(study: StudyResult) -> list[str]:
     """Who reached the lower test loss, how often, and whether seeds allow to say so; apart for arms as given and arms tuned."""
     everything = pairs(study)
     if not everything:
-        return ["No comparison is finished yet."]
+        return ["No fair comparison is finished yet."]
     given = [pair for pair in everything if not any(arm.record.get("space") for arm in pair)]
     tuned = [pair for pair in everything if pair not in given]
     if not (given and tuned):
@@ -36,9 +52,18 @@ def _winner(compared: Sequence[Pair]) -> str:
     gaps = [_gap(pair).mean for pair in compared]
     forward, level = sum(gap < 0 for gap in gaps), sum(gap == 0 for gap in gaps)
     backprop = len(gaps) - forward - level
-    name, wins = ("Backpropagation", backprop) if backprop >= forward else ("The forward gradient", forward)
     rest = f", and {level} {'was' if level == 1 else 'were'} level" if level else ""
-    return f"{name} reached the lower test loss in {wins} of {count(len(gaps), 'comparison')}{rest}."
+    if forward == backprop:
+        return f"Neither arm is ahead: each reached the lower test loss in {forward} of {count(len(gaps), 'comparison')}{rest}."
+    name, wins = ("Backpropagation", backprop) if backprop > forward else ("The forward gradient", forward)
+    return f"{name} reached the lower test loss in {wins} of {count(len(gaps), 'comparison')}{rest}{_sizes(compared)}."
+
+
+def _sizes(compared: Sequence[Pair]) -> str:
+    """How large the test losses are: both where there is one comparison, their ranges where there are several."""
+    losses = [[stats.estimate([run.test_loss for run in arm.done]).mean for arm in arms] for arms in zip(*compared, strict=True)]
+    forward, backprop = (number(min(arm)) if min(arm) == max(arm) else f"{number(min(arm))} to {number(max(arm))}" for arm in losses)
+    return f": {backprop} with backpropagation, {forward} with the forward gradient"
 
 
 def _gap(pair: Pair) -> stats.Estimate:
@@ -54,12 +79,13 @@ def _spread(compared: Sequence[Pair]) -> str:
     apart = sum(1 for gap in known if (gap.low or 0.0) > 0 or (gap.high or 0.0) < 0)
     without = len(gaps) - len(known)
     rest = f"; {without} had too few seeds or losses that are not finite for an interval" if without else ""
-    return f"Over the seeds, the 95 % interval of the difference excludes zero in {apart} of {len(known)}{rest}."
+    each = ", each taken by itself" if len(known) > 1 else ""
+    return f"Over the seeds, the 95 % interval of the paired difference excludes zero in {apart} of {len(known)}{each}{rest}."
 
 
 def details(study: StudyResult) -> list[str]:
     """Divergence, unfinished and shortened arms, the published readings: each where there is something to say."""
-    said = (finding(study) for finding in (_diverged, _unfinished, _shortened, _published))
+    said = (finding(study) for finding in (_unfair, _diverged, _unfinished, _shortened, _published))
     return [sentence for sentence in said if sentence]
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from forwardgrad.lab.errors import UserError
@@ -61,15 +61,9 @@ class Progress:
                     self.say(f"[{total - len(open_runs)}/{total}] {self._name(identity)}: {describe(result)}")
 
     def _bars(self, store: Store, identities: Sequence[str], stop: threading.Event) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Bars(*columns, console=self.console, transient=False) as bars:
-            overall = bars.add_task("runs", total=len(identities), note="")
+        name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        with Bars(name, BarColumn(bar_width=10), TaskProgressColumn(), note, console=self.console, transient=False) as bars:
+            overall = bars.add_task("all runs", total=len(identities), note=f"0 of {len(identities)}, starting")
             tasks: dict[str, Any] = {}
             open_runs = list(identities)
             last = False
@@ -78,7 +72,7 @@ class Progress:
                 for identity in list(open_runs):
                     if (result := _look(store, identity, "result.json")) is not None:
                         open_runs.remove(identity)
-                        bars.advance(overall)
+                        bars.update(overall, advance=1, note=f"{len(identities) - len(open_runs)} of {len(identities)}")
                         if identity in tasks:
                             bars.remove_task(tasks.pop(identity))
                         bars.console.print(f"{self._name(identity)}: {describe(result)}", highlight=False, markup=False)
@@ -97,7 +91,8 @@ def _look(store: Store, identity: str, name: str) -> dict[str, Any] | None:
 
 def _note(status: dict[str, Any]) -> str:
     left = (status["steps"] - status["step"]) * status["seconds"] / max(1, status["step"])
-    return f"loss {number(status['loss'])}  validation {number(status['validation_loss'])}  {left:.0f} s left"
+    minutes, seconds = divmod(round(left), 60)
+    return f"loss {number(status['loss'])}, validation {number(status['validation_loss'])}, {minutes}:{seconds:02} left"
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -110,4 +105,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+    return "–" if value is None or math.isnan(value) else f"{value:#.3g}"

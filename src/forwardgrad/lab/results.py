@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import SCHEMA
-from forwardgrad.lab.store import Store, read_json, read_table
+from forwardgrad.lab.run import from_json, to_json
+from forwardgrad.lab.store import Store, damaged, read_json, read_table
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,11 @@ class Done:
 
     @functools.cached_property
     def evaluations(self) -> dict[str, list[float]]:
-        return read_table(self.folder / "evaluations.csv")
+        return _columns(self.folder / "evaluations.csv", ("step", "epoch", "seconds", "validation_loss", "validation_accuracy"))
 
     def losses(self) -> list[float]:
         """The training loss of every step; not kept, because a study's worth of them is large."""
-        return read_table(self.folder / "losses.csv.gz").get("loss", [])
+        return _columns(self.folder / "losses.csv.gz", ("step", "loss"))["loss"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class ArmResult:
     run: dict[str, Any]
     done: tuple[Done, ...]
     trials: tuple[dict[str, Any] | None, ...]  # results of the grid points, None for one without
+    seeds: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -94,6 +94,19 @@ class ArmResult:
         return f"shortened: {epochs} of {published['epochs']} epochs"
 
     @property
+    def terms(self) -> dict[str, Any]:
+        """What a fair comparison holds equal between its arms."""
+        return {
+            "data": self.run.get("data"),
+            "model": self.run.get("model"),
+            "epochs": self.run.get("epochs"),
+            "batch size": self.run.get("batch_size"),
+            "seeds": sorted(self.seeds),
+            "grid points": len(self.record.get("trials") or []),
+            "tuning epochs": self.record.get("tuning_epochs"),
+        }
+
+    @property
     def data(self) -> str | None:
         return self.run.get("data")
 
@@ -115,6 +128,13 @@ class StudyResult:
         return found
 
 
+def _columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
+    table = read_table(path)
+    if missing := [name for name in names if name not in table]:
+        raise damaged(path, f"it has no column {missing[0]!r}" if table else "it is missing or empty")
+    return table
+
+
 def finite(value: float | None) -> float:
     """A stored loss as a number: null means that it was not finite."""
     return math.inf if value is None or not math.isfinite(value) else float(value)
@@ -125,33 +145,24 @@ def studies(store: Store) -> list[StudyResult]:
 
 
 def _study(record: dict[str, Any], store: Store) -> StudyResult:
-    name = record.get("name")
-    if record.get("schema") != SCHEMA:
-        raise UserError(f"the study {name!r} in {store.root} was written by another version of forwardgrad: report it with that version")
-    try:
-        return StudyResult(str(name), str(record["title"]), tuple(_arm(str(name), arm, store) for arm in record["arms"]))
-    except (KeyError, TypeError) as error:
-        path = store.root / "studies" / f"{name}.json"
-        raise UserError(f"{path} or a run that it names is damaged ({error!r}): run the study again") from error
+    return StudyResult(record["name"], record["title"], tuple(_arm(record["name"], arm, store) for arm in record["arms"]))
 
 
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
-    _require(record, "name", "group", "kind", "label", "command", "runs")
     folders = [store.folder(identity) for identity in record["runs"]]
-    description = next((found for folder in folders if (found := read_json(folder / "run.json"))), {})
+    descriptions = [_description(folder / "run.json") for folder in folders]
     done = tuple(
         Done(folder, result, read_json(folder / "environment.json") or {})
         for folder in folders
-        if (result := read_json(folder / "result.json")) is not None
+        if (result := store.result(folder.name)) is not None
     )
-    for run in done:
-        _require(run.result, "status", "steps", "seconds", "epochs")
-    trials = tuple(store.result(trial["run"]) for trial in record.get("trials") or [])
-    return ArmResult(study, record, description, done, trials)
+    trials = tuple(store.result(trial["run"]) for trial in record["trials"])
+    begun = [description for description in descriptions if description]
+    return ArmResult(study, record, begun[0] if begun else {}, done, trials, tuple(description["seed"] for description in begun))
 
 
-def _require(stored: dict[str, Any], *keys: str) -> None:
-    """Asked for at once, so that a damaged file is one sentence instead of a traceback later."""
-    missing = [key for key in keys if key not in stored]
-    if missing:
-        raise KeyError(*missing)
+def _description(path: Path) -> dict[str, Any]:
+    """The checked description of a run, empty where it was never begun."""
+    if (stored := read_json(path)) is None:
+        return {}
+    return to_json(from_json(stored, str(path)))

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 from forwardgrad.lab.errors import UserError
 
+LARGEST_LR = 1e30  # beyond it a float32 update overflows whatever the gradient
+LARGEST_COUNT = 1_000_000  # epochs, or examples a batch
 SCHEMA = 1  # raised whenever a stored run of an older version would be read wrongly
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
@@ -45,11 +47,17 @@ class Optimizer:
     def __post_init__(self) -> None:
         check_choice(self.name, OptimizerName, "optimizer")
         check_positive(self.lr, "the learning rate")
+        if self.lr > LARGEST_LR:
+            raise UserError(f"the learning rate must be at most {LARGEST_LR:g}, not {self.lr}")
         if not (math.isfinite(self.decay) and self.decay >= 0):
             raise UserError(f"the learning-rate decay must be zero or positive, not {self.decay}")
         for what, value in (("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= value < 1:
                 raise UserError(f"{what} must lie in [0, 1), not {value}")
+        if self.name == "adam" and self.momentum:
+            raise UserError(f"Adam takes no momentum, but {self.momentum} was given: set beta1 instead")
+        if self.name != "adam" and (self.beta1, self.beta2) != (0.9, 0.999):
+            raise UserError(f"{self.name} takes no beta1 or beta2, but {self.beta1} and {self.beta2} were given: they belong to adam")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +83,8 @@ class Run:
         if "name" not in self.estimator:
             raise UserError(f"an estimator needs a name, got {self.estimator!r}")
         for what, value in (("epochs", self.epochs), ("the batch size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{what} must be a whole number of at least 1, not {value}")
+            if not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
+                raise UserError(f"{what} must be a whole number of at least 1 and at most {LARGEST_COUNT:,}, not {value}")
         if self.seed < 0:
             raise UserError(f"the seed must be zero or positive, not {self.seed}")
 

@@ -96,11 +96,12 @@ def _figure_2(study: StudyResult) -> Picture:
         rows.append(row)
     name = f"{study.name}-figure-2"
     svg = figures.curves(name, rows, xlabel=STEP, ylabel=TRAINING)
-    return Picture(name, svg, f"Figure 2. Training loss per optimizer step on MNIST, both arms. {_bins(150)}{_note_sentence(shown)}")
+    caption = "Figure 2. Training loss per optimizer step on MNIST, both arms (Nesterov's at its look-ahead point)."
+    return Picture(name, svg, f"{caption} {_bins(150)}{_note_sentence(shown)}")
 
 
 def _bins(bins: int) -> str:
-    return f"Line: mean of each of at most {bins} bins of steps, over all seeds; band: from the least loss in the bin to the greatest."
+    return f"Line: mean of each of at most {bins} bins of steps, over the runs still training there; band: least to greatest."
 
 
 def _lines(arms: Sequence[ArmResult], bins: int) -> tuple[figures.Line, ...]:
@@ -142,7 +143,7 @@ def _validation(name: str, settings: Sequence[tuple[str, Sequence[ArmResult]]], 
                 lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done)))
         panels.append(figures.Panel(title, tuple(lines), "" if lines else "not run" if not arms else "unfinished"))
     svg = figures.curves(name, [panels], xlabel=STEP, ylabel=VALIDATION, marks=True)
-    return Picture(name, svg, f"{caption}. Line: mean over the seeds; band: from the least to the greatest.")
+    return Picture(name, svg, f"{caption}. Line: mean over the runs still training there; band: from the least to the greatest.")
 
 
 def _baydin(study: StudyResult) -> Iterable[str | Picture]:

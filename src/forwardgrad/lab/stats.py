@@ -1,6 +1,7 @@
 """Estimates and intervals of numbers; knows nothing of files.
 
-A loss that is not finite counts as infinite: it is never left out, because leaving out the runs that failed would flatter an arm.
+In means and comparisons a loss that is not finite counts as infinite: leaving out the runs that failed would flatter an arm. Curves can
+only show what is finite, and say so.
 """
 
 from __future__ import annotations
@@ -54,23 +55,14 @@ def estimate(values: Sequence[float], least: float = -math.inf, most: float = ma
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """mean(first) − mean(second) with Welch's 95 % interval, which lets the two spreads differ; n is the smaller number of values."""
+    """The mean of first − second over runs that share their seeds, and so split, initialisation and order: a paired 95 % t interval."""
+    if len(first) != len(second):
+        raise ValueError(f"paired values come in equal numbers, not {len(first)} and {len(second)}")
     one, two = estimate(first), estimate(second)
-    n = min(one.n, two.n)
     if not (math.isfinite(one.mean) and math.isfinite(two.mean)):
         gap = 0.0 if one.mean == two.mean else one.mean - two.mean  # inf − inf: neither arm is ahead
-        return Estimate(gap, None, None, n)
-    gap = one.mean - two.mean
-    if n == 1:
-        return Estimate(gap, None, None, n)
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
-    variance = sum(parts)
-    if variance == 0:
-        return Estimate(gap, gap, gap, n)
-    # Welch–Satterthwaite, on shares of the variance so that tiny variances cannot underflow when squared.
-    freedom = 1 / sum((part / variance) ** 2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
-    half = _quantile(freedom) * math.sqrt(variance)
-    return Estimate(gap, gap - half, gap + half, n)
+        return Estimate(gap, None, None, one.n)
+    return estimate([a - b for a, b in zip(first, second, strict=True)])
 
 
 def _quantile(freedom: float) -> float:

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import SCHEMA
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -74,15 +76,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no file."""
+    """The object in a JSON file, None where there is no file; UserError where it is damaged."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete its folder to run it again") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise damaged(path, error) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object: delete its folder to run it again")
+        raise damaged(path, "it holds no JSON object")
+    return value
+
+
+def damaged(path: Path, why: object) -> UserError:
+    """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
+    if path.parent.parent.name == "runs":
+        return UserError(f"{path} is damaged ({why}): delete the folder {path.parent} to run it again")
+    return UserError(f"{path} is damaged ({why}): delete this file and run its command again; finished runs are kept")
+
+
+def check(path: Path, value: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """`value` as an object with these fields of these types; UserError, naming the file, where it is none."""
+    if not isinstance(value, dict):
+        raise damaged(path, "an object is missing")
+    for name, kind in fields.items():
+        if name not in value:
+            raise damaged(path, f"{name!r} is missing")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool):
+            raise damaged(path, f"{name!r} is {value[name]!r}")
     return value
 
 
@@ -97,16 +118,18 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def read_table(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV file written by `write_table`; an empty field is NaN, a missing file has no columns."""
+    """The columns of a CSV file written by `write_table`, all of one length; an empty field is NaN, a missing file has no columns."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         header, *rows = csv.reader(io.StringIO(text))
+        if any(len(row) != len(header) for row in rows):
+            raise ValueError("a row is cut short")
         return {name: [float(row[i]) if row[i] else float("nan") for row in rows] for i, name in enumerate(header)}
     except FileNotFoundError:
         return {}
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder to run it again") from error
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise damaged(path, error) from error
 
 
 class Store:
@@ -115,6 +138,8 @@ class Store:
     def __init__(self, root: Path, *, create: bool = True) -> None:
         self.root = root
         if create:
+            if root == Path():
+                raise UserError("the output folder must be one of its own, not the current folder: name it with --out")
             try:
                 for name in ("runs", "studies"):
                     (root / name).mkdir(parents=True, exist_ok=True)
@@ -130,8 +155,71 @@ class Store:
 
     def result(self, identity: str) -> dict[str, Any] | None:
         """The result of a finished run, None for a run that is absent or unfinished."""
-        return read_json(self.folder(identity) / "result.json")
+        return read_result(self.folder(identity))
 
     def studies(self) -> list[dict[str, Any]]:
-        paths = sorted((self.root / "studies").glob("*.json"))
-        return [study for path in paths if (study := read_json(path)) is not None]
+        """Every stored study; UserError for one that is damaged or of another version."""
+        return [read_study(path) for path in sorted((self.root / "studies").glob("*.json"))]
+
+
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+RESULT = {
+    "status": str,
+    "reason": (str, type(None)),
+    "diverged_at": (int, type(None)),
+    "steps": int,
+    "epochs": NUMBER,
+    "parameters": int,
+    "seconds": NUMBER,
+    "validation_loss": MAYBE,
+    "validation_accuracy": NUMBER,
+    "test": (dict, type(None)),
+}
+TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
+STUDY = {"name": str, "title": str, "arms": list}
+ARM = {
+    "name": str,
+    "group": str,
+    "kind": str,
+    "label": str,
+    "command": str,
+    "published": (dict, type(None)),
+    "space": dict,
+    "tuning_epochs": int,
+    "trials": list,
+    "chosen": dict,
+    "runs": list,
+}
+PUBLISHED = {"epochs": int, "test_loss": NUMBER}
+TRIAL = {"values": dict, "run": str}
+CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The checked result of the run in a folder, None where it has none."""
+    path = folder / "result.json"
+    if (result := read_json(path)) is None:
+        return None
+    check(path, result, RESULT)
+    if result["test"] is not None:
+        check(path, result["test"], TEST)
+    if result["status"] not in ("finished", "diverged") or (result["status"] == "diverged") != (result["diverged_at"] is not None):
+        raise damaged(path, f"its status is {result['status']!r} and it diverged at {result['diverged_at']!r}")
+    return result
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """The checked record of a study."""
+    study = read_json(path) or {}
+    if study.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path} was written by another version of forwardgrad (schema {study.get('schema')!r}, this one reads {SCHEMA}): "
+            "use that version, or choose a new output folder with --out"
+        )
+    for arm in check(path, study, STUDY)["arms"]:
+        check(path, check(path, arm, ARM)["chosen"], CHOSEN)
+        for trial in arm["trials"]:
+            check(path, trial, TRIAL)
+        if arm["published"] is not None:
+            check(path, arm["published"], PUBLISHED)
+    return study

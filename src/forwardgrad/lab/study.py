@@ -10,12 +10,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import SCHEMA, Run
-from forwardgrad.lab.store import Store, write_json
+from forwardgrad.lab.store import Store, read_study, write_json
 
 TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direction with the final runs, whose seeds count from 0
 
@@ -115,7 +114,7 @@ def _choose(arm: Arm, trials: Sequence[tuple[dict[str, float], Run]], results: R
         values = min((values for values, _ in trials), key=lambda values: values.get("lr", 0.0))
         return {"values": values, "validation_loss": None, "at_edge": sorted(arm.space)}
     loss, values = min(fit, key=lambda pair: pair[0])
-    edges = [name for name, grid in arm.space.items() if len(grid) > 2 and values[name] in (min(grid), max(grid)) and values[name] != 0]
+    edges = [name for name, grid in arm.space.items() if len(grid) > 1 and values[name] in (min(grid), max(grid)) and values[name] != 0]
     return {"values": values, "validation_loss": loss, "at_edge": edges}
 
 
@@ -129,7 +128,7 @@ def _record(
 ) -> dict[str, Any]:
     """Store the study; arms of the same study that were run before and are not part of this call are kept."""
     path = store.root / "studies" / f"{study.name}.json"
-    before = {arm["name"]: arm for arm in _stored_arms(path, store)}
+    before = {arm["name"]: arm for arm in (read_study(path)["arms"] if path.exists() else [])}
     for arm in study.arms:
         before[arm.name] = {
             "name": arm.name,
@@ -147,15 +146,6 @@ def _record(
     record = {"schema": SCHEMA, "name": study.name, "title": study.title, "arms": list(before.values())}
     write_json(path, record)
     return record
-
-
-def _stored_arms(path: Path, store: Store) -> list[dict[str, Any]]:
-    for record in store.studies():
-        if record.get("name") == path.stem:
-            if record.get("schema") != SCHEMA:
-                raise UserError(f"{path} was written by another version of forwardgrad: choose a new output folder with --out")
-            return list(record["arms"])
-    return []
 
 
 def logspace(low: float, high: float, count: int) -> tuple[float, ...]:

@@ -115,7 +115,7 @@ def speed(study: StudyResult) -> list[Table]:
             ("time per step", "training time over steps, averaged over seeds; evaluations do not count, but runs trained at the same time "
              "slow one another: what a step costs is measured apart, both arms in turn"),
             ("to loss …", "step and training time of the first evaluation with at most this validation loss, the median over seeds; "
-             "losses are evaluated after 50, 100, 200 and 400 steps and then every epoch"),
+             "losses are evaluated after every epoch, and in the first one after 50, 100, 200 and 400 steps where it is longer"),
         )  # fmt: skip
         columns = ("arm", "time per step", *(f"to loss {target}" for target in targets))
         caption = f"Speed on {DATA.get(str(data), str(data))}"

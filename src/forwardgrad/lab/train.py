@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from forwardgrad.estimators import from_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment, models, store
-from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream, to_json
 from forwardgrad.nesterov import Nesterov
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
-STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row has diverged ...
+STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
 PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
@@ -78,20 +77,28 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
 
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
-    if (done := store.read_json(folder / "result.json")) is not None:
+    if (done := store.read_result(folder)) is not None:
         return done
     on = environment.device(device)
     dataset = data.load(run.data, run.seed, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = _begin(run, dataset, on)
         with store.alone(folder):
-            if (done := store.read_json(folder / "result.json")) is not None:  # another process was quicker
+            if (done := store.read_result(folder)) is not None:  # another process was quicker
                 return done
             store.write_json(folder / "run.json", to_json(run))
-            store.write_json(folder / "environment.json", environment.describe(on))
+            _say_where(folder, environment.describe(on))
             _resume(state, folder)
             reason = _loop(run, dataset, state, folder, checkpoint_seconds)
             return _finish(run, dataset, state, folder, reason)
+
+
+def _say_where(folder: Path, here: dict[str, Any]) -> None:
+    """Write environment.json; a run that goes on elsewhere keeps where it was before."""
+    before = store.read_json(folder / "environment.json")
+    if before is not None and {key: before.get(key) for key in here} != here:
+        here = {**here, "before": before}
+    store.write_json(folder / "environment.json", here)
 
 
 def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
@@ -119,7 +126,7 @@ def _resume(state: _State, folder: Path) -> None:
     try:
         state.load(path)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} is damaged ({type(error).__name__}): delete its folder to run it again from the start") from error
+        raise store.damaged(path, type(error).__name__) from error
 
 
 def _steps_per_epoch(run: Run, dataset: data.Dataset) -> int:
@@ -183,9 +190,9 @@ def _diverged(state: _State, classes: int) -> str | None:
     if len(bad):
         state.step = int(bad[0]) + 1
         return "the loss is not finite"
-    bound = STUCK_FACTOR * math.log(classes)
-    if state.step >= STUCK_STEPS and bool((losses[-STUCK_STEPS:] > bound).all()):
-        return f"the loss stayed above {bound:.1f} for {STUCK_STEPS} steps"
+    bound, window = STUCK_FACTOR * math.log(classes), min(STUCK_STEPS, max(1, len(state.losses) // 2))
+    if state.step >= window and bool((losses[-window:] > bound).all()):
+        return f"the loss stayed above {bound:.1f} for {window} steps"
     return None
 
 
@@ -236,7 +243,7 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
         measured = losses_of(state.model, dataset, dataset.test)
         loss, accuracy = summary(measured)
         test = {"loss": _finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **_published_reading(measured[0], run.seed)}
-    rows = ([*map(int, row[:1]), *(_finite(v) for v in row[1:])] for row in state.evaluations)
+    rows = ([*map(int, row[:1]), *(_finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
     store.write_table(folder / "evaluations.csv", ["step", "epoch", "seconds", "validation_loss", "validation_accuracy"], rows)
     losses = state.losses[: state.step].tolist()
     store.write_table(folder / "losses.csv.gz", ["step", "loss"], ((i + 1, f"{value:.7g}") for i, value in enumerate(losses)))
