@@ -51,35 +51,38 @@ class Progress:
         return self.names.get(identity, identity)
 
     def _lines(self, store: Store, identities: Sequence[str], stop: threading.Event) -> None:
-        open_runs, total = list(identities), len(identities)
-        last = False
+        open_runs, last = list(identities), False
         while not last:
             last = stop.wait(POLL_SECONDS)
-            for identity in list(open_runs):
-                if (result := _look(store, identity, "result.json")) is not None:
-                    open_runs.remove(identity)
-                    self.say(f"[{total - len(open_runs)}/{total}] {self._name(identity)}: {describe(result)}")
+            for identity, result in _ended(store, open_runs):
+                self.say(f"[{len(identities) - len(open_runs)}/{len(identities)}] {self._name(identity)}: {describe(result)}")
 
     def _bars(self, store: Store, identities: Sequence[str], stop: threading.Event) -> None:
         name, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
         with Bars(name, BarColumn(bar_width=10), TaskProgressColumn(), note, console=self.console, transient=False) as bars:
             overall = bars.add_task("all runs", total=len(identities), note=f"0 of {len(identities)}, starting")
             tasks: dict[str, Any] = {}
-            open_runs = list(identities)
-            last = False
+            open_runs, last = list(identities), False
             while not last:
                 last = stop.wait(POLL_SECONDS)
-                for identity in list(open_runs):
-                    if (result := _look(store, identity, "result.json")) is not None:
-                        open_runs.remove(identity)
-                        bars.update(overall, advance=1, note=f"{len(identities) - len(open_runs)} of {len(identities)}")
-                        if identity in tasks:
-                            bars.remove_task(tasks.pop(identity))
-                        bars.console.print(f"{self._name(identity)}: {describe(result)}", highlight=False, markup=False)
-                    elif (status := _look(store, identity, "status.json")) is not None:
+                for identity, result in _ended(store, open_runs):
+                    bars.update(overall, advance=1, note=f"{len(identities) - len(open_runs)} of {len(identities)}")
+                    if identity in tasks:
+                        bars.remove_task(tasks.pop(identity))
+                    bars.console.print(f"{self._name(identity)}: {describe(result)}", highlight=False, markup=False)
+                for identity in open_runs:
+                    if (status := _look(store, identity, "status.json")) is not None:
                         if identity not in tasks:
                             tasks[identity] = bars.add_task(self._name(identity), total=status["steps"], note="")
                         bars.update(tasks[identity], completed=status["step"], note=_note(status))
+
+
+def _ended(store: Store, open_runs: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The runs that have a result by now, each taken off the list."""
+    for identity in list(open_runs):
+        if (result := _look(store, identity, "result.json")) is not None:
+            open_runs.remove(identity)
+            yield identity, result
 
 
 def _look(store: Store, identity: str, name: str) -> dict[str, Any] | None:
