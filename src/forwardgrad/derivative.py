@@ -169,8 +169,8 @@ def _forward_mode(objective: Objective, commit: bool) -> Iterator[None]:
             stack.callback(torch.backends.mha.set_fastpath_enabled, True)
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # not mkldnn.flags(): it also sets, and warns about, settings that are none of our business
-            before: tuple[Any, ...] = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
-            stack.callback(torch.backends.mkldnn.set_flags, _enabled=before[0], _fp32_precision=None)
+            stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         for module in modules:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 stack.callback(module.register_forward_hook(_still_padding).remove)
