@@ -105,9 +105,8 @@ def _with(run: Run, point: dict[str, float]) -> Run:
 
 def _choose(arm: Arm, trials: Sequence[tuple[dict[str, float], Run]], results: Results) -> dict[str, Any]:
     """The trial with the least validation loss, and on which edges of its grid it lies."""
-    losses = {run.identity: results[run.identity] for _, run in trials}
-    fit = [(r["validation_loss"], values) for values, run in trials if (r := losses[run.identity])["status"] == "finished"]
-    fit = [(loss, values) for loss, values in fit if loss is not None]
+    finished = [(results[run.identity], values) for values, run in trials if results[run.identity]["status"] == "finished"]
+    fit = [(result["validation_loss"], values) for result, values in finished if result["validation_loss"] is not None]
     if not trials:
         return {"values": {}, "validation_loss": None, "at_edge": []}
     if not fit:  # every point diverged: the least learning rate is the best guess there is, and the report shows it
