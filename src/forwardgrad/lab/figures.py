@@ -102,7 +102,7 @@ class Bar:
 
 
 def curves(name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: str, marks: bool = False, log: bool | None = None) -> str:
-    """Panels on shared axes, the mean as a line and the range from least to greatest as a light band.
+    """Panels on shared axes (steps shared along a row), the mean as a line and the range from least to greatest as a light band.
 
     The loss axis is logarithmic where asked for or, with `log` None, where the means span more than a factor of fifteen.
     """
@@ -111,7 +111,7 @@ def curves(name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: s
     def draw() -> Figure:
         size = (9.6, 4.4) if wide == tall == 1 else (9.6, 3.4 * tall + (0.9 if tall == 1 else 0.5))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(tall, wide, squeeze=False, sharex=True, sharey=True)
+        grid = figure.subplots(tall, wide, squeeze=False, sharex="row", sharey=True)  # a network trained for less keeps a readable row
         lines = [line for row in rows for panel in row for line in panel.lines]
         _scale(grid[0][0], lines, log)
         for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):

@@ -23,7 +23,7 @@ from forwardgrad.lab.study import logspace
 
 SEEDS = 3  # of the forward arm; backpropagation has nothing random here
 GRID = logspace(-4, -1, 7)  # learning rates either arm is tuned over
-KEPT = 400  # points of a path that are stored
+KEPT = 200  # first points of a path that are stored, and as many of the rest
 FAR = 1e3  # a coordinate beyond this has left for good
 
 
@@ -135,7 +135,7 @@ def _median(runs: list[Descent]) -> float:
 def _arm(kind: str, lr: float, runs: list[Descent], *, tuned: bool) -> dict[str, Any]:
     shown, final = runs[0], _median(runs)
     last = len(shown.path) - 1
-    kept = sorted({*range(0, last + 1, -(-(last + 1) // KEPT)), last})
+    kept = sorted({*range(min(KEPT, last)), *range(0, last + 1, -(-(last + 1) // KEPT)), last})  # the first steps are the long ones
     return {
         "kind": kind,
         "lr": lr,

@@ -154,7 +154,7 @@ def _baydin(study: StudyResult) -> Iterable[str | Picture]:
         settings = {tuned: {arm.kind: arm for arm in mine if bool(arm.record.get("space")) == tuned} for tuned in (False, True)}
         panels = [(_setting(tuned, list(arms.values())), list(arms.values())) for tuned, arms in settings.items()]
         yield findings.two_settings(title, settings[False], settings[True])
-        caption = f"{title}: the same comparison at one learning rate (left) and with each arm tuned (right)"
+        caption = f"{title[:1].upper()}{title[1:]}: the same comparison at one learning rate (left) and with each arm tuned (right)"
         yield _validation(f"{study.name}-{model}", panels, caption)
 
 
