@@ -149,7 +149,7 @@ def _arm(kind: str, lr: float, runs: list[Descent], *, tuned: bool) -> dict[str,
     }
 
 
-def _grid(task: Task, points: int = 81) -> dict[str, Any]:
+def _grid(task: Task, points: int = 61) -> dict[str, Any]:
     (left, right), (low, high) = task.bounds
     x, y = torch.linspace(left, right, points, dtype=torch.float64), torch.linspace(low, high, points, dtype=torch.float64)
     z = task.function(torch.stack(torch.meshgrid(x, y, indexing="xy")))
