@@ -258,7 +258,12 @@ def test_data_verify_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
 def test_ctrl_c_keeps_finished_work_and_the_same_command_goes_on(tmp_path: Path, jobs: str) -> None:
     command = [sys.executable, "-m", "forwardgrad", "demo", "--epochs", "60", "--seeds", "1", "--jobs", jobs, "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
     )
     deadline = time.monotonic() + 120
     while not (finished := list(tmp_path.glob("runs/*/result.json"))) and time.monotonic() < deadline:
