@@ -92,8 +92,12 @@ def results(study: StudyResult) -> Table:
         ("epochs", "epochs really run; 'shortened' where the paper trained longer", _epochs),
         ("published 'test loss'", "as printed in Table I: the loss of the last 16 shuffled test images, one seed", _published),
         ("ours, last 16", "the same reading of our first run; below it, the 5–95 % range of such readings of the same network", _last16),
-        ("test loss", "mean cross-entropy (nats) over the whole test split, averaged over seeds, with its 95 % t interval", _test_loss),
-        ("test accuracy", "images of the whole test split classified rightly, averaged over seeds, with its 95 % t interval", _accuracy),
+        ("test loss", "mean cross-entropy (nats) over the whole test split, mean over seeds and its 95 % t interval, cut at 0", _test_loss),
+        (
+            "test accuracy",
+            "images of the whole test split classified rightly, mean over seeds and its 95 % t interval, cut at 0 and 100 %",
+            _accuracy,
+        ),
         ("outcome", "whether the runs finished, and where and why one was stopped as diverged", outcome),
     ]
     if numbered:
