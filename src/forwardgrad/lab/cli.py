@@ -203,7 +203,7 @@ def demo(
     out: Out = Path("demo"),
     jobs: Jobs = 2,
 ) -> None:
-    """Compare both arms on scikit-learn's handwritten digits, without any download, in about a minute."""
+    """Compare both arms on scikit-learn's handwritten digits, without any download, in less than a minute."""
     _report(_run_study(recipes.demo(epochs, seeds), out, "cpu", None, jobs))
 
 
