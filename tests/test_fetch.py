@@ -327,10 +327,10 @@ def test_an_archive_that_is_there_is_used_and_kept(server: Server, tmp_path: Pat
 def test_an_archive_with_a_member_outside_is_refused_before_anything_is_written(
     server: Server, tmp_path: Path, bad: dict[str, bytes | str]
 ) -> None:
-    root = tmp_path / "deep/root"
+    root = tmp_path / "deep/base"
     with pytest.raises(UserError, match=r"a\.tar\.gz cannot be unpacked safely"):
         get_archive(root, archive(server, MEMBERS | bad))
-    assert files(tmp_path) == ["deep/root/a.tar.gz"]
+    assert files(tmp_path) == ["deep/base/a.tar.gz"]
 
 
 @pytest.mark.parametrize(
