@@ -27,7 +27,9 @@ class Backprop(Estimator):
     def unbiased(self) -> bool:
         return True
 
-    def estimate(self, objective: Objective, generator: Generator | None = None) -> tuple[Estimate, dict[str, Tensor | None]]:
+    def estimate(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, dict[str, Tensor | None]]:
         parameters = objective.parameters
         held = {name: p.grad for name, p in parameters.items()}
         try:  # through .grad, not autograd.grad: only accumulation copies what shares memory with other tensors, and runs hooks

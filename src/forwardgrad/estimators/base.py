@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,6 +38,36 @@ class Estimator(ABC):
     def unbiased(self) -> bool:
         """Whether E[ĝ] = ∇f with these fields."""
 
+    @property
+    def stateful(self) -> bool:
+        """Whether the estimator learns from step to step, and so needs a state that is kept between them."""
+        return False
+
     @abstractmethod
-    def estimate(self, objective: Objective, generator: Generator | None) -> tuple[Estimate, dict[str, Tensor | None]]:
-        """The record of the step and an estimate for every parameter (None where the loss does not depend on it)."""
+    def estimate(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, dict[str, Tensor | None]]:
+        """The record of the step and an estimate for every parameter: None where the loss does not depend on it, or nothing is known yet.
+
+        `state` is what a stateful estimator remembers: it fills an empty one and updates a filled one in place; others leave it alone.
+        """
+
+
+def needed(generator: Generator | None) -> Generator:
+    """The generator that directions are drawn from; ValueError where none was given."""
+    if not isinstance(generator, Generator):
+        raise ValueError("directions need an explicit generator: pass generator=torch.Generator().manual_seed(seed)")
+    return generator
+
+
+def check_count(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+
+
+def check_number(what: str, value: object, low: float, high: float = math.inf, *, closed: bool = False) -> None:
+    """ValueError unless low < value < high (low ≤ value where the lower limit is `closed`)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and (low <= value if closed else low < value) and value < high):  # type: ignore[operator]
+        limits = f"at least {low:g}" if closed else f"above {low:g}"
+        raise ValueError(f"{what} must be a number {limits}{f' and below {high:g}' if math.isfinite(high) else ''}, not {value!r}")

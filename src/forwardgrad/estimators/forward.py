@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from forwardgrad.derivative import Objective, directional_derivatives
-from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.estimators.base import Estimate, Estimator, needed
 from forwardgrad.tangents import Gaussian, Law
 
 
@@ -64,9 +64,10 @@ class ForwardGradient(Estimator):
     def unbiased(self) -> bool:
         return self.clip is None
 
-    def estimate(self, objective: Objective, generator: Generator | None) -> tuple[Estimate, dict[str, Tensor | None]]:
-        if not isinstance(generator, Generator):
-            raise ValueError("directions need an explicit generator: pass generator=torch.Generator().manual_seed(seed)")
+    def estimate(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, dict[str, Tensor | None]]:
+        generator = needed(generator)
         size = self.chunk_size or self.tangents
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         gradients: dict[str, Tensor | None] = {}
