@@ -77,7 +77,7 @@ def test_the_number_of_tangents_cannot_be_left_open() -> None:
 
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, "1", [1.0]], ids=repr)
 def test_a_clip_is_a_positive_number(value: Any) -> None:
-    with pytest.raises(ValueError, match="clip must be a positive number"):
+    with pytest.raises(ValueError, match="clip must be a number above 0"):
         fg.ForwardGradient(clip=value)
 
 

@@ -15,8 +15,8 @@ Each work-around stands in one place and can go when torch no longer needs it:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_DROPPED = (
+    "the loss carries no tangent: it does not depend on any trainable parameter, or a detach(), .item() or numpy call on the way dropped it"
+)
 Point = nn.Module | Tensor | Sequence[Tensor]
 """Where a loss is evaluated: a module, one tensor, or several tensors."""
 
@@ -61,7 +64,8 @@ def _places(root: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterat
 class Objective:
     """A loss as a function of the tensors it is trained by.
 
-    `loss` takes what `at` is: the module, the tensor, or the tensors as separate arguments; it returns a tensor of one element.
+    `loss` takes what `at` is: the module, the tensor, or the tensors as separate arguments; it returns a tensor of one element, or of
+    one element an example, whose mean is then the loss.
     `parameters` are the live tensors with `requires_grad=True`, by name; tied weights appear once.
 
     Raises TypeError or ValueError where there is nothing to train, or something that cannot be trained.
@@ -91,15 +95,20 @@ class Objective:
 
     def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
+        loss, buffers = self.raw(parameters)
+        return _scalar(loss), buffers
+
+    def raw(self, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """As `with_`, with whatever the loss function returned."""
         if self._module is None:
-            return _scalar(self.loss(*(parameters.get(name, t) for name, t in self._tensors.items()))), {}
+            return self.loss(*(parameters.get(name, t) for name, t in self._tensors.items())), {}
         instead = {id(p): parameters[name] for name, p in self.parameters.items()}  # tied weights: one tensor in several places
         for place in _places(self._module, "_buffers"):
             instead.setdefault(id(place.tensor), place.tensor.clone())
         places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
-        loss, buffers = functional_call(self._module, state, (), tie_weights=False)
-        return _scalar(loss), buffers
+        result: tuple[Any, dict[str, Tensor]] = functional_call(self._module, state, (), tie_weights=False)
+        return result
 
     def commit(self, buffers: Mapping[str, Tensor]) -> None:
         """Make these buffers the model's own."""
@@ -133,10 +142,7 @@ def directional_derivatives(
     def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, buffers = objective.with_(parameters)
         if forward_ad.unpack_dual(loss).tangent is None:
-            raise RuntimeError(
-                "the loss carries no tangent: it does not depend on any trainable parameter, or a detach(), .item() or numpy call "
-                "on the way dropped it"
-            )
+            raise RuntimeError(_DROPPED)
         return loss, buffers
 
     def along(tangent: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -153,6 +159,97 @@ def directional_derivatives(
         if commit:
             objective.commit(buffers)
     return loss, derivatives.to(loss.dtype)
+
+
+class Watch(Protocol):
+    """What stands at every torch call of an evaluation, and puts tangents in where they belong.
+
+    `open` is the context in which the model runs; `close` takes the loss it returned and says what else shall be derived, by name, and
+    what of the primal pass shall be kept, by name; `keep` gets the latter back as plain tensors.
+    """
+
+    def open(
+        self, inject: Inject, pick: Callable[[Tensor], Tensor], parameters: Mapping[str, Tensor]
+    ) -> AbstractContextManager[Any]: ...
+
+    def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+    def keep(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+Inject = Callable[[Tensor, Tensor], Tensor]
+"""(tensor, tangent) → the tensor with the tangent added to the one it carries; its values stay what they are."""
+
+
+class _Injection(torch.autograd.Function):
+    """Adds a tangent without touching the values, so that K tangents at once still share one primal pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, scale: Tensor, tangent: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def jvp(ctx: Any, carried: Tensor | None, scale: Tensor, tangent: Any) -> Tensor:
+        (added,) = ctx.saved_tensors
+        return added.clone() if carried is None else carried + added
+
+
+class Derived(NamedTuple):
+    """Values of one evaluation by name, and their derivatives [k, ...] along each tangent; "loss" is always there, a vector if it was one."""
+
+    values: dict[str, Tensor]
+    derivatives: dict[str, Tensor]
+
+
+def derivatives_under(objective: Objective, watch: Watch, count: int, *, commit: bool = True) -> Derived:
+    """Evaluate a loss once under a watch that puts in `count` tangents, sharing one primal pass; nothing is kept for a backward pass.
+
+    With count 0 nothing is derived: an ordinary forward pass under the watch. `commit`, and what is raised, as `directional_derivatives`.
+    """
+    primals = {name: p.detach() for name, p in objective.parameters.items()}
+
+    def evaluate(inject: Inject, pick: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Any]:
+        with watch.open(inject, pick, primals):
+            loss, buffers = objective.raw(primals)
+        outputs, kept = watch.close(loss)
+        outputs = {"loss": _per_example(loss), **outputs}
+        if count and forward_ad.unpack_dual(outputs["loss"]).tangent is None:
+            raise RuntimeError(_DROPPED)
+        return outputs, (kept, buffers)
+
+    def along(index: Tensor) -> Any:
+        pick = (lambda stack: stack[0]) if count == 1 else (lambda stack: stack.index_select(0, index.reshape(1)).squeeze(0))
+        inject = lambda scale: lambda tensor, tangent: _Injection.apply(tensor, scale, tangent.to(tensor.dtype))  # noqa: E731
+        return jvp(lambda scale: evaluate(inject(scale), pick), (zero,), (torch.ones_like(zero),), has_aux=True)
+
+    first = next(iter(primals.values()))
+    zero = torch.zeros((), dtype=first.dtype, device=first.device)
+    with torch.no_grad(), _forward_mode(objective, commit):
+        if count == 0:
+            values, (kept, buffers) = evaluate(lambda tensor, _: tensor, lambda stack: stack)
+            derivatives = {}
+        elif count == 1:
+            values, derivatives, (kept, buffers) = along(zero)
+            derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
+        else:
+            indices = torch.arange(count, device=first.device)
+            values, derivatives, (kept, buffers) = vmap(along, out_dims=(None, 0, None), randomness="same")(indices)
+        if commit:
+            objective.commit(buffers)
+    watch.keep(kept)
+    return Derived(values, derivatives)
+
+
+def primal(tensor: Tensor) -> Tensor:
+    """The values of a tensor without the tangent that it carries."""
+    value: Tensor = forward_ad.unpack_dual(tensor).primal
+    return value
 
 
 @contextmanager
@@ -183,10 +280,17 @@ def _still_padding(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Ten
 
 
 def _scalar(loss: Any) -> Tensor:
+    return _per_example(loss).mean()
+
+
+def _per_example(loss: Any) -> Tensor:
+    """The loss as one number, or one number an example."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must return a tensor, not {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"the loss must have one element, not shape {tuple(loss.shape)}: reduce it with mean() or sum()")
+    if loss.numel() == 0 or (loss.numel() > 1 and loss.dim() > 1):
+        raise ValueError(
+            f"the loss must have one element, or one an example, not shape {tuple(loss.shape)}: reduce it with mean() or sum()"
+        )
     if loss.is_complex():
         raise TypeError("the loss is complex: take its real part or its absolute value")
-    return loss.reshape(())
+    return loss.reshape(()) if loss.numel() == 1 else loss

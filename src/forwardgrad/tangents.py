@@ -6,6 +6,7 @@ are the same bits as K drawn one after the other, and the same seed replays them
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -94,6 +95,17 @@ class Sphere(Law):
 
     def second_moment(self, n: int) -> float:
         return n
+
+
+def fork(generator: Generator, count: int) -> list[int]:
+    """Seeds of `count` streams that follow from the generator's state, which moves on; a generator on a GPU is not waited for."""
+    if generator.device.type == "cpu":
+        seeds: list[int] = torch.randint(2**63 - 1, (count,), generator=generator).tolist()
+        return seeds
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # the least a draw moves it by
+    digests = (hashlib.sha256(f"{generator.initial_seed()}/{offset}/{index}".encode()).digest() for index in range(count))
+    return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
 
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:

@@ -8,22 +8,45 @@ from typing import Any
 
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.estimators.feedback import LearnedFeedback
+from forwardgrad.estimators.fixed_feedback import FixedFeedback, Readout
 from forwardgrad.estimators.forward import ForwardGradient
-from forwardgrad.tangents import LAWS, Law
+from forwardgrad.perturbations import PERTURBATIONS
+from forwardgrad.tangents import LAWS
 
-ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient)
+ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient, LearnedFeedback, FixedFeedback, Readout)
 
-__all__ = ["ESTIMATORS", "Backprop", "Estimate", "Estimator", "ForwardGradient", "from_config", "to_config"]
+__all__ = [
+    "ESTIMATORS",
+    "Backprop",
+    "Estimate",
+    "Estimator",
+    "FixedFeedback",
+    "ForwardGradient",
+    "LearnedFeedback",
+    "Readout",
+    "from_config",
+    "to_config",
+]
+
+
+_KINDS: dict[str, tuple[type[Any], ...]] = {"law": LAWS, "perturb": PERTURBATIONS}
+"""Fields that hold a component instead of a number, and what can stand there."""
 
 
 def to_config(estimator: Estimator) -> dict[str, Any]:
-    """An estimator as plain JSON values: its name and every field, laws by their name.
+    """An estimator as plain JSON values: its name and every field, components by their name, with their fields where they have any.
 
-    >>> to_config(ForwardGradient(clip=1.0))
-    {'name': 'forward', 'tangents': 1, 'law': 'gaussian', 'clip': 1.0, 'chunk_size': None}
+    >>> to_config(Backprop())["name"]
+    'backprop'
     """
-    fields = {field.name: getattr(estimator, field.name) for field in dataclasses.fields(estimator)}
-    return {"name": estimator.name, **{key: value.name if isinstance(value, Law) else value for key, value in fields.items()}}
+    config = {field.name: getattr(estimator, field.name) for field in dataclasses.fields(estimator)}
+    return {"name": estimator.name, **{key: _component(value) if key in _KINDS else value for key, value in config.items()}}
+
+
+def _component(value: Any) -> Any:
+    fields = dataclasses.asdict(value)
+    return {"name": value.name, **fields} if fields else value.name
 
 
 def from_config(config: Mapping[str, Any]) -> Estimator:
@@ -31,19 +54,16 @@ def from_config(config: Mapping[str, Any]) -> Estimator:
 
     Raises ValueError for an unknown name or field (listing the known ones) and for values outside their limits.
     """
-    fields = dict(config)
-    kind = _named(ESTIMATORS, fields.pop("name", None), "estimator")
-    known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := [key for key in fields if key not in known]:
-        raise ValueError(f"the {kind.name} estimator has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}")
-    if "law" in fields:
-        fields["law"] = _named(LAWS, fields["law"], "law")()
-    estimator: Estimator = kind(**fields)
+    estimator: Estimator = _made(ESTIMATORS, config, "estimator")
     return estimator
 
 
-def _named(kinds: tuple[Any, ...], name: object, what: str) -> Any:
-    for kind in kinds:
-        if kind.name == name:
-            return kind
-    raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(kind.name for kind in kinds)}")
+def _made(kinds: tuple[Any, ...], config: object, what: str) -> Any:
+    fields = dict(config) if isinstance(config, Mapping) else {"name": config}
+    name = fields.pop("name", None)
+    if not (found := [kind for kind in kinds if kind.name == name]):
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(kind.name for kind in kinds)}")
+    known = [field.name for field in dataclasses.fields(found[0])]
+    if unknown := [key for key in fields if key not in known]:
+        raise ValueError(f"the {name} {what} has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}")
+    return found[0](**{key: _made(_KINDS[key], value, key) if key in _KINDS else value for key, value in fields.items()})

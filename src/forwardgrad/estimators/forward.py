@@ -1,17 +1,22 @@
-"""The forward gradient of Baydin et al.: random directions over all weights, one scalar each."""
+"""The forward gradient of Baydin et al. and its relatives: what moves, how many directions, and how they are put together."""
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from forwardgrad.derivative import Objective, directional_derivatives
-from forwardgrad.estimators.base import Estimate, Estimator, needed
-from forwardgrad.tangents import Gaussian, Law
+from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
+from forwardgrad.perturbations.base import Entered
+from forwardgrad.perturbations.dense import DenseUse
+from forwardgrad.perturbations.outputs import shared_out
+from forwardgrad.perturbations.passes import Pass, perturbed_pass
+from forwardgrad.tangents import Gaussian, Law, fork
 
 
 @dataclass(frozen=True)
@@ -19,28 +24,38 @@ class ForwardGradient(Estimator):
     """The forward gradient: directional derivatives along random tangents, times the tangents.
 
     Formula: ĝ = (1/K) Σₖ clip(dₖ) vₖ with dₖ = ∇f·vₖ from one forward pass, vₖ independent with mean 0 and covariance I over all
-    parameters, and clip(d) = min(max(d, −c), c) where a clip c is given.
+    parameters, and clip(d) = min(max(d, −c), c) where a clip c is given. `perturb` says what vₖ moves: whole weights (the paper's
+    estimator), weights of low rank, weights or activities of every example on their own.
 
-    Bias: none without a clip, E[(∇f·v)v] = E[v vᵀ]∇f = ∇f. With a clip the direction stays right and the length shrinks: for Gaussian
-    tangents E[ĝ] = erf(c/(‖∇f‖√2))·∇f.
+    Bias: none with combine="mean" and no clip, E[(∇f·v)v] = E[v vᵀ]∇f = ∇f. With a clip the direction stays right and the length
+    shrinks: for Gaussian tangents over whole weights E[ĝ] = erf(c/(‖∇f‖√2))·∇f. With combine="projection", ĝ = V(VᵀV)⁻¹d is the point
+    of the tangents' span that is closest to ∇f: about K/n of its length, in exchange for an error never larger than ‖∇f‖.
     Variance: E‖ĝ‖² = (1 + (m − 1)/K)‖∇f‖² where m is the law's second moment: n + 2 (Gaussian) or n (Rademacher, Sphere) over n weights.
-    The noise grows with the number of weights; that is what keeps the method from scaling.
+    The noise grows with the number of weights; that is what keeps the method from scaling, and what the other perturbations reduce.
+    With a control variate b, ĝ = b + (1/K) Σₖ (dₖ − b·vₖ) vₖ, in which ‖∇f − b‖² stands for ‖∇f‖²: unbiased, as b does not depend on vₖ.
+    (Antithetic pairs v, −v gain nothing here: (∇f·v)v is the same for both. They do where derivatives are differences: `ZerothOrder`.)
     Cost: K + 1 forward passes for K tangents at once; a loop over chunks pays one more primal pass for every chunk.
 
     Args:
         tangents: K ≥ 1, the number of directions averaged.
         law: where directions are drawn from.
-        clip: bound c > 0 on each |dₖ|, in units of the loss; None for no bound.
-        chunk_size: tangents evaluated at once, as in `torch.func.vmap`: None for all K (K copies of the parameters are held),
-            1 for a loop. The result is the same up to rounding.
+        clip: bound c > 0 on each |dₖ| (of every example, where examples move on their own), in units of the loss; None for no bound.
+        chunk_size: tangents evaluated at once, as in `torch.func.vmap`: None for all K (K copies of the parameters are held where whole
+            weights move), 1 for a loop. The result is the same up to rounding.
+        perturb: what is perturbed: `Dense()`, `LowRank(rank)`, `PerExample()`, `Activity(masked)` or `Cheapest(overrides)`.
+        combine: "mean", or "projection" (weights shared by the batch only: Dense or LowRank; K at most the number of weights).
+        exact_output: give the last layer its exact gradient, (softmax − onehot)ᵀ x: it needs no reverse pass. For Activity and Cheapest,
+            where the model's output goes straight into F.cross_entropy, F.mse_loss or F.binary_cross_entropy_with_logits.
+        control_variate: β in [0, 1): use the moving average m ← β m + (1 − β) ĝ of earlier estimates as b. For Dense, LowRank and
+            PerExample; the estimator then needs `state`. None for no control variate.
 
-    Raises ValueError where an argument is outside its limits or `estimate_grad_` was given no generator.
+    Raises ValueError where an argument is outside its limits, arguments exclude one another, or no generator was given.
 
     Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it,
-    section III.
+    section III; the projection is that of Flügel et al. (2025).
 
-    >>> ForwardGradient(tangents=4, clip=1.0)
-    ForwardGradient(tangents=4, law=Gaussian(), clip=1.0, chunk_size=None)
+    >>> ForwardGradient(tangents=4, clip=1.0).unbiased
+    False
     """
 
     name: ClassVar[str] = "forward"
@@ -49,20 +64,42 @@ class ForwardGradient(Estimator):
     law: Law = Gaussian()
     clip: float | None = None
     chunk_size: int | None = None
+    perturb: Perturbation = Dense()
+    combine: Literal["mean", "projection"] = "mean"
+    exact_output: bool = False
+    control_variate: float | None = None
 
     def __post_init__(self) -> None:
-        for what, value in (("tangents", self.tangents), ("chunk_size", 1 if self.chunk_size is None else self.chunk_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+        check_count("tangents", self.tangents)
+        if self.chunk_size is not None:
+            check_count("chunk_size", self.chunk_size)
         if not isinstance(self.law, Law):
             raise ValueError(f"law must be a law of directions such as Gaussian(), not {self.law!r}")
-        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
-        if self.clip is not None and not (number and math.isfinite(self.clip) and self.clip > 0):
-            raise ValueError(f"clip must be a positive number or None for no clip, not {self.clip!r}")
+        if not isinstance(self.perturb, Perturbation):
+            raise ValueError(f"perturb must be a perturbation such as Dense() or Activity(), not {self.perturb!r}")
+        self.perturb.check(self.law)
+        if self.clip is not None:
+            check_number("clip", self.clip, 0)
+        if self.combine not in ("mean", "projection"):
+            raise ValueError(f"combine must be 'mean' or 'projection', not {self.combine!r}")
+        if self.combine == "projection" and self.perturb.name not in ("dense", "low-rank"):
+            raise ValueError(f"combine='projection' goes with perturb=Dense() or LowRank(), not {self.perturb!r}")
+        if self.combine == "projection" and (self.clip, self.chunk_size, self.control_variate) != (None, None, None):
+            raise ValueError("combine='projection' takes no clip, chunk_size or control_variate: it weighs all tangents together")
+        if not isinstance(self.exact_output, bool) or (self.exact_output and not isinstance(self.perturb, (Activity, Cheapest))):
+            raise ValueError("exact_output=True goes with perturb=Activity() or Cheapest()")
+        if self.control_variate is not None:
+            check_number("control_variate", self.control_variate, 0, 1, closed=True)
+            if not self.perturb.weights:
+                raise ValueError("control_variate predicts weights' gradients: use perturb=Dense(), LowRank() or PerExample(), or LearnedFeedback")
 
     @property
     def unbiased(self) -> bool:
-        return self.clip is None
+        return self.clip is None and self.combine == "mean"
+
+    @property
+    def stateful(self) -> bool:
+        return self.control_variate is not None
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
@@ -70,24 +107,77 @@ class ForwardGradient(Estimator):
         generator = needed(generator)
         size = self.chunk_size or self.tangents
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
-        gradients: dict[str, Tensor | None] = {}
+        predicted = self._predicted(objective, state)
+        gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         derivatives = []
         for index, count in enumerate(counts):
+            found = self._evaluate(objective, count, generator, commit=index == len(counts) - 1)
+            derivatives.append(found.derivatives)
+            with torch.autocast(found.loss.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
+                add_parts(gradients, found, self._weights(found, predicted))
+                if index == 0:
+                    add_exact(gradients, found)
+        if predicted:
+            for name, m in predicted.items():
+                part = gradients[name]
+                gradients[name] = m.clone() if part is None else part.add_(m)
+            self._remember(state, gradients)
+        return Estimate(found.loss, torch.cat(derivatives), self.tangents + len(counts)), gradients
+
+    def _evaluate(self, objective: Objective, count: int, generator: Generator, *, commit: bool) -> Pass:
+        if isinstance(self.perturb, Dense):
             tangents = self.law.draw(objective.parameters, count, generator)
-            loss, derivative = directional_derivatives(objective, tangents, commit=index == len(counts) - 1)
-            derivatives.append(derivative)
-            weights = (derivative if self.clip is None else derivative.clamp(-self.clip, self.clip)) / self.tangents
-            for name, tangent in tangents.items():
-                part = _combine_(weights.to(tangent.dtype), tangent)
-                so_far = gradients.get(name)
-                gradients[name] = part if so_far is None else so_far.add_(part)
-        return Estimate(loss, torch.cat(derivatives), self.tangents + len(counts)), gradients
+            loss, derivatives = directional_derivatives(objective, tangents, commit=commit)
+            moved: list[Entered] = [DenseUse(name, v) for name, v in tangents.items()]
+            return Pass(loss, derivatives, None, moved, False, None, None, None)
+        seeds = fork(generator, count)
+        return perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, exact_output=self.exact_output, commit=commit)
+
+    def _weights(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
+        """What each direction of each example is multiplied by, place by place."""
+        if self.combine == "projection":
+            gram = torch.stack([entered.gram() for entered in found.entered]).sum(0).squeeze(2)
+            solved = torch.linalg.pinv(gram.double(), hermitian=True) @ found.derivatives.double()
+            return [solved.unsqueeze(1)] * len(found.entered)
+        uses = Counter(name for entered in found.entered for name in entered.names)  # a weight used twice moves twice: half of b for each
+        shares = {name: b / uses[name] for name, b in predicted.items() if uses[name]}
+        inner = [entered.inner(shares) for entered in found.entered] if predicted else []
+        weights = []
+        for entered in found.entered:
+            d = found.of(entered)
+            if inner and (found.rows is None or found.coupled):
+                d = d - torch.stack([part.sum(1) for part in inner]).sum(0).unsqueeze(1)
+            elif inner:
+                d = d - torch.stack([shared_out(part, entered.rows) for part in inner]).sum(0)
+            weights.append((d if self.clip is None else d.clamp(-self.clip, self.clip)) / self.tangents)
+        return weights
+
+    def _predicted(self, objective: Objective, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.control_variate is None:
+            return {}
+        return {name: state.setdefault(f"average.{name}", torch.zeros_like(p)) for name, p in objective.parameters.items()}
+
+    def _remember(self, state: dict[str, Tensor], gradients: dict[str, Tensor | None]) -> None:
+        assert self.control_variate is not None
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                state[f"average.{name}"].lerp_(gradient, 1 - self.control_variate)
 
 
-def _combine_(weights: Tensor, tangents: Tensor) -> Tensor:
-    """Σₖ weights[k]·tangents[k]; a single tangent is scaled in place, sparing a copy of the parameters."""
-    if len(weights) == 1:
-        return tangents[0].mul_(weights[0])
-    with torch.autocast(tangents.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
-        combined: Tensor = torch.tensordot(weights, tangents, dims=1)
-    return combined
+def add_parts(gradients: dict[str, Tensor | None], found: Pass, weights: list[Tensor]) -> None:
+    """Add Σ weights · directions of every place that moved."""
+    for entered, weight in zip(found.entered, weights, strict=True):
+        if entered not in found.exact:
+            add(gradients, entered.gradient(weight))
+
+
+def add_exact(gradients: dict[str, Tensor | None], found: Pass) -> None:
+    """Add the exact gradient of the layers whose output is the model's own."""
+    for point in found.exact:
+        add(gradients, point.from_error(found.error))
+
+
+def add(gradients: dict[str, Tensor | None], parts: dict[str, Tensor]) -> None:
+    for name, part in parts.items():
+        so_far = gradients.get(name)
+        gradients[name] = part if so_far is None else so_far.add_(part)

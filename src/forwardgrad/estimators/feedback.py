@@ -1,0 +1,190 @@
+"""Feedback that is learned from forward passes alone: a matrix a layer that tells what an error at the output means there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from forwardgrad.derivative import Objective
+from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.estimators.forward import add, add_exact
+from forwardgrad.perturbations.activity import Activity, Point
+from forwardgrad.perturbations.base import Entered
+from forwardgrad.perturbations.outputs import spread
+from forwardgrad.perturbations.passes import Pass, perturbed_pass
+from forwardgrad.tangents import Law, Rademacher, fork
+
+STEP = "step"
+
+
+@dataclass(frozen=True)
+class LearnedFeedback(Estimator):
+    """Feedback matrices learned from the derivative of all outputs at once, which one forward pass gives for every example.
+
+    Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C numbers
+    instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and a matrix B_l [C, q_l] ≈ E[J_l] a layer,
+    - the error sent to layer l is δ̂_l = e B_l, on the units that are active there, and its gradients are the products with its own input;
+    - rule="lms": B_l ← B_l + rate · Σ r u_lᵀ/(n + q + 1) with the residual r = ẏ − Σ_l B_l u_l over the n moves of the batch that touched a
+      unit and q units that moved in all: the normalised least mean squares step, stable for rates below 2;
+    - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
+    The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
+
+    Bias: with use="direct", that of B: e (B_l − J_l) an example; J_l changes with the example and the weights, B_l does not, or late. With
+    use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
+    Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
+    Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
+    Limits: batch first, layers with the same number of units at every step; the loss ends in F.cross_entropy, F.mse_loss or
+    F.binary_cross_entropy_with_logits of the model's output, and is not changed afterwards.
+
+    Args:
+        rule: "lms" or "average".
+        rate: for "lms" above 0 and below 2 (None: 0.3), for "average" above 0 and below 1 (None: 0.01).
+        use: "direct" or "control-variate".
+        warm_up: first steps in which only the feedback learns and no gradient is given (`.grad` is left alone, so optimizers do nothing).
+        tangents: K ≥ 1 moves of every activity a step.
+        law: where moves are drawn from.
+        masked: whether units that cannot matter are left out, as in `Activity`.
+
+    Raises ValueError where an argument is outside its limits, no generator or state was given, the loss has no closed-form error, or the
+    state belongs to another model.
+
+    Source: the moving average is that of Bacho and Chu, FDFA (2022), eqs. 7 and 8, with Lansdell et al. (2020) before them; the residual
+    form and the control variate are this project's (compare "Apical Dust", 2026).
+
+    >>> LearnedFeedback(use="control-variate").unbiased
+    True
+    """
+
+    name: ClassVar[str] = "feedback"
+
+    rule: Literal["lms", "average"] = "lms"
+    rate: float | None = None
+    use: Literal["direct", "control-variate"] = "direct"
+    warm_up: int = 0
+    tangents: int = 1
+    law: Law = Rademacher()
+    masked: bool = True
+
+    def __post_init__(self) -> None:
+        for what, value, known in (("rule", self.rule, ("lms", "average")), ("use", self.use, ("direct", "control-variate"))):
+            if value not in known:
+                raise ValueError(f"{what} must be one of {', '.join(known)}, not {value!r}")
+        if self.rate is not None:
+            check_number("rate", self.rate, 0, 2 if self.rule == "lms" else 1)
+        if isinstance(self.warm_up, bool) or not isinstance(self.warm_up, int) or self.warm_up < 0:
+            raise ValueError(f"warm_up must be a whole number of at least 0, not {self.warm_up!r}")
+        check_count("tangents", self.tangents)
+        if not isinstance(self.law, Law):
+            raise ValueError(f"law must be a law of directions such as Rademacher(), not {self.law!r}")
+        Activity(self.masked).check(self.law)
+
+    @property
+    def unbiased(self) -> bool:
+        return self.use == "control-variate" and self.warm_up == 0
+
+    @property
+    def stateful(self) -> bool:
+        return True
+
+    def estimate(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, dict[str, Tensor | None]]:
+        generator = needed(generator)
+        seeds = fork(generator, self.tangents)
+        found = perturbed_pass(objective, Activity(self.masked), self.law, seeds, generator.device, exact_output=True)
+        step = state.setdefault(STEP, torch.zeros((), dtype=torch.int64))  # on the CPU, so that reading it waits for no device
+        gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
+        with torch.autocast(found.loss.device.type, enabled=False):
+            error, moved = output_of(found, type(self).__name__)
+            places = places_of(found, len(error))
+            feedback = [matrix(state, found, point, error, None) for point in places]
+            residual = moved - sum(  # type: ignore[operator]
+                (_followed(b, point, moved.shape) for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
+            )
+            if int(step) >= self.warm_up:
+                self._apply(gradients, found, places, feedback, error, residual)
+            self._learn(found, places, feedback, moved if self.rule == "average" else residual)
+        step += 1
+        return Estimate(found.loss, found.derivatives, self.tangents + 1), gradients
+
+    def _apply(
+        self,
+        gradients: dict[str, Tensor | None],
+        found: Pass,
+        places: list[Point],
+        feedback: list[Tensor],
+        error: Tensor,
+        residual: Tensor,
+    ) -> None:
+        rows = (error * residual).sum(2) / self.tangents
+        for point, b in zip(places, feedback, strict=True):
+            sent = (error.reshape(point.rows, -1) @ b).reshape(point.shape)
+            if self.use == "control-variate":
+                assert point.u is not None
+                sent = sent + torch.einsum("kb,kbq->bq", _of(found, rows, point), point.moves()).reshape(point.shape)
+            add(gradients, point.from_error(sent))
+        for entered in found.entered:
+            if entered not in found.exact and entered not in places:
+                add(gradients, entered.gradient(_of(found, rows, entered)))
+        add_exact(gradients, found)
+
+    def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor) -> None:
+        moves = [point.moves() for point in places]
+        units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(found.derivatives)
+        rate = self.rate if self.rate is not None else 0.3 if self.rule == "lms" else 0.01
+        for point, b, u in zip(places, feedback, moves, strict=True):
+            count = point.moving().sum((0, 1))
+            learned = torch.einsum("kbc,kbq->cq", signal.reshape(len(u), point.rows, -1), u)
+            if self.rule == "lms":
+                b.add_(learned * (rate / (count + units + 1)).to(b.dtype))
+            else:
+                b.lerp_(learned / count.clamp(min=1).to(b.dtype), rate)
+
+
+def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor, "k n c"]]:
+    """The error at the output and the output's derivatives, both with everything but the first dimension flattened."""
+    if found.output is None or found.output.dim() < 2:
+        raise ValueError(
+            f"{who} needs the error at the model's output: let the loss end in F.cross_entropy, F.mse_loss or "
+            "F.binary_cross_entropy_with_logits of a batch of outputs, and do not change what they return"
+        )
+    moved = found.output.new_zeros(0, *found.output.shape) if found.moved is None else found.moved
+    return found.error.flatten(1), moved.flatten(2)
+
+
+def places_of(found: Pass, terms: int) -> list[Point]:
+    """The places that a feedback matrix can be learned for: those that hold each example of the batch apart."""
+    return [
+        point
+        for point in found.entered
+        if isinstance(point, Point) and not point.exact and point.moved and terms % point.rows == 0 and (point.rows > 1 or terms == 1)
+    ]
+
+
+def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
+    """The feedback matrix of one place: zeros at first, or random numbers of variance 1/C where a generator is given."""
+    key = f"feedback.{found.entered.index(point)}.{point.names[0]}"
+    outputs = error.numel() // point.rows
+    shape = (outputs, point.shape.numel() // point.rows)
+    if key not in state:
+        made = torch.zeros(shape, dtype=error.dtype, device=generator.device if generator else error.device)
+        state[key] = (made.normal_(generator=generator) / outputs**0.5 if generator else made).to(error.device)
+    if state[key].shape != shape:
+        raise ValueError(
+            f"the state holds feedback of shape {tuple(state[key].shape)} for {point.names[0]}, but this batch needs {shape}: use one "
+            "state for one model and one size of input"
+        )
+    return state[key]
+
+
+def _followed(b: Tensor, point: Point, shape: torch.Size) -> Tensor:
+    """What the feedback says the output does when a place moves."""
+    return (point.moves() @ b.T).reshape(shape)
+
+
+def _of(found: Pass, rows: Tensor, entered: Entered) -> Tensor:
+    return rows.sum(1, keepdim=True).expand(-1, entered.rows) if found.coupled else spread(rows, entered.rows)

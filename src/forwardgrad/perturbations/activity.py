@@ -1,0 +1,161 @@
+"""Activities: what a layer passes on moves, and the product with the layer's input turns that into a gradient of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick
+from forwardgrad.perturbations.layers import Embedding, Layer, Norm
+
+
+@dataclass(frozen=True)
+class Activity(Perturbation):
+    """The output z = W x + b of a layer moves by u, independently for every example and position.
+
+    Formula: ĝ_W = Σ_b d_b u_b x_bᵀ and ĝ_b = Σ_b d_b u_b, with d_b = ⟨∂f_b/∂z_b, u_b⟩ of example b summed over all layers.
+    With `masked`, u is drawn only where it can matter: where the ReLU behind the layer is active, and at the winner of max-pooling;
+    elsewhere ∂f/∂z is exactly zero, and so is the estimate.
+    Why unbiased: E[d_b u_b] = ∂f_b/∂z_b (on the mask; off it both are 0), and ∂f/∂W = Σ_b ∂f_b/∂z_b x_bᵀ.
+    Variance: E‖δ̂_b − δ_b‖² = (q ± 1)‖δ_b‖² with δ the error over all q units that moved (+ for Gaussian u, − for random signs): q grows
+    with the units of the model, not with its weights. Dense layers have far fewer units than weights; early convolutions have more.
+    Limits: as `PerExample` – batch first, and a loss that tells examples apart.
+    Cost: q random numbers an example; the inputs of the layers are kept; one more product a layer for the gradient.
+    Layers: Linear, convolutions, Embedding. Gains and biases of norms, being few, move themselves, once an example; all else is dense.
+
+    Args:
+        masked: whether to leave out units that cannot matter.
+
+    Source: Ren et al. (2023), eq. 3 and section 3.6; Le Cun et al. (1988) and Widrow and Lehr (1990) for perturbing nodes.
+    """
+
+    name: ClassVar[str] = "activity"
+
+    masked: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.masked, bool):
+            raise ValueError(f"masked must be True or False, not {self.masked!r}")
+
+    @property
+    def weights(self) -> bool:
+        return False
+
+    def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
+        if isinstance(layer, Norm):
+            from forwardgrad.perturbations.per_example import PerExampleNorm
+
+            return PerExampleNorm(layer, x, out, directions)
+        return Point(layer, x, directions, masked=self.masked)
+
+
+class Point(Entered):
+    """The place behind a layer where activities move: its output, or what ReLU and max-pooling directly behind it make of that.
+
+    Moving the result of a ReLU or of max-pooling where it is active is the same as moving the layer's output there, so the place is
+    put off until something else uses it.
+    """
+
+    def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
+        super().__init__()
+        self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows
+        self.kept["x"] = x
+        self.tail: list[Callable[[Tensor], Tensor]] = []  # from the error at the place back to the layer's output, last one first
+        self.rectified = self.moved = self.exact = False
+        self.u: Tensor | None = None
+
+    def lets_pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is a ReLU or max-pooling behind the layer, and not one that also gives its winners away."""
+        known = function in RECTIFIERS or (function in POOLS and not kwargs.get("return_indices") and len(args) < RETURN_INDICES)
+        return self.masked and known
+
+    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Let a ReLU or max-pooling pass, and put the place behind it."""
+        if function in RECTIFIERS:
+            self.rectified = True
+            out: Tensor = function(*args, **kwargs)
+            return out
+        out, winners = F.max_pool2d_with_indices(*args, **{**kwargs, "return_indices": True})
+        key, shape = f"winners {len(self.tail)}", args[0].shape
+        self.kept[key] = winners
+        self.tail.insert(0, lambda error: _unpool(error, self.kept[key], shape))
+        return out
+
+    def place(self, out: Tensor) -> None:
+        """Fix the place; what moves there is known from here on."""
+        self.moved = True
+        self.shape = out.shape
+        if self.rectified:
+            self.kept["active"] = out > 0
+        if isinstance(self.layer, Embedding) and self.layer.padding is not None:
+            self.kept["active"] = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
+
+    def draw(self, out: Tensor) -> None:
+        self.u = self.directions.draw(tuple(out.shape), out)
+
+    def tangent(self, pick: Pick) -> Tensor:
+        assert self.u is not None
+        return self.still(pick(self.u))
+
+    def still(self, t: Tensor) -> Tensor:
+        """The tensor with zeros where the place cannot matter."""
+        return t if "active" not in self.kept else t * self.kept["active"]
+
+    def moving(self) -> Tensor:
+        """Which units moved, by example, counted once a tangent: [K, rows, units]."""
+        assert self.u is not None
+        shape = (len(self.u), self.rows, self.shape.numel() // self.rows)
+        if "active" not in self.kept:
+            return torch.ones((), device=self.u.device).expand(shape)
+        return self.kept["active"].reshape(1, *shape[1:]).expand(shape)
+
+    def moves(self) -> Tensor:
+        """What moved, by example: [K, rows, units]."""
+        assert self.u is not None
+        return self.still(self.u).reshape(len(self.u), self.rows, -1)
+
+    def from_error(self, error: Tensor) -> dict[str, Tensor]:
+        """Gradients by parameter name from the error at the place, of its shape."""
+        error = self.still(error)
+        for back in self.tail:
+            error = back(error)
+        found = self.layer.local(self.kept["x"], error)
+        return {name: found[role] for role, name in self.layer.names.items()}
+
+    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        assert self.u is not None
+        weighted = weights.to(self.u.dtype).reshape(*weights.shape, *[1] * (self.u.dim() - 2)) if self.u.dim() > 1 else weights
+        if self.rows == 1:  # no dimension of the batch
+            weighted = weights.to(self.u.dtype).reshape(len(weights), *[1] * (self.u.dim() - 1))
+        return self.from_error((weighted * self.u).sum(0))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.layer.names.values())
+
+    def gram(self) -> Tensor:
+        u = self.moves()
+        return torch.einsum("kbi,lbi->klb", u, u)
+
+    def inner(self, other: dict[str, Tensor]) -> Tensor:
+        """⟨b, Σ u xᵀ⟩ = u · (b x): the layer with the other's weights; with the part of `other` that is each example's."""
+        roles = {role: other[name] for role, name in self.layer.names.items()}
+        still = {role: torch.zeros_like(t) for role, t in self.layer.call.items() if role in ("weight", "bias") and isinstance(t, Tensor)}
+        out = self.layer.function(**{**self.layer.call, "input": self.kept["x"], **still, **roles})
+        return (self.moves() * out.reshape(1, self.rows, -1)).sum(2) / self.rows
+
+
+def _unpool(error: Tensor, winners: Tensor, shape: torch.Size) -> Tensor:
+    """Errors sent back to the winners of max-pooling; windows that overlap add up."""
+    flat = error.new_zeros(*shape[:-2], shape[-2] * shape[-1])
+    return flat.scatter_add_(-1, winners.flatten(-2), error.flatten(-2)).reshape(shape)
+
+
+RECTIFIERS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu_})
+RETURN_INDICES = 7  # place of that argument of max-pooling, counted from one
+POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d})

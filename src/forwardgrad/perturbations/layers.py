@@ -1,0 +1,297 @@
+"""The layers that have rules of their own: how a perturbation of a weight meets the layer's input, and how an error leaves it.
+
+A rule needs three things of a layer, each a formula that fits a line: the response to a direction of rank one (shared by the batch, or
+one for every example), and the local product that turns an error at the output into gradients of weight and bias.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layer(ABC):
+    """One use of a layer. `names` gives the trainable parameters by role, `rows` the examples at its output's first dimension.
+
+    `matrix`: the weight is a matrix [fan_out, fan_in] that multiplies the input (after reshaping), so directions of rank r make sense.
+    """
+
+    matrix: ClassVar[bool] = True
+    arguments: ClassVar[tuple[str, ...]]
+    names: dict[str, str]
+    weight_shape: torch.Size
+    rows: int
+
+    def __init__(self, function: Callable[..., Tensor], call: dict[str, Any], names: dict[str, str]) -> None:
+        self.function, self.call, self.names = function, call, names
+        weight = call.get("weight")
+        self.weight_shape = weight.shape if isinstance(weight, Tensor) else torch.Size()
+
+    @classmethod
+    def bind(
+        cls, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Mapping[int, str]
+    ) -> Layer | None:
+        """The layer that this call is, or None where none of its parameters is trained or a rule would not hold."""
+        call = {**dict(zip(cls.arguments, args, strict=False)), **kwargs}
+        found = {role: names[id(call[role])] for role in ("weight", "bias") if id(call.get(role)) in names}
+        return cls(function, call, found) if found and cls.holds(call) else None
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return True
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the input as the rules want to see it."""
+        return self.function(**{**self.call, "input": x}), x
+
+    @property
+    def fan_out(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.weight_shape[1:])
+
+    @abstractmethod
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The output's tangent along left @ right.T, with left [fan_out, r] and right [fan_in, r]."""
+
+    @abstractmethod
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The output's tangent where example b moves along the outer product of left[b] and right[b]."""
+
+    @abstractmethod
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        """A bias [m], or one for every example [rows, m], in a shape that can be added to the output."""
+
+    @abstractmethod
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        """Gradients by role from the error ∂f/∂output and the layer's own input."""
+
+
+class Linear(Layer):
+    """y = x Wᵀ + b over the last dimension."""
+
+    arguments = ("input", "weight", "bias")
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows = x.shape[0] if x.dim() > 1 else 1
+        return super().run(x)
+
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return (x @ right) @ left.T
+
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        along = torch.bmm(x.reshape(self.rows, -1, self.fan_in), right.unsqueeze(2))
+        return (along * left.unsqueeze(1)).reshape(*x.shape[:-1], self.fan_out)
+
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        return bias if bias.dim() == 1 else bias.reshape(self.rows if out.dim() > 1 else -1, *[1] * max(0, out.dim() - 2), out.shape[-1])
+
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        flat = error.reshape(-1, self.fan_out)
+        return {"weight": flat.T @ x.reshape(-1, self.fan_in), "bias": flat.sum(0)}
+
+
+class Convolution(Layer):
+    """A convolution of one, two or three dimensions: a linear layer over the patches of the input."""
+
+    arguments = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        weight, padding = call["weight"], call.get("padding", 0)
+        odd = all(size % 2 for size in weight.shape[2:])
+        return padding != "same" or odd  # an even kernel pads one side more: no single number says that
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        spatial = len(self.weight_shape) - 2
+        self.groups = int(self.call.get("groups", 1))
+        self.dilation = _each(self.call.get("dilation", 1), spatial)
+        self.stride = _each(self.call.get("stride", 1), spatial)
+        padding = self.call.get("padding", 0)
+        same = [d * (size - 1) // 2 for d, size in zip(self.dilation, self.weight_shape[2:], strict=True)]
+        self.padding = same if padding == "same" else [0] * spatial if padding == "valid" else _each(padding, spatial)
+        self.rows = x.shape[0] if x.dim() == len(self.weight_shape) else 1
+        return super().run(x)
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return self.function(x, weight, None, self.stride, self.padding, self.dilation, groups)
+
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        rank, lead = right.shape[1], x.shape[: x.dim() - len(self.weight_shape) + 1]
+        kernels = right.T.reshape(rank, *self.weight_shape[1:]).repeat(self.groups, *[1] * (len(self.weight_shape) - 1))
+        along = self._convolve(x, kernels, self.groups)
+        along = along.reshape(*lead, self.groups, rank, *along.shape[len(lead) + 1 :])
+        left = left.reshape(self.groups, -1, rank)
+        if rank == 1:
+            tangent = along * left.reshape(*left.shape[:2], *[1] * (len(self.weight_shape) - 2))
+        else:
+            tangent = torch.einsum("...grs,gmr->...gms", along.flatten(len(lead) + 2), left).unflatten(-1, along.shape[len(lead) + 2 :])
+        return tangent.flatten(len(lead), len(lead) + 1)
+
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        batched = x.reshape(self.rows, *x.shape[-len(self.weight_shape) + 1 :])
+        kernels = right.reshape(self.rows, *self.weight_shape[1:]).repeat_interleave(self.groups, 0)
+        along = self._convolve(batched.reshape(1, -1, *batched.shape[2:]), kernels, self.rows * self.groups)
+        along = along.reshape(self.rows, self.groups, 1, *along.shape[2:])
+        tangent = along * left.reshape(self.rows, self.groups, -1, *[1] * (along.dim() - 3))
+        return tangent.reshape(*x.shape[: x.dim() - len(self.weight_shape) + 1], self.fan_out, *along.shape[3:])
+
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        per_channel = bias.reshape(*bias.shape[:-1], self.fan_out, *[1] * (len(self.weight_shape) - 2))
+        return per_channel if out.dim() == len(self.weight_shape) else per_channel.reshape(per_channel.shape[-out.dim() :])
+
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        x, error = (t.reshape(self.rows, *t.shape[-len(self.weight_shape) + 1 :]) for t in (x, error))
+        still = torch.empty(self.weight_shape, dtype=x.dtype, device=x.device)  # only its shape matters: the input's error is not asked for
+        _, weight, bias = torch.ops.aten.convolution_backward(
+            error,
+            x,
+            still,
+            [self.fan_out],
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+            [False, True, True],
+        )
+        return {"weight": weight, "bias": bias}
+
+
+class Embedding(Layer):
+    """Row y = W[i] for an index i: a linear layer over one-hot inputs, its weight [vocabulary, width] transposed."""
+
+    arguments = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return call.get("max_norm") is None and not call.get("scale_grad_by_freq") and not call.get("sparse")
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows = x.shape[0] if x.dim() else 1
+        padding = self.call.get("padding_idx")
+        self.padding = None if padding is None else padding % self.weight_shape[0]
+        return super().run(x)
+
+    def moving(self, x: Tensor, tangent: Tensor) -> Tensor:
+        """The tangent with the padding row held still."""
+        return tangent if self.padding is None else tangent.masked_fill((x == self.padding).unsqueeze(-1), 0)
+
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return self.moving(x, left[x] @ right.T)
+
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError  # a direction over the whole vocabulary for every example: see PerExample
+
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        raise NotImplementedError  # an embedding has no bias
+
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        weight = torch.zeros(self.weight_shape, dtype=error.dtype, device=error.device)
+        return {"weight": weight.index_add_(0, x.reshape(-1), self.moving(x, error).reshape(-1, self.fan_in))}
+
+
+class Norm(Layer):
+    """The gain and bias behind a normalisation: y = γ x̂ + β, the rules seeing x̂."""
+
+    matrix = False
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = self.call.get("weight"), self.call.get("bias")
+        plain = {**self.call, "input": x, "weight": None}
+        if "bias" in self.arguments:
+            plain["bias"] = None
+        normal = self.function(**plain)
+        self.rows = x.shape[0] if x.dim() > 1 else 1
+        self.inner = self.inside(x)
+        out = normal if weight is None else normal * self._spread(weight)
+        return (out if bias is None else out + self._spread(bias)), normal
+
+    def inside(self, x: Tensor) -> list[int]:
+        """The shape that makes one gain for every channel broadcast against an example."""
+        return [-1, *[1] * (x.dim() - 2)]
+
+    def _spread(self, vector: Tensor) -> Tensor:
+        return vector.reshape(*vector.shape[: vector.dim() - len(self.weight_shape)], *self.inner)
+
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError  # a vector has no rank
+
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def scale_each(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The output's tangent along one gain [rows, *shape] for every example."""
+        return x * self.shift(x, gain)
+
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        inner = [size if size > 0 else bias.shape[-1] for size in self.inner]
+        return bias.reshape(self.rows, *[1] * (out.dim() - 1 - len(inner)), *inner)
+
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        return {"weight": self._gather(error * x), "bias": self._gather(error)}
+
+    def _gather(self, full: Tensor) -> Tensor:
+        kept = [i for i, size in enumerate(self.inner, full.dim() - len(self.inner)) if size != 1]
+        return full.sum([i for i in range(full.dim()) if i not in kept]).reshape(self.weight_shape)
+
+
+class LayerNorm(Norm):
+    arguments = ("input", "normalized_shape", "weight", "bias", "eps")
+
+    def inside(self, x: Tensor) -> list[int]:
+        return list(self.weight_shape)
+
+    def _gather(self, full: Tensor) -> Tensor:
+        return full.reshape(-1, *self.weight_shape).sum(0)
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return isinstance(call.get("weight"), Tensor) and call["input"].dim() > call["weight"].dim()
+
+
+class RMSNorm(LayerNorm):
+    arguments = ("input", "normalized_shape", "weight", "eps")
+
+
+class GroupNorm(Norm):
+    arguments = ("input", "num_groups", "weight", "bias", "eps")
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return isinstance(call.get("weight"), Tensor)
+
+
+class BatchNorm(GroupNorm):
+    arguments = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+    @property
+    def couples(self) -> bool:
+        """Whether the statistics of the batch tie its examples together."""
+        return bool(self.call.get("training"))
+
+
+def _each(value: Any, count: int) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)] * count
+
+
+LAYERS: dict[Callable[..., Any], type[Layer]] = {
+    F.linear: Linear,
+    torch.conv1d: Convolution,
+    torch.conv2d: Convolution,
+    torch.conv3d: Convolution,
+    F.embedding: Embedding,
+    F.layer_norm: LayerNorm,
+    F.rms_norm: RMSNorm,
+    F.group_norm: GroupNorm,
+    F.batch_norm: BatchNorm,
+}

@@ -1,0 +1,104 @@
+"""One evaluation of a loss with a perturbation at work: what moved, by how much the loss followed, example by example."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from forwardgrad.derivative import Objective, derivatives_under
+from forwardgrad.perturbations.activity import Point
+from forwardgrad.perturbations.base import Directions, Entered, Perturbation
+from forwardgrad.perturbations.outputs import Output, spread
+from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
+from forwardgrad.tangents import Law
+
+_at_once: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()  # what was learned of a model's structure
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one evaluation found out, all of it plain tensors.
+
+    `loss` is one number; `derivatives` [k] those of the loss; `rows` [k, n] the part of each of the n loss terms, None where they cannot
+    be told apart. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved.
+    """
+
+    loss: Float[Tensor, ""]
+    derivatives: Float[Tensor, " k"]
+    rows: Float[Tensor, "k n"] | None
+    entered: list[Entered]
+    coupled: bool
+    known: Output | None
+    output: Tensor | None
+    moved: Tensor | None
+
+    @property
+    def error(self) -> Tensor:
+        assert self.known is not None
+        assert self.output is not None
+        return self.known.error(self.output)
+
+    def of(self, entered: Entered) -> Float[Tensor, "k rows"]:
+        """The derivatives that belong to each example of one perturbed place."""
+        if self.rows is None or self.coupled:
+            return self.derivatives.unsqueeze(1).expand(-1, entered.rows)
+        return spread(self.rows, entered.rows)
+
+    @property
+    def exact(self) -> list[Point]:
+        return [entered for entered in self.entered if isinstance(entered, Point) and entered.exact]
+
+
+def perturbed_pass(
+    objective: Objective,
+    perturbation: Perturbation,
+    law: Law,
+    seeds: list[int],
+    device: torch.device,
+    *,
+    exact_output: bool = False,
+    commit: bool = True,
+) -> Pass:
+    """Evaluate the loss once with one tangent for every seed, all sharing the primal pass; with no seed, an ordinary pass that only watches.
+
+    Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place off; that is
+    remembered for the model, so it happens in the first step alone.
+    """
+    perturbation.check(law)
+    model = objective.at if isinstance(objective.at, nn.Module) else None
+    at_once = _at_once.get(model, frozenset()) if model is not None else frozenset()
+    while True:
+        directions = Directions(law, seeds, device)
+        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once)
+        before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _gpus(objective)]
+        try:
+            derived = derivatives_under(objective, watch, len(seeds), commit=commit)
+            break
+        except UsedAgain as found:
+            at_once |= {found.index}
+            torch.set_rng_state(before[0])
+            for d, state in zip(_gpus(objective), before[1], strict=True):
+                torch.cuda.set_rng_state(state, d)
+    if model is not None and at_once:
+        _at_once[model] = at_once
+    return _gathered(derived.values, derived.derivatives, watch)
+
+
+def _gpus(objective: Objective) -> list[int]:
+    return sorted({p.get_device() for p in objective.parameters.values() if p.is_cuda})
+
+
+def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
+    loss, output, rows, moved = values["loss"], values.get("output"), None, derivatives.get("output")
+    total = derivatives.get("loss", loss.new_empty(0))
+    if total.dim() > 1:
+        rows = total / total.shape[1]
+        total = total.mean(1)
+    if moved is not None and watch.output is not None and output is not None:
+        error = watch.output.error(output)
+        rows = (error * moved).flatten(min(2, moved.dim() - 1)).sum(2) if output.dim() > 1 else (error * moved).sum(1, keepdim=True)
+    return Pass(loss.mean(), total, rows, watch.entered, watch.coupled, watch.output, output, moved)

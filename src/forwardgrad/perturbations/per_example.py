@@ -1,0 +1,133 @@
+"""Weights along a direction of rank one for every example: the noise of a batch averages out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from forwardgrad.perturbations.activity import Activity
+from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
+from forwardgrad.perturbations.layers import Embedding, Layer, Norm
+
+
+@dataclass(frozen=True)
+class PerExample(Perturbation):
+    """Example b sees the weight matrix move along its own a_b b_bᵀ: one batched evaluation, as many directions as examples.
+
+    Formula: the output of example b moves by (x_b · b_b) a_b, its own loss by d_b, and ĝ = Σ_b d_b a_b b_bᵀ = Aᵀ diag(d) B.
+    Why unbiased: f = Σ_b f_b, each f_b sees only the direction of b, and E[d_b a_b b_bᵀ] = ∂f_b/∂W.
+    Variance: E‖ĝ − ∇f‖² = Σ_b ((n − 1)‖∇f_b‖²) (random signs, n weights; f_b the part of example b), which is smaller than that of one
+    shared direction, (n − 1)‖Σ_b ∇f_b‖², by up to the batch size where the gradients of the examples agree. Where they are unrelated
+    it gains nothing, and d costs nothing more.
+    Limits: the first dimension of a layer's input is the batch, and the loss tells examples apart: it ends in F.cross_entropy, F.mse_loss
+    or F.binary_cross_entropy_with_logits, or returns one loss an example (reduction="none"). Otherwise, and where BatchNorm in training
+    mode ties the examples together, every example is scored by the whole loss: still unbiased, with the batch's noise added.
+    Cost: (m + n) random numbers an example and layer; the forward pass gains one product x_b · b_b an example; O(N(m + n)) numbers are kept.
+    Layers: Linear, convolutions, gains and biases of norms; Embedding has its output perturbed (see `Activity`); all else is dense.
+    Source: independent weight perturbation of Ren et al. (2023), Table 1, who hold that it cannot be batched; directions of rank one can.
+    """
+
+    name: ClassVar[str] = "per-example"
+
+    def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
+        if isinstance(layer, Norm):
+            return PerExampleNorm(layer, x, out, directions)
+        if isinstance(layer, Embedding):  # a direction over the whole vocabulary for every example would be larger than its output
+            return Activity(masked=False).enter(layer, x, out, directions)
+        return PerExampleUse(layer, x, out, directions)
+
+
+class PerExampleUse(Sown):
+    def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> None:
+        super().__init__()
+        self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
+        self.left = self.right = self.bias = None
+        if "weight" in layer.names:
+            self.left = directions.draw((layer.rows, layer.fan_out), out)
+            self.right = directions.draw((layer.rows, layer.fan_in), out)
+        if "bias" in layer.names:
+            self.bias = directions.draw((layer.rows, layer.fan_out), out)
+
+    def tangent(self, pick: Pick) -> Tensor:
+        moved: Tensor | None = None
+        if self.left is not None and self.right is not None:
+            moved = self.layer.respond_each(self.x, pick(self.left), pick(self.right))
+        if self.bias is not None:
+            shift = self.layer.shift(self.out, pick(self.bias))
+            moved = shift.expand_as(self.out) if moved is None else moved + shift
+        del self.x, self.out
+        assert moved is not None
+        return moved
+
+    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        found, names = {}, self.layer.names
+        if self.left is not None and self.right is not None:
+            scaled = self.left * weights.to(self.left.dtype).unsqueeze(2)
+            found[names["weight"]] = (scaled.flatten(0, 1).T @ self.right.flatten(0, 1)).reshape(self.layer.weight_shape)
+        if self.bias is not None:
+            found[names["bias"]] = torch.einsum("kb,kbm->m", weights.to(self.bias.dtype), self.bias)
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.layer.names.values())
+
+    def gram(self) -> Tensor:
+        total: Tensor | float = 0.0
+        if self.left is not None and self.right is not None:
+            a, b = (torch.einsum("kbi,lbi->klb", t, t) for t in (self.left, self.right))
+            total = a * b
+        if self.bias is not None:
+            total = total + torch.einsum("kbi,lbi->klb", self.bias, self.bias)
+        return torch.as_tensor(total)
+
+    def inner(self, other: dict[str, Tensor]) -> Tensor:
+        """With the part of `other` that is each example's: one over the number of examples."""
+        total: Tensor | float = 0.0
+        if self.left is not None and self.right is not None:
+            matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)
+            total = ((self.left @ matrix) * self.right).sum(2)
+        if self.bias is not None:
+            total = total + self.bias @ other[self.layer.names["bias"]]
+        return torch.as_tensor(total) / self.rows
+
+
+class PerExampleNorm(Sown):
+    """Gains and biases: vectors, so a direction for every example is no more than a vector for every example."""
+
+    def __init__(self, layer: Norm, x: Tensor, out: Tensor, directions: Directions) -> None:
+        super().__init__()
+        self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
+        shape = (layer.rows, *layer.weight_shape)
+        self.directions = {role: directions.draw(shape, out) for role in layer.names}
+
+    def tangent(self, pick: Pick) -> Tensor:
+        moved: Tensor | float = 0.0
+        if "weight" in self.directions:
+            moved = self.layer.scale_each(self.x, pick(self.directions["weight"]))
+        if "bias" in self.directions:
+            moved = moved + self.layer.shift(self.out, pick(self.directions["bias"]))
+        moved = torch.as_tensor(moved).expand_as(self.out)
+        del self.x, self.out
+        return moved
+
+    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        return {
+            self.layer.names[role]: torch.tensordot(weights.to(v.dtype).flatten(), v.flatten(0, 1), dims=1)
+            for role, v in self.directions.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.layer.names.values())
+
+    def gram(self) -> Tensor:
+        flat = torch.cat([v.flatten(2) for v in self.directions.values()], dim=2)
+        return torch.einsum("kbi,lbi->klb", flat, flat)
+
+    def inner(self, other: dict[str, Tensor]) -> Tensor:
+        parts = [v.flatten(2) @ other[self.layer.names[role]].reshape(-1) for role, v in self.directions.items()]
+        return torch.stack(parts).sum(0) / self.rows

@@ -1,0 +1,200 @@
+"""The watch at every torch call of a model: it knows the layers, and puts perturbations in where they belong.
+
+It reads the model as torch executes it, not as it is declared: a weight is recognised wherever it reaches a function, under whatever
+module, tied or shared. A parameter that reaches a function without a rule moves as a whole, so nothing that is trained is left out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from forwardgrad.derivative import Inject, primal
+from forwardgrad.perturbations import outputs
+from forwardgrad.perturbations.activity import POOLS, RECTIFIERS, Point
+from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
+from forwardgrad.perturbations.dense import DenseUse
+from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer
+
+
+class UsedAgain(Exception):
+    """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _reads(name: str) -> Callable[..., Any]:
+    reader: Callable[..., Any] = getattr(Tensor, name).__get__
+    return reader
+
+
+_READS: frozenset[Callable[..., Any]] = frozenset(  # what looks at a tensor without using its values
+    [_reads(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf", "grad")]
+    + [_reads(name) for name in ("is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_cpu", "is_meta", "itemsize", "nbytes")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__]
+    + [Tensor.is_complex, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, torch.is_floating_point]
+    + [torch.is_complex, torch.numel, Tensor.__repr__]
+)
+
+
+class ModelWatch(TorchFunctionMode):
+    """The watch over one evaluation with one perturbation; it satisfies `derivative.Watch`.
+
+    `exact_output`: leave the last layer unmoved where its output goes straight into a loss with a closed-form error.
+    `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        directions: Directions,
+        *,
+        exact_output: bool = False,
+        at_once: frozenset[int] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.perturbation, self.directions = perturbation, directions
+        self.exact_output, self.at_once = exact_output, at_once
+        self.entered: list[Entered] = []
+        self.coupled = False
+        self.output: outputs.Output | None = None
+
+    def open(self, inject: Inject, pick: Pick, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        self._inject, self._pick = inject, pick
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
+        self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
+        self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
+        self._result: Any = None
+        self._logits: Tensor | None = None
+        return self
+
+    def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
+            self._move(tensor, point)
+        if self._result is not loss:
+            exact = [index for index, entered in enumerate(self.entered) if isinstance(entered, Point) and entered.exact]
+            if exact:
+                raise UsedAgain(exact[0])
+            self.output = self._logits = None
+        kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
+        return ({} if self._logits is None else {"output": self._logits}), kept
+
+    def keep(self, tensors: dict[str, Tensor]) -> None:
+        self._moving, self._waiting, self._passed = {}, {}, {}
+        for key, tensor in tensors.items():
+            index, name = key.split("/")
+            self.entered[int(index)].kept[name] = tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS:
+            return func(*args, **kwargs)
+        if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
+            return self._pass(point, func, args, kwargs)
+        if (found := outputs.bind(func, args, kwargs)) is not None:
+            return self._loss(found, func, args, kwargs)
+        if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
+            return self._layer(layer)
+        return func(*(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
+
+    def _standing(self, value: Any) -> Any:
+        """What a function gets in place of an argument: parameters, and outputs that wait, begin to move."""
+        if isinstance(value, Tensor):
+            key = id(value)
+            if key in self._moving:
+                return self._moving[key][1]
+            if key in self._names:
+                return self._dense(value)
+            if key in self._waiting:
+                tensor, point = self._waiting[key]
+                return self._move(tensor, point)
+            if (point := self._had(value)) is not None:
+                raise UsedAgain(self.entered.index(point))
+            return value
+        if isinstance(value, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in value):
+            items = [self._standing(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _had(self, tensor: Tensor) -> Point | None:
+        found = self._passed.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def _waits(self, value: Any) -> Point | None:
+        found = self._waiting.get(id(value))
+        return found[1] if found is not None else None
+
+    def _dense(self, parameter: Tensor) -> Tensor:
+        use = DenseUse(self._names[id(parameter)], self.directions.draw(tuple(parameter.shape), parameter))
+        return self._stand(parameter, self._sow(use, parameter))
+
+    def _sow(self, entered: Sown, out: Tensor) -> Tensor:
+        self.entered.append(entered)
+        return self._inject(out, entered.tangent(self._pick)) if len(self.directions) else out
+
+    def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
+        self._moving[id(tensor)] = (tensor, instead)
+        return instead
+
+    def _layer(self, layer: Layer) -> Tensor:
+        layer.call = {key: value if key in layer.names else self._standing(value) for key, value in layer.call.items()}
+        self.coupled |= isinstance(layer, BatchNorm) and layer.couples
+        given = layer.call.pop("input")
+        out, x = layer.run(given)
+        entered = self.perturbation.enter(layer, primal(x), primal(out), self.directions)
+        if entered is None:
+            return self._whole(layer, given)
+        if isinstance(entered, Sown):
+            return self._sow(entered, out)
+        assert isinstance(entered, Point)
+        self.entered.append(entered)
+        self._waiting[id(out)] = (out, entered)
+        may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
+        return out if may_wait else self._move(out, entered)
+
+    def _whole(self, layer: Layer, given: Tensor) -> Tensor:
+        """The layer with its trained parameters moving as a whole."""
+        call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
+        out: Tensor = layer.function(**call, input=given)
+        return out
+
+    def _pass(self, point: Point, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        before = args[0]
+        del self._waiting[id(before)]
+        out = point.advance(function, args, kwargs)
+        if out is not before:
+            self._passed[id(before)] = (weakref.ref(before), point)
+        self._waiting[id(out)] = (out, point)
+        return out
+
+    def _move(self, tensor: Tensor, point: Point) -> Tensor:
+        del self._waiting[id(tensor)]
+        point.place(primal(tensor))
+        if not len(self.directions):
+            return self._stand(tensor, tensor)
+        point.draw(primal(tensor))
+        return self._stand(tensor, self._inject(tensor, point.tangent(self._pick)))
+
+    def _loss(self, output: outputs.Output, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = output.call["input"]
+        point = self._waits(given)
+        if point is not None and self.exact_output:
+            del self._waiting[id(given)]
+            point.place(primal(given))
+            point.exact = True
+            self._passed[id(given)] = (weakref.ref(given), point)
+            self._logits = given
+        else:
+            self._logits = self._standing(given)
+        self.output = output
+        rest = {key: self._standing(value) for key, value in output.call.items() if key != "input"}
+        self._result = function(self._logits, **rest)
+        return self._result
