@@ -11,9 +11,20 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.backprop import Backprop as Backprop
     from forwardgrad.estimators.base import Estimate as Estimate
     from forwardgrad.estimators.base import Estimator as Estimator
+    from forwardgrad.estimators.feedback import LearnedFeedback as LearnedFeedback
+    from forwardgrad.estimators.fixed_feedback import FixedFeedback as FixedFeedback
+    from forwardgrad.estimators.fixed_feedback import Readout as Readout
     from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
+    from forwardgrad.estimators.local import LocalLosses as LocalLosses
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
     from forwardgrad.nesterov import Nesterov as Nesterov
+    from forwardgrad.perturbations import PERTURBATIONS as PERTURBATIONS
+    from forwardgrad.perturbations import Activity as Activity
+    from forwardgrad.perturbations import Cheapest as Cheapest
+    from forwardgrad.perturbations import Dense as Dense
+    from forwardgrad.perturbations import LowRank as LowRank
+    from forwardgrad.perturbations import PerExample as PerExample
+    from forwardgrad.perturbations import Perturbation as Perturbation
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
     from forwardgrad.tangents import Law as Law
@@ -25,14 +36,25 @@ __version__ = "0.1.0"
 _HOME = {
     "ESTIMATORS": "estimators",
     "LAWS": "tangents",
+    "PERTURBATIONS": "perturbations",
+    "Activity": "perturbations",
     "Backprop": "estimators.backprop",
+    "Cheapest": "perturbations",
+    "Dense": "perturbations",
     "Estimate": "estimators.base",
     "Estimator": "estimators.base",
+    "FixedFeedback": "estimators.fixed_feedback",
     "ForwardGradient": "estimators.forward",
     "Gaussian": "tangents",
     "Law": "tangents",
+    "LearnedFeedback": "estimators.feedback",
+    "LocalLosses": "estimators.local",
+    "LowRank": "perturbations",
     "Nesterov": "nesterov",
+    "PerExample": "perturbations",
+    "Perturbation": "perturbations",
     "Rademacher": "tangents",
+    "Readout": "estimators.fixed_feedback",
     "Sphere": "tangents",
     "estimate_grad_": "gradient",
 }

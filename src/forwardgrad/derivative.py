@@ -165,12 +165,14 @@ class Watch(Protocol):
     """What stands at every torch call of an evaluation, and puts tangents in where they belong.
 
     `open` is the context in which the model runs; `close` takes the loss it returned and says what else shall be derived, by name, and
-    what of the primal pass shall be kept, by name; `keep` gets the latter back as plain tensors.
+    what of the primal pass shall be kept, by name; `keep` gets the latter back as plain tensors. `silent` tells whether the loss may
+    carry no tangent, because what moved was seen elsewhere.
     """
 
-    def open(
-        self, inject: Inject, pick: Callable[[Tensor], Tensor], parameters: Mapping[str, Tensor]
-    ) -> AbstractContextManager[Any]: ...
+    @property
+    def silent(self) -> bool: ...
+
+    def open(self, inject: Inject, pick: Callable[[Tensor], Tensor], parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]: ...
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
 
@@ -196,12 +198,12 @@ class _Injection(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, carried: Tensor | None, scale: Tensor, tangent: Any) -> Tensor:
-        (added,) = ctx.saved_tensors
+        added: Tensor = ctx.saved_tensors[0]
         return added.clone() if carried is None else carried + added
 
 
 class Derived(NamedTuple):
-    """Values of one evaluation by name, and their derivatives [k, ...] along each tangent; "loss" is always there, a vector if it was one."""
+    """Values of one evaluation by name, and their derivatives [k, ...] along each tangent; "loss" is always there."""
 
     values: dict[str, Tensor]
     derivatives: dict[str, Tensor]
@@ -219,13 +221,13 @@ def derivatives_under(objective: Objective, watch: Watch, count: int, *, commit:
             loss, buffers = objective.raw(primals)
         outputs, kept = watch.close(loss)
         outputs = {"loss": _per_example(loss), **outputs}
-        if count and forward_ad.unpack_dual(outputs["loss"]).tangent is None:
+        if count and not watch.silent and forward_ad.unpack_dual(outputs["loss"]).tangent is None:
             raise RuntimeError(_DROPPED)
         return outputs, (kept, buffers)
 
     def along(index: Tensor) -> Any:
         pick = (lambda stack: stack[0]) if count == 1 else (lambda stack: stack.index_select(0, index.reshape(1)).squeeze(0))
-        inject = lambda scale: lambda tensor, tangent: _Injection.apply(tensor, scale, tangent.to(tensor.dtype))  # noqa: E731
+        inject: Callable[[Tensor], Inject] = lambda scale: lambda t, v: _Injection.apply(t, scale, v.to(t.dtype))  # type: ignore[no-untyped-call]  # noqa: E731
         return jvp(lambda scale: evaluate(inject(scale), pick), (zero,), (torch.ones_like(zero),), has_aux=True)
 
     first = next(iter(primals.values()))
@@ -239,7 +241,7 @@ def derivatives_under(objective: Objective, watch: Watch, count: int, *, commit:
             derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
         else:
             indices = torch.arange(count, device=first.device)
-            values, derivatives, (kept, buffers) = vmap(along, out_dims=(None, 0, None), randomness="same")(indices)
+            values, derivatives, (kept, buffers) = vmap(along, out_dims=(None, 0, None), randomness="same")(indices)  # type: ignore[arg-type]
         if commit:
             objective.commit(buffers)
     watch.keep(kept)

@@ -11,10 +11,11 @@ from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.feedback import LearnedFeedback
 from forwardgrad.estimators.fixed_feedback import FixedFeedback, Readout
 from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.estimators.local import LocalLosses
 from forwardgrad.perturbations import PERTURBATIONS
 from forwardgrad.tangents import LAWS
 
-ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient, LearnedFeedback, FixedFeedback, Readout)
+ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient, LearnedFeedback, LocalLosses, FixedFeedback, Readout)
 
 __all__ = [
     "ESTIMATORS",
@@ -24,6 +25,7 @@ __all__ = [
     "FixedFeedback",
     "ForwardGradient",
     "LearnedFeedback",
+    "LocalLosses",
     "Readout",
     "from_config",
     "to_config",

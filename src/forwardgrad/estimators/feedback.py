@@ -25,11 +25,11 @@ STEP = "step"
 class LearnedFeedback(Estimator):
     """Feedback matrices learned from the derivative of all outputs at once, which one forward pass gives for every example.
 
-    Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C numbers
-    instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and a matrix B_l [C, q_l] ≈ E[J_l] a layer,
+    Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C
+    numbers instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and B_l [C, q_l] ≈ E[J_l] a layer,
     - the error sent to layer l is δ̂_l = e B_l, on the units that are active there, and its gradients are the products with its own input;
-    - rule="lms": B_l ← B_l + rate · Σ r u_lᵀ/(n + q + 1) with the residual r = ẏ − Σ_l B_l u_l over the n moves of the batch that touched a
-      unit and q units that moved in all: the normalised least mean squares step, stable for rates below 2;
+    - rule="lms": B_l ← B_l + rate · Σ r u_lᵀ/(n + q + 1) with the residual r = ẏ − Σ_l B_l u_l, over the n moves of the batch that
+      touched a unit and q units that moved in all: the normalised least mean squares step, stable for rates below 2;
     - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
@@ -102,7 +102,7 @@ class LearnedFeedback(Estimator):
             error, moved = output_of(found, type(self).__name__)
             places = places_of(found, len(error))
             feedback = [matrix(state, found, point, error, None) for point in places]
-            residual = moved - sum(  # type: ignore[operator]
+            residual = moved - sum(
                 (_followed(b, point, moved.shape) for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
             )
             if int(step) >= self.warm_up:

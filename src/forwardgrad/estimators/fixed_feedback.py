@@ -23,7 +23,7 @@ class FixedFeedback(Estimator):
 
     Formula: ĝ_W = Σ_b δ̂_b x_bᵀ on the units that are active, e = ∂f/∂output in closed form, B_l [C, q_l] with entries of variance 1/C;
     the last layer gets its exact gradient.
-    Bias: as large as the gradient itself at first: B_l has nothing to do with the model. Training turns the weights towards it ("alignment").
+    Bias: as large as the gradient itself at first: B_l has nothing to do with the model. Training turns the weights towards it.
     Variance: none beyond the choice of the batch. Gains and biases of norms, and parameters outside layers with rules, get no gradient.
     Cost: one forward pass, and C q products an example.
     Limits: those of `LearnedFeedback`.

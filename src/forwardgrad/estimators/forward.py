@@ -18,6 +18,8 @@ from forwardgrad.perturbations.outputs import shared_out
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import Gaussian, Law, fork
 
+_WEIGHTS = Dense()
+
 
 @dataclass(frozen=True)
 class ForwardGradient(Estimator):
@@ -64,7 +66,7 @@ class ForwardGradient(Estimator):
     law: Law = Gaussian()
     clip: float | None = None
     chunk_size: int | None = None
-    perturb: Perturbation = Dense()
+    perturb: Perturbation = _WEIGHTS
     combine: Literal["mean", "projection"] = "mean"
     exact_output: bool = False
     control_variate: float | None = None
@@ -91,7 +93,9 @@ class ForwardGradient(Estimator):
         if self.control_variate is not None:
             check_number("control_variate", self.control_variate, 0, 1, closed=True)
             if not self.perturb.weights:
-                raise ValueError("control_variate predicts weights' gradients: use perturb=Dense(), LowRank() or PerExample(), or LearnedFeedback")
+                raise ValueError(
+                    "control_variate predicts weights' gradients: use perturb=Dense(), LowRank() or PerExample(), or LearnedFeedback"
+                )
 
     @property
     def unbiased(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick
 from forwardgrad.perturbations.layers import Embedding, Layer, Norm
+from forwardgrad.perturbations.norms import PerExampleNorm
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class Activity(Perturbation):
 
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
         if isinstance(layer, Norm):
-            from forwardgrad.perturbations.per_example import PerExampleNorm
-
             return PerExampleNorm(layer, x, out, directions)
         return Point(layer, x, directions, masked=self.masked)
 

@@ -94,4 +94,3 @@ class Perturbation(ABC):
         """Raise ValueError for a law that these directions cannot be drawn from."""
         if getattr(law, "joint", False):
             raise ValueError(f"the law {law.name} couples all weights of a tangent: it goes with perturb=Dense() alone, not {self.name}")
-

@@ -28,8 +28,8 @@ class Cheapest(Perturbation):
     weights than activities, dense layers the reverse. About half of the units behind a ReLU are taken to be active.
 
     Args:
-        overrides: what to perturb in layers whose weight's name matches a pattern, e.g. {"0.weight": "activity", "features.*": "per-example"};
-            the first match counts. Values: dense, low-rank, per-example, activity.
+        overrides: what to perturb in layers whose weight's name matches a pattern, the first match counting, such as
+            {"0.weight": "activity", "features.*": "per-example"}. Values: dense, low-rank, per-example, activity.
 
     Raises ValueError for an unknown value.
 

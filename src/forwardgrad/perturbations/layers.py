@@ -204,6 +204,7 @@ class Norm(Layer):
     """The gain and bias behind a normalisation: y = γ x̂ + β, the rules seeing x̂."""
 
     matrix = False
+    arguments: ClassVar[tuple[str, ...]] = ()
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = self.call.get("weight"), self.call.get("bias")
@@ -246,7 +247,9 @@ class Norm(Layer):
 
 
 class LayerNorm(Norm):
-    arguments = ("input", "normalized_shape", "weight", "bias", "eps")
+    """Normalised over the last dimensions, one gain for every place there."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "bias", "eps")
 
     def inside(self, x: Tensor) -> list[int]:
         return list(self.weight_shape)
@@ -260,11 +263,15 @@ class LayerNorm(Norm):
 
 
 class RMSNorm(LayerNorm):
-    arguments = ("input", "normalized_shape", "weight", "eps")
+    """As LayerNorm, without a mean or a bias."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "eps")
 
 
 class GroupNorm(Norm):
-    arguments = ("input", "num_groups", "weight", "bias", "eps")
+    """Normalised over groups of channels, one gain a channel."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "num_groups", "weight", "bias", "eps")
 
     @staticmethod
     def holds(call: Mapping[str, Any]) -> bool:
@@ -272,7 +279,9 @@ class GroupNorm(Norm):
 
 
 class BatchNorm(GroupNorm):
-    arguments = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    """Normalised over the batch in training, by running statistics otherwise; one gain a channel."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
     @property
     def couples(self) -> bool:

@@ -46,6 +46,8 @@ class LowRank(Perturbation):
 
 
 class LowRankUse(Sown):
+    """One use of a layer, with a direction of rank r for the whole batch."""
+
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int) -> None:
         super().__init__()
         self.layer, self.x, self.out = layer, x, out
@@ -70,7 +72,7 @@ class LowRankUse(Sown):
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         shared, names, found = weights.sum(1), self.layer.names, {}
         if self.left is not None and self.right is not None:
-            left, right = ((t if len(t) > 1 else t).transpose(0, 1).flatten(1) for t in (self._weighted(shared), self.right))
+            left, right = (t.transpose(0, 1).flatten(1) for t in (self._weighted(shared), self.right))
             found[names["weight"]] = (left @ right.T).reshape(self.layer.weight_shape)
         if self.bias is not None:
             found[names["bias"]] = shared.to(self.bias.dtype) @ self.bias

@@ -42,7 +42,7 @@ def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
     wanted = wanted * (1 - smoothing) + smoothing / classes
     if weight is not None:
         wanted = wanted * weight.reshape(-1, *[1] * (logits.dim() - axis - 1))
-    error = wanted.sum(axis, keepdim=True) * logits.softmax(axis) - wanted
+    error: Tensor = wanted.sum(axis, keepdim=True) * logits.softmax(axis) - wanted
     if indexed:
         error = error * used.unsqueeze(axis)
         count = (used if weight is None else weight[labels] * used).sum()
@@ -55,12 +55,12 @@ def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
 
 
 def _squared_error(output: Tensor, call: Mapping[str, Any]) -> Tensor:
-    error = 2 * (output - call["target"])
+    error: Tensor = 2 * (output - call["target"])
     return error if call.get("reduction", "mean") == "sum" else error / output.numel()
 
 
 def _binary(output: Tensor, call: Mapping[str, Any]) -> Tensor:
-    error = output.sigmoid() - call["target"]
+    error: Tensor = output.sigmoid() - call["target"]
     return error if call.get("reduction", "mean") == "sum" else error / output.numel()
 
 
@@ -76,7 +76,7 @@ OUTPUTS: dict[Callable[..., Any], tuple[_Formula, tuple[str, ...]]] = {
         ("input", "target", "weight", "size_average", "reduce", "reduction", "pos_weight"),
     ),
 }
-_SUPPORTED = {_cross_entropy: {"weight"}, _squared_error: set(), _binary: set()}
+_SUPPORTED: dict[_Formula, set[str]] = {_cross_entropy: {"weight"}, _squared_error: set(), _binary: set()}
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Output | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,8 @@ class Pass:
     """What one evaluation found out, all of it plain tensors.
 
     `loss` is one number; `derivatives` [k] those of the loss; `rows` [k, n] the part of each of the n loss terms, None where they cannot
-    be told apart. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved.
+    be told apart. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved. `ended` are the
+    values and moves of the places where blocks end, `blocks` the number of the block that each perturbation belongs to.
     """
 
     loss: Float[Tensor, ""]
@@ -35,6 +37,8 @@ class Pass:
     known: Output | None
     output: Tensor | None
     moved: Tensor | None
+    blocks: tuple[int, ...] = ()
+    ended: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def error(self) -> Tensor:
@@ -62,8 +66,9 @@ def perturbed_pass(
     *,
     exact_output: bool = False,
     commit: bool = True,
+    ends: Callable[[Point], bool] = lambda _: False,
 ) -> Pass:
-    """Evaluate the loss once with one tangent for every seed, all sharing the primal pass; with no seed, an ordinary pass that only watches.
+    """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
     Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place off; that is
     remembered for the model, so it happens in the first step alone.
@@ -73,7 +78,7 @@ def perturbed_pass(
     at_once = _at_once.get(model, frozenset()) if model is not None else frozenset()
     while True:
         directions = Directions(law, seeds, device)
-        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once)
+        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends)
         before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _gpus(objective)]
         try:
             derived = derivatives_under(objective, watch, len(seeds), commit=commit)
@@ -101,4 +106,5 @@ def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: 
     if moved is not None and watch.output is not None and output is not None:
         error = watch.output.error(output)
         rows = (error * moved).flatten(min(2, moved.dim() - 1)).sum(2) if output.dim() > 1 else (error * moved).sum(1, keepdim=True)
-    return Pass(loss.mean(), total, rows, watch.entered, watch.coupled, watch.output, output, moved)
+    ended = tuple((values[name], derivatives[name]) for name in values if name.startswith("block "))
+    return Pass(loss.mean(), total, rows, watch.entered, watch.coupled, watch.output, output, moved, tuple(watch.blocks), ended)

@@ -11,6 +11,7 @@ from torch import Tensor
 from forwardgrad.perturbations.activity import Activity
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Embedding, Layer, Norm
+from forwardgrad.perturbations.norms import PerExampleNorm
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PerExample(Perturbation):
     Limits: the first dimension of a layer's input is the batch, and the loss tells examples apart: it ends in F.cross_entropy, F.mse_loss
     or F.binary_cross_entropy_with_logits, or returns one loss an example (reduction="none"). Otherwise, and where BatchNorm in training
     mode ties the examples together, every example is scored by the whole loss: still unbiased, with the batch's noise added.
-    Cost: (m + n) random numbers an example and layer; the forward pass gains one product x_b · b_b an example; O(N(m + n)) numbers are kept.
+    Cost: (m + n) random numbers an example and layer; the forward pass gains one product x_b · b_b an example; N(m + n) numbers are kept.
     Layers: Linear, convolutions, gains and biases of norms; Embedding has its output perturbed (see `Activity`); all else is dense.
     Source: independent weight perturbation of Ren et al. (2023), Table 1, who hold that it cannot be batched; directions of rank one can.
     """
@@ -41,6 +42,8 @@ class PerExample(Perturbation):
 
 
 class PerExampleUse(Sown):
+    """One use of a layer, with a direction for every example."""
+
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> None:
         super().__init__()
         self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
@@ -93,41 +96,3 @@ class PerExampleUse(Sown):
         if self.bias is not None:
             total = total + self.bias @ other[self.layer.names["bias"]]
         return torch.as_tensor(total) / self.rows
-
-
-class PerExampleNorm(Sown):
-    """Gains and biases: vectors, so a direction for every example is no more than a vector for every example."""
-
-    def __init__(self, layer: Norm, x: Tensor, out: Tensor, directions: Directions) -> None:
-        super().__init__()
-        self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
-        shape = (layer.rows, *layer.weight_shape)
-        self.directions = {role: directions.draw(shape, out) for role in layer.names}
-
-    def tangent(self, pick: Pick) -> Tensor:
-        moved: Tensor | float = 0.0
-        if "weight" in self.directions:
-            moved = self.layer.scale_each(self.x, pick(self.directions["weight"]))
-        if "bias" in self.directions:
-            moved = moved + self.layer.shift(self.out, pick(self.directions["bias"]))
-        moved = torch.as_tensor(moved).expand_as(self.out)
-        del self.x, self.out
-        return moved
-
-    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        return {
-            self.layer.names[role]: torch.tensordot(weights.to(v.dtype).flatten(), v.flatten(0, 1), dims=1)
-            for role, v in self.directions.items()
-        }
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.layer.names.values())
-
-    def gram(self) -> Tensor:
-        flat = torch.cat([v.flatten(2) for v in self.directions.values()], dim=2)
-        return torch.einsum("kbi,lbi->klb", flat, flat)
-
-    def inner(self, other: dict[str, Tensor]) -> Tensor:
-        parts = [v.flatten(2) @ other[self.layer.names[role]].reshape(-1) for role, v in self.directions.items()]
-        return torch.stack(parts).sum(0) / self.rows

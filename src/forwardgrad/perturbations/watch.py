@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from forwardgrad.derivative import Inject, primal
 from forwardgrad.perturbations import outputs
-from forwardgrad.perturbations.activity import POOLS, RECTIFIERS, Point
+from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer
@@ -49,6 +49,8 @@ class ModelWatch(TorchFunctionMode):
 
     `exact_output`: leave the last layer unmoved where its output goes straight into a loss with a closed-form error.
     `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
+    `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
+    block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved.
     """
 
     def __init__(
@@ -58,10 +60,12 @@ class ModelWatch(TorchFunctionMode):
         *,
         exact_output: bool = False,
         at_once: frozenset[int] = frozenset(),
+        ends: Callable[[Point], bool] = lambda _: False,
     ) -> None:
         super().__init__()
         self.perturbation, self.directions = perturbation, directions
-        self.exact_output, self.at_once = exact_output, at_once
+        self.exact_output, self.at_once, self.ends = exact_output, at_once, ends
+        self.blocks: list[int] = []
         self.entered: list[Entered] = []
         self.coupled = False
         self.output: outputs.Output | None = None
@@ -74,18 +78,24 @@ class ModelWatch(TorchFunctionMode):
         self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
         self._result: Any = None
         self._logits: Tensor | None = None
+        self._ended: dict[str, Tensor] = {}
         return self
+
+    @property
+    def silent(self) -> bool:
+        return bool(self._ended) or any(isinstance(entered, Point) and entered.exact for entered in self.entered)
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
-            self._move(tensor, point)
+            point.place(primal(tensor))
+            point.draw(primal(tensor))
         if self._result is not loss:
             exact = [index for index, entered in enumerate(self.entered) if isinstance(entered, Point) and entered.exact]
             if exact:
                 raise UsedAgain(exact[0])
             self.output = self._logits = None
         kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
-        return ({} if self._logits is None else {"output": self._logits}), kept
+        return {**self._ended, **({} if self._logits is None else {"output": self._logits})}, kept
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed = {}, {}, {}
@@ -116,8 +126,8 @@ class ModelWatch(TorchFunctionMode):
             if key in self._waiting:
                 tensor, point = self._waiting[key]
                 return self._move(tensor, point)
-            if (point := self._had(value)) is not None:
-                raise UsedAgain(self.entered.index(point))
+            if (passed := self._had(value)) is not None:
+                raise UsedAgain(self.entered.index(passed))
             return value
         if isinstance(value, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in value):
             items = [self._standing(item) for item in value]
@@ -136,8 +146,12 @@ class ModelWatch(TorchFunctionMode):
         use = DenseUse(self._names[id(parameter)], self.directions.draw(tuple(parameter.shape), parameter))
         return self._stand(parameter, self._sow(use, parameter))
 
-    def _sow(self, entered: Sown, out: Tensor) -> Tensor:
+    def _enter(self, entered: Entered) -> None:
         self.entered.append(entered)
+        self.blocks.append(len(self._ended))
+
+    def _sow(self, entered: Sown, out: Tensor) -> Tensor:
+        self._enter(entered)
         return self._inject(out, entered.tangent(self._pick)) if len(self.directions) else out
 
     def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
@@ -155,7 +169,7 @@ class ModelWatch(TorchFunctionMode):
         if isinstance(entered, Sown):
             return self._sow(entered, out)
         assert isinstance(entered, Point)
-        self.entered.append(entered)
+        self._enter(entered)
         self._waiting[id(out)] = (out, entered)
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
         return out if may_wait else self._move(out, entered)
@@ -178,10 +192,14 @@ class ModelWatch(TorchFunctionMode):
     def _move(self, tensor: Tensor, point: Point) -> Tensor:
         del self._waiting[id(tensor)]
         point.place(primal(tensor))
-        if not len(self.directions):
-            return self._stand(tensor, tensor)
-        point.draw(primal(tensor))
-        return self._stand(tensor, self._inject(tensor, point.tangent(self._pick)))
+        moved = tensor
+        if len(self.directions):
+            point.draw(primal(tensor))
+            moved = self._inject(tensor, point.tangent(self._pick))
+        if self.ends(point):
+            self._ended[f"block {len(self._ended)}"] = moved
+            moved = primal(moved)
+        return self._stand(tensor, moved)
 
     def _loss(self, output: outputs.Output, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = output.call["input"]
