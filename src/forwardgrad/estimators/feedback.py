@@ -28,8 +28,10 @@ class LearnedFeedback(Estimator):
     Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C
     numbers instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and B_l [C, q_l] ≈ E[J_l] a layer,
     - the error sent to layer l is δ̂_l = e B_l, on the units that are active there, and its gradients are the products with its own input;
-    - rule="lms": B_l ← B_l + rate · Σ r u_lᵀ/(n + q + 1) with the residual r = ẏ − Σ_l B_l u_l, over the n moves of the batch that
-      touched a unit and q units that moved in all: the normalised least mean squares step, stable for rates below 2;
+    - rule="lms": B_l ← B_l + a_l Σ r u_lᵀ with the residual r = ẏ − Σ_l B_l u_l, summed over the batch. With rate=None, a_l is the step that
+      brings B_l closest to E[J_l], as far as pairs of examples agree on the way there: long while B_l is wrong, short once what is left
+      is noise. With a rate, a_l = rate/(n + q + 1) for the n moves of the batch that touched a unit and q units that moved in all: the
+      normalised least mean squares step, stable for rates below 2;
     - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
@@ -42,7 +44,7 @@ class LearnedFeedback(Estimator):
 
     Args:
         rule: "lms" or "average".
-        rate: for "lms" above 0 and below 2 (None: 0.3), for "average" above 0 and below 1 (None: 0.01).
+        rate: None for steps that follow from the data ("lms") or 0.01 ("average"); else above 0 and below 2, or below 1 for "average".
         use: "direct" or "control-variate".
         warm_up: first steps in which only the feedback learns and no gradient is given (`.grad` is left alone, so optimizers do nothing).
         tangents: K ≥ 1 moves of every activity a step.
@@ -107,7 +109,7 @@ class LearnedFeedback(Estimator):
             )
             if int(step) >= self.warm_up:
                 self._apply(gradients, found, places, feedback, error, residual)
-            self._learn(found, places, feedback, moved if self.rule == "average" else residual)
+            self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
         step += 1
         return Estimate(found.loss, found.derivatives, self.tangents + 1), gradients
 
@@ -132,17 +134,35 @@ class LearnedFeedback(Estimator):
                 add(gradients, entered.gradient(_of(found, rows, entered)))
         add_exact(gradients, found)
 
-    def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor) -> None:
-        moves = [point.moves() for point in places]
+    def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
         units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(found.derivatives)
-        rate = self.rate if self.rate is not None else 0.3 if self.rule == "lms" else 0.01
-        for point, b, u in zip(places, feedback, moves, strict=True):
-            count = point.moving().sum((0, 1))
-            learned = torch.einsum("kbc,kbq->cq", signal.reshape(len(u), point.rows, -1), u)
-            if self.rule == "lms":
-                b.add_(learned * (rate / (count + units + 1)).to(b.dtype))
+        for point, b in zip(places, feedback, strict=True):
+            u, count = point.moves(), point.moving().sum((0, 1))
+            seen = signal.reshape(len(u), point.rows, -1)
+            learned = torch.einsum("kbc,kbq->cq", seen, u)
+            if self.rule == "average":
+                b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
+            elif self.rate is not None or seen.shape[:2].numel() == 1:  # one move alone agrees with nothing
+                b.add_(learned * ((self.rate or 0.3) / (count + units + 1)).to(b.dtype))
             else:
-                b.lerp_(learned / count.clamp(min=1).to(b.dtype), rate)
+                step = _greedy_step(seen, u, learned, count, state, f"progress.{found.entered.index(point)}")
+                b.add_(learned * step.to(b.dtype))
+
+
+def _greedy_step(seen: Tensor, u: Tensor, learned: Tensor, count: Tensor, state: dict[str, Tensor], key: str) -> Tensor:
+    """The step a along G = Σ r uᵀ that brings B closest to E[J]: what of ‖G‖² is signal, over all of it.
+
+    Pairs of different examples have independent moves, so ‖G‖² − Σ_b ‖r_b‖²‖u_b‖² is what n(n − 1) pairs agree on, ‖E[r uᵀ]‖² for each.
+    Both parts are averaged over some twenty steps.
+    """
+    n = seen.shape[0] * seen.shape[1]
+    total = learned.square().sum()
+    alone = (seen.square().sum(2) * u.square().sum(2)).sum()
+    now = torch.stack([(total - alone) / (n * (n - 1)), total]).float()
+    agreed, size = state.setdefault(key, torch.zeros_like(now)).lerp_(now, 0.05)
+    share = (count.square().sum() / count.sum() / n).clamp(min=1 / n)  # how often a unit moves, as its own moves count it
+    step: Tensor = (n * agreed / size).nan_to_num(0.0).clamp(0, 1 / n) / share
+    return step
 
 
 def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor, "k n c"]]:
