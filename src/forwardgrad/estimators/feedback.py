@@ -28,10 +28,10 @@ class LearnedFeedback(Estimator):
     Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C
     numbers instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and B_l [C, q_l] ≈ E[J_l] a layer,
     - the error sent to layer l is δ̂_l = e B_l, on the units that are active there, and its gradients are the products with its own input;
-    - rule="lms": B_l ← B_l + a_l Σ r u_lᵀ with the residual r = ẏ − Σ_l B_l u_l, summed over the batch. With rate=None, a_l is the step that
-      brings B_l closest to E[J_l], as far as pairs of examples agree on the way there: long while B_l is wrong, short once what is left
-      is noise. With a rate, a_l = rate/(n + q + 1) for the n moves of the batch that touched a unit and q units that moved in all: the
-      normalised least mean squares step, stable for rates below 2;
+    - rule="lms": B_l ← B_l + a_l Σ r u_lᵀ with the residual r = ẏ − Σ_l B_l u_l, summed over the batch. With rate=None, a_l is the step
+      that brings B_l closest to E[J_l], as far as pairs of examples agree on the way there: long while B_l is wrong, short once what is
+      left is noise. With a rate, a_l = rate/(n + q + 1) for the n moves of the batch that touched a unit and q units that moved in all:
+      the normalised least mean squares step, stable for rates below 2;
     - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
@@ -160,7 +160,7 @@ def _greedy_step(seen: Tensor, u: Tensor, learned: Tensor, count: Tensor, state:
     alone = (seen.square().sum(2) * u.square().sum(2)).sum()
     now = torch.stack([(total - alone) / (n * (n - 1)), total]).float()
     agreed, size = state.setdefault(key, torch.zeros_like(now)).lerp_(now, 0.05)
-    share = (count.square().sum() / count.sum() / n).clamp(min=1 / n)  # how often a unit moves, as its own moves count it
+    share = (count.square().sum() / count.sum() / n).nan_to_num(1.0).clamp(min=1 / n)  # how often a unit moves, as its own moves count it
     step: Tensor = (n * agreed / size).nan_to_num(0.0).clamp(0, 1 / n) / share
     return step
 
