@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
     from forwardgrad.tangents import Law as Law
+    from forwardgrad.tangents import Orthogonal as Orthogonal
     from forwardgrad.tangents import Rademacher as Rademacher
     from forwardgrad.tangents import Sphere as Sphere
 
@@ -32,6 +33,7 @@ _HOME = {
     "Gaussian": "tangents",
     "Law": "tangents",
     "Nesterov": "nesterov",
+    "Orthogonal": "tangents",
     "Rademacher": "tangents",
     "Sphere": "tangents",
     "estimate_grad_": "gradient",

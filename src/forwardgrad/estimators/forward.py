@@ -23,7 +23,8 @@ class ForwardGradient(Estimator):
 
     Bias: none without a clip, E[(∇f·v)v] = E[v vᵀ]∇f = ∇f. With a clip the direction stays right and the length shrinks: for Gaussian
     tangents E[ĝ] = erf(c/(‖∇f‖√2))·∇f.
-    Variance: E‖ĝ‖² = (1 + (m − 1)/K)‖∇f‖² where m is the law's second moment: n + 2 (Gaussian) or n (Rademacher, Sphere) over n weights.
+    Variance: E‖ĝ‖² = (1 + (m − 1)/K)‖∇f‖² where m is the law's second moment: n + 2 (Gaussian) or n (Rademacher, Sphere) over n weights;
+    (n/K)‖∇f‖² with Orthogonal tangents, which give ∇f itself at K = n.
     The noise grows with the number of weights; that is what keeps the method from scaling.
     Cost: K + 1 forward passes for K tangents at once; a loop over chunks pays one more primal pass for every chunk.
 
@@ -32,9 +33,10 @@ class ForwardGradient(Estimator):
         law: where directions are drawn from.
         clip: bound c > 0 on each |dₖ|, in units of the loss; None for no bound.
         chunk_size: tangents evaluated at once, as in `torch.func.vmap`: None for all K (K copies of the parameters are held),
-            1 for a loop. The result is the same up to rounding.
+            1 for a loop. The result is the same up to rounding. Orthogonal tangents are drawn, and held, all at once even so.
 
-    Raises ValueError where an argument is outside its limits or `estimate_grad_` was given no generator.
+    Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or there are fewer weights than
+    Orthogonal tangents.
 
     Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it,
     section III.
@@ -69,19 +71,18 @@ class ForwardGradient(Estimator):
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         generator = needed(generator)
         size = self.chunk_size or self.tangents
-        counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
+        chunks = math.ceil(self.tangents / size)
         gradients: dict[str, Tensor | None] = {}
         derivatives = []
-        for index, count in enumerate(counts):
-            tangents = self.law.draw(objective.parameters, count, generator)
-            loss, derivative = directional_derivatives(objective, tangents, commit=index == len(counts) - 1)
+        for index, tangents in enumerate(self.law.chunks(objective.parameters, self.tangents, size, generator)):
+            loss, derivative = directional_derivatives(objective, tangents, commit=index == chunks - 1)
             derivatives.append(derivative)
             weights = (derivative if self.clip is None else derivative.clamp(-self.clip, self.clip)) / self.tangents
             for name, tangent in tangents.items():
                 part = _combine_(weights.to(tangent.dtype), tangent)
                 so_far = gradients.get(name)
                 gradients[name] = part if so_far is None else so_far.add_(part)
-        return Estimate(loss, torch.cat(derivatives), self.tangents + len(counts)), gradients
+        return Estimate(loss, torch.cat(derivatives), self.tangents + chunks), gradients
 
 
 def _combine_(weights: Tensor, tangents: Tensor) -> Tensor:
