@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.tangents import Law
-
 Loss = Callable[[nn.Module], Tensor]
 
 
@@ -31,25 +29,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-@dataclass(frozen=True)
-class Orthogonal(Law):
-    """For tests: the rows of √n times a random orthogonal matrix, so that (1/n) Σ (g·v)v = g exactly."""
-
-    name = "orthogonal"
-
-    def draw(self, like: dict[str, Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        n = sum(p.numel() for p in like.values())
-        matrix = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q[:count] * n**0.5
-        parts = matrix.split([p.numel() for p in like.values()], dim=1)
-        return {name: part.reshape(count, *p.shape).to(p.dtype) for (name, p), part in zip(like.items(), parts, strict=True)}
-
-    def fill_(self, tangent: list[Tensor], generator: torch.Generator) -> None:
-        raise NotImplementedError
-
-    def second_moment(self, n: int) -> float:
-        return n
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,6 +19,7 @@ PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a c
     fg.ForwardGradient(tangents=3): 4,
     fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=1): 6,
     fg.ForwardGradient(tangents=3, law=fg.Rademacher(), clip=0.5, chunk_size=2): 5,
+    fg.ForwardGradient(tangents=3, law=fg.Orthogonal(), chunk_size=2): 5,
 }
 METHODS = list(PASSES)
 FORWARD = [method for method in METHODS if isinstance(method, fg.ForwardGradient)]

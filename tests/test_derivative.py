@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.cases import EXACT, Attention, Case, Loss, Orthogonal, Recurrent, perceptron, regress, rows, seeded, trained, true_gradient
+from tests.cases import EXACT, Attention, Case, Loss, Recurrent, perceptron, regress, rows, seeded, trained, true_gradient
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -75,7 +75,7 @@ def test_orthogonal_tangents_give_the_gradient_of_backpropagation(case: Case) ->
     parameters, expected = trained(model), true_gradient(model, loss)
     n = sum(p.numel() for p in parameters.values())
     torch.manual_seed(7)
-    fg.estimate_grad_(loss, model, fg.ForwardGradient(tangents=n, law=Orthogonal()), generator=seeded())
+    fg.estimate_grad_(loss, model, fg.ForwardGradient(tangents=n, law=fg.Orthogonal()), generator=seeded())
     torch.testing.assert_close({name: p.grad for name, p in parameters.items()}, expected, rtol=1e-10, atol=1e-12)
 
 

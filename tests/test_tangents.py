@@ -16,6 +16,7 @@ from torch import Tensor
 import forwardgrad as fg
 
 LAWS = [law() for law in fg.LAWS]
+SEPARATE = [law for law in LAWS if not law.joint]
 SHAPES = {"matrix": (3, 5), "vector": (7,), "scalar": (), "empty": (0, 2), "cube": (2, 1, 4)}
 LIKE = {name: torch.empty(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
 
@@ -31,9 +32,15 @@ def z_scores(samples: Tensor, mean: Tensor | float) -> Tensor:
     return torch.where(error > 1e-14, gap / error, torch.where(gap.abs() < 1e-12, 0.0, torch.inf))
 
 
+def singly(law: fg.Law, like: dict[str, Tensor], count: int, seed: int) -> Tensor:
+    """As many independent tangents: those of a joint law are drawn one at a time."""
+    generator = seeded(seed)
+    return torch.cat([joined(law.draw(like, 1 if law.joint else count, generator)) for _ in range(count if law.joint else 1)])
+
+
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_mean_is_zero_and_covariance_is_the_identity(law: fg.Law) -> None:
-    v = joined(law.draw(LIKE, 2_000, seeded(1)))  # m = 31 + 31·32/2 = 527 numbers a law: false alarms below 0.36 %
+    v = singly(law, LIKE, 2_000, 1)  # m = 31 + 31·32/2 = 527 numbers a law: false alarms below 0.36 %
     n = v.shape[1]
     assert z_scores(v, 0.0).abs().max() < 4.5
     i, j = torch.triu_indices(n, n)
@@ -42,9 +49,11 @@ def test_mean_is_zero_and_covariance_is_the_identity(law: fg.Law) -> None:
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_fourth_moments(law: fg.Law) -> None:
-    v = joined(law.draw(LIKE, 2_000, seeded(2)))  # m = 31 + 30 numbers a law: false alarms below 0.05 %
+    v = singly(law, LIKE, 2_000, 2)  # m = 31 + 30 numbers a law: false alarms below 0.05 %
     n = v.shape[1]
-    alone, pair = {"gaussian": (3, 1), "rademacher": (1, 1), "sphere": (3 * n / (n + 2), n / (n + 2))}[law.name]
+    alone, pair = {"gaussian": (3, 1), "rademacher": (1, 1), "sphere": (3 * n / (n + 2), n / (n + 2))}[
+        "sphere" if law.joint else law.name  # an orthogonal tangent alone is uniform on the sphere
+    ]
     assert z_scores(v**4, alone).abs().max() < 4.5
     assert z_scores(v[:, 1:] ** 2 * v[:, :1] ** 2, pair).abs().max() < 4.5
 
@@ -53,10 +62,73 @@ def test_fourth_moments(law: fg.Law) -> None:
 @pytest.mark.parametrize("n", [1, 2, 10, 65])
 def test_second_moment_of_the_forward_gradient(law: fg.Law, n: int) -> None:
     g = torch.linspace(-1, 2, n, dtype=torch.float64)
-    v = joined(law.draw({"all": g}, 3_000, seeded(3)))  # m = 1 number a law and size: 12 in all, false alarms below 0.01 %
+    v = singly(law, {"all": g}, 3_000, 3)  # m = 1 number a law and size: 16 in all, false alarms below 0.02 %
     noise = (v @ g) ** 2 * (v**2).sum(dim=1) / (g @ g)
     assert z_scores(noise[:, None], law.second_moment(n)).abs().max() < 4.5
-    assert law.second_moment(n) == {"gaussian": n + 2, "rademacher": n, "sphere": n}[law.name]
+    assert law.second_moment(n) == {"gaussian": n + 2, "rademacher": n, "sphere": n, "orthogonal": n}[law.name]
+
+
+def test_second_moment_of_a_mean_of_tangents() -> None:
+    assert [law.second_moment(12, tangents=4) for law in LAWS] == [1 + 13 / 4, 1 + 11 / 4, 1 + 11 / 4, 12 / 4]
+    g, generator, squares = torch.linspace(-1, 2, 12, dtype=torch.float64), seeded(8), []
+    for _ in range(2_000):
+        v = fg.Orthogonal().draw({"all": g}, 4, generator)["all"]
+        squares.append(((v @ g) @ v / 4).square().sum() / (g @ g))
+    assert z_scores(torch.stack(squares)[:, None], 3.0).abs().max() < 4.5  # m = 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 31])
+def test_orthogonal_tangents_are_orthogonal_over_all_parameters_together(count: int) -> None:
+    v = joined(fg.Orthogonal().draw(LIKE, count, seeded(9)))
+    torch.testing.assert_close(v @ v.T, 31.0 * torch.eye(count, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    if count == 31:
+        torch.testing.assert_close(v.T @ v / 31, torch.eye(31, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_orthogonal_draws_have_no_preferred_direction() -> None:
+    """Haar: covariance I also of the pair, E[v₁v₂ᵀ] = 0 entry by entry; without the sign of R's diagonal the first fails."""
+    generator = seeded(10)
+    q = torch.stack([fg.Orthogonal().draw({"all": torch.empty(4, dtype=torch.float64)}, 4, generator)["all"] for _ in range(4_000)])
+    flat = q.flatten(1)  # [draws, 16]: tangent k, weight i
+    i, j = torch.triu_indices(16, 16)
+    assert z_scores(flat, 0.0).abs().max() < 4.5  # m = 16 + 136: false alarms below 0.11 %
+    assert z_scores(flat[:, i] * flat[:, j], (i == j).double()).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_orthogonal_tangents_in_low_precision_are_orthogonal_up_to_rounding(dtype: torch.dtype) -> None:
+    v = joined(fg.Orthogonal().draw({"a": torch.empty(15, 10, dtype=dtype), "b": torch.empty(50, dtype=dtype)}, 20, seeded(4)))
+    torch.testing.assert_close(v @ v.T / 200, torch.eye(20, dtype=torch.float64), rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_more_orthogonal_tangents_than_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most as many orthogonal tangents as weights: 32 were asked for, with 31 weights"):
+        fg.Orthogonal().draw(LIKE, 32, seeded())
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_chunks_are_the_draw_cut_in_pieces(law: fg.Law) -> None:
+    like = {**LIKE, "half": torch.empty(33, dtype=torch.bfloat16)}
+    whole = law.draw(like, 5, seeded(6))
+    for size in (1, 2, 5, 9):
+        chunks = list(law.chunks(like, 5, size, seeded(6)))
+        assert [len(chunk["scalar"]) for chunk in chunks] == {1: [1] * 5, 2: [2, 2, 1], 5: [5], 9: [5]}[size]
+        assert all(torch.equal(torch.cat([chunk[name] for chunk in chunks]), whole[name]) for name in like)
+        storages = {part.untyped_storage().data_ptr() for chunk in chunks for part in chunk.values() if part.numel()}
+        assert len(storages) == len(chunks) * (len(like) - 1)  # a chunk keeps nothing else in memory; "empty" has no storage
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_a_part_can_be_drawn_alone_where_the_law_says_so(law: fg.Law) -> None:
+    """What `independent` promises: one parameter filled by itself has the moments of the law, 3 and 1 or 1 and 1."""
+    v, generator = torch.empty(2_000, 3, dtype=torch.float64), seeded(11)
+    for row in v:
+        law.fill_([row], generator)
+    alone = {"gaussian": 3.0, "rademacher": 1.0}.get(law.name)
+    assert law.independent == (alone is not None)
+    if alone is not None:
+        assert z_scores(v**4, alone).abs().max() < 4.5  # m = 3 + 3 a law
+        assert z_scores(v[:, 1:] ** 2 * v[:, :1] ** 2, 1.0).abs().max() < 4.5
 
 
 def test_sphere_has_one_norm_over_all_parameters_together() -> None:
@@ -93,7 +165,7 @@ def test_rademacher_signs_are_fair_and_independent_across_bytes_and_words() -> N
         assert abs(product.sum()) / math.sqrt(len(product)) < 4.5
 
 
-@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("law", SEPARATE, ids=repr)
 def test_tangents_drawn_at_once_are_the_bits_of_tangents_drawn_one_by_one(law: fg.Law) -> None:
     like = {**LIKE, "half": torch.empty(33, dtype=torch.bfloat16), "single": torch.empty(16)}
     at_once, generator = law.draw(like, 5, seeded(6)), seeded(6)
@@ -120,6 +192,6 @@ def test_tangents_have_shape_and_dtype_of_their_parameters(law: fg.Law) -> None:
 
 
 def test_laws_have_names_and_are_values() -> None:
-    assert [law.name for law in fg.LAWS] == ["gaussian", "rademacher", "sphere"]
+    assert [law.name for law in fg.LAWS] == ["gaussian", "rademacher", "sphere", "orthogonal"]
     assert fg.Gaussian() == fg.Gaussian() != fg.Sphere()
     assert len({hash(fg.Gaussian()), hash(fg.Gaussian())}) == 1

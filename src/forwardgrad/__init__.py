@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
     from forwardgrad.tangents import Law as Law
+    from forwardgrad.tangents import Orthogonal as Orthogonal
     from forwardgrad.tangents import Rademacher as Rademacher
     from forwardgrad.tangents import Sphere as Sphere
 
@@ -51,6 +52,7 @@ _HOME = {
     "LocalLosses": "estimators.local",
     "LowRank": "perturbations",
     "Nesterov": "nesterov",
+    "Orthogonal": "tangents",
     "PerExample": "perturbations",
     "Perturbation": "perturbations",
     "Rademacher": "tangents",

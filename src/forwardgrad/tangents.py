@@ -1,7 +1,7 @@
 """The laws that directions are drawn from: each has mean 0 and covariance I, which is what makes d·v unbiased.
 
-A draw is always made from an explicit generator and is ordered tangent by tangent, parameter by parameter: K tangents drawn at once
-are the same bits as K drawn one after the other, and the same seed replays them.
+A draw is always made from an explicit generator, so the same seed replays it. It is ordered tangent by tangent, parameter by parameter:
+K tangents drawn at once are the same bits as K drawn one after the other, except where the law couples them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -22,9 +22,15 @@ _WORD = 64  # random bits per int64
 
 @dataclass(frozen=True)
 class Law(ABC):
-    """A law of directions v over all parameters jointly, with E[v] = 0 and E[v vᵀ] = I."""
+    """A law of directions v over all parameters jointly, with E[v] = 0 and E[v vᵀ] = I.
+
+    `joint` laws couple the tangents of one draw, which therefore have to be drawn together; `independent` ones draw every weight of a
+    tangent by itself, so that the part of one parameter can be drawn alone.
+    """
 
     name: ClassVar[str]
+    joint: ClassVar[bool] = False
+    independent: ClassVar[bool] = False
 
     def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         """Draw `count` tangents: for every parameter a tensor [count, *shape], with the parameter's dtype and device.
@@ -37,30 +43,48 @@ class Law(ABC):
             self.fill_([tangent[index] for tangent in drawn.values()], generator)
         return {name: tangent.to(like[name].device) for name, tangent in drawn.items()}
 
+    def chunks(self, like: Mapping[str, Tensor], count: int, size: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
+        """The tangents of one draw of `count`, at most `size` at a time; those of a joint law are all held until the last chunk."""
+        starts = range(0, count, size)
+        if not self.joint or len(starts) == 1:
+            yield from (self.draw(like, min(size, count - start), generator) for start in starts)
+            return
+        drawn = self.draw(like, count, generator)
+        for start in starts:  # cloned, since a chunk may be written to and outlives the others
+            yield {name: tangent[start : start + size].clone() for name, tangent in drawn.items()}
+
     @abstractmethod
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         """Fill the parts of one tangent in place."""
 
+    def second_moment(self, n: int, tangents: int = 1) -> float:
+        """E‖ĝ‖² / ‖g‖² of ĝ = (1/K) Σ (g·vₖ)vₖ over n weights and K tangents: one plus the relative variance of the forward gradient.
+
+        Of independent tangents it is 1 + (m − 1)/K, where m is the second moment of one.
+        """
+        return 1 + (self._moment(n) - 1) / tangents
+
     @abstractmethod
-    def second_moment(self, n: int) -> float:
-        """E‖(g·v)v‖² / ‖g‖² over n weights: one plus the variance of the forward gradient relative to ‖g‖²."""
+    def _moment(self, n: int) -> float:
+        """E‖(g·v)v‖² / ‖g‖² of a single tangent."""
 
 
 @dataclass(frozen=True)
 class Gaussian(Law):
     """v ~ N(0, I), the law of Baydin et al. (2022), eq. 4: E‖(g·v)v‖² = (n + 2)‖g‖².
 
-    >>> Gaussian().second_moment(10)
-    12
+    >>> Gaussian().second_moment(10), Gaussian().second_moment(10, tangents=11)
+    (12.0, 2.0)
     """
 
     name: ClassVar[str] = "gaussian"
+    independent: ClassVar[bool] = True
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
             part.normal_(generator=generator)
 
-    def second_moment(self, n: int) -> float:
+    def _moment(self, n: int) -> float:
         return n + 2
 
 
@@ -69,12 +93,13 @@ class Rademacher(Law):
     """Independent signs ±1: E‖(g·v)v‖² = n‖g‖², the least of all laws with independent entries (Belouze 2022); one random bit a weight."""
 
     name: ClassVar[str] = "rademacher"
+    independent: ClassVar[bool] = True
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
             part.copy_(_signs(part.numel(), part.dtype, generator).view(part.shape))
 
-    def second_moment(self, n: int) -> float:
+    def _moment(self, n: int) -> float:
         return n
 
 
@@ -93,7 +118,50 @@ class Sphere(Law):
         for part, z in zip(tangent, wide, strict=True):
             part.copy_(z.mul_(scale.to(z.dtype)))
 
-    def second_moment(self, n: int) -> float:
+    def _moment(self, n: int) -> float:
+        return n
+
+
+@dataclass(frozen=True)
+class Orthogonal(Law):
+    """K tangents √n·Q, where Q is the first K columns of a Haar-random orthogonal n × n matrix: E‖ĝ‖² = (n/K)‖g‖², exact at K = n.
+
+    Each tangent alone is uniform on the sphere of radius √n, so E[v vᵀ] = I. Together vₖ·vₗ = 0, so (1/K) Σ (g·vₖ)vₖ is n/K times the
+    projection of g on a random K-dimensional space, whose squared length is (K/n)‖g‖² on average. At K = n the projection is g itself.
+    Q comes from the QR decomposition of a Gaussian n × K matrix; with the diagonal of R made positive it is unique, and so as
+    rotation-invariant as the matrix (Mezzadri 2007). Cost: 2nK² operations a draw, and all K tangents held at once.
+
+    Raises ValueError where more tangents are drawn than there are weights.
+
+    >>> Orthogonal().second_moment(10, tangents=5), Orthogonal().second_moment(10, tangents=10)
+    (2.0, 1.0)
+    """
+
+    name: ClassVar[str] = "orthogonal"
+    joint: ClassVar[bool] = True
+
+    def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+        sizes = [p.numel() for p in like.values()]
+        n = sum(sizes)
+        if count > n:
+            raise ValueError(f"there are at most as many orthogonal tangents as weights: {count} were asked for, with {n} weights")
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in like.values()) else torch.float32
+        q, r = torch.linalg.qr(torch.randn(count, n, dtype=dtype, device=generator.device, generator=generator).mT)
+        rows = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT * math.sqrt(n)
+        drawn = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=p.device) for name, p in like.items()}
+        for tangent, part in zip(drawn.values(), rows.split(sizes, dim=1), strict=True):
+            tangent.copy_(part.reshape(tangent.shape))
+        return drawn
+
+    def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
+        drawn = self.draw({str(index): part for index, part in enumerate(tangent)}, 1, generator)
+        for part, v in zip(tangent, drawn.values(), strict=True):
+            part.copy_(v[0])
+
+    def second_moment(self, n: int, tangents: int = 1) -> float:
+        return n / tangents
+
+    def _moment(self, n: int) -> float:
         return n
 
 
@@ -120,4 +188,4 @@ def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return ((byte[:, None] >> bit & 1) * 2 - 1).to(dtype)
 
 
-LAWS: tuple[type[Law], ...] = (Gaussian, Rademacher, Sphere)
+LAWS: tuple[type[Law], ...] = (Gaussian, Rademacher, Sphere, Orthogonal)

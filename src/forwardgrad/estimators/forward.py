@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,6 @@ from torch import Generator, Tensor
 from forwardgrad.derivative import Objective, directional_derivatives
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
-from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.outputs import shared_out
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
@@ -32,7 +32,8 @@ class ForwardGradient(Estimator):
     Bias: none with combine="mean" and no clip, E[(∇f·v)v] = E[v vᵀ]∇f = ∇f. With a clip the direction stays right and the length
     shrinks: for Gaussian tangents over whole weights E[ĝ] = erf(c/(‖∇f‖√2))·∇f. With combine="projection", ĝ = V(VᵀV)⁻¹d is the point
     of the tangents' span that is closest to ∇f: about K/n of its length, in exchange for an error never larger than ‖∇f‖.
-    Variance: E‖ĝ‖² = (1 + (m − 1)/K)‖∇f‖² where m is the law's second moment: n + 2 (Gaussian) or n (Rademacher, Sphere) over n weights.
+    Variance: E‖ĝ‖² = (1 + (m − 1)/K)‖∇f‖² where m is the law's second moment: n + 2 (Gaussian) or n (Rademacher, Sphere) over n weights;
+    (n/K)‖∇f‖² with Orthogonal tangents, which give ∇f itself at K = n.
     The noise grows with the number of weights; that is what keeps the method from scaling, and what the other perturbations reduce.
     With a control variate b, ĝ = b + (1/K) Σₖ (dₖ − b·vₖ) vₖ, in which ‖∇f − b‖² stands for ‖∇f‖²: unbiased, as b does not depend on vₖ.
     (Antithetic pairs v, −v gain nothing here: (∇f·v)v is the same for both. They do where derivatives are differences: `ZerothOrder`.)
@@ -43,7 +44,7 @@ class ForwardGradient(Estimator):
         law: where directions are drawn from.
         clip: bound c > 0 on each |dₖ| (of every example, where examples move on their own), in units of the loss; None for no bound.
         chunk_size: tangents evaluated at once, as in `torch.func.vmap`: None for all K (K copies of the parameters are held where whole
-            weights move), 1 for a loop. The result is the same up to rounding.
+            weights move), 1 for a loop. The result is the same up to rounding. Orthogonal tangents are drawn and held all at once.
         perturb: what is perturbed: `Dense()`, `LowRank(rank)`, `PerExample()`, `Activity(masked)` or `Cheapest(overrides)`.
         combine: "mean", or "projection" (weights shared by the batch only: Dense or LowRank; K at most the number of weights).
         exact_output: give the last layer its exact gradient, (softmax − onehot)ᵀ x: it needs no reverse pass. For Activity and Cheapest,
@@ -51,7 +52,8 @@ class ForwardGradient(Estimator):
         control_variate: β in [0, 1): use the moving average m ← β m + (1 − β) ĝ of earlier estimates as b. For Dense, LowRank and
             PerExample; the estimator then needs `state`. None for no control variate.
 
-    Raises ValueError where an argument is outside its limits, arguments exclude one another, or no generator was given.
+    Raises ValueError where an argument is outside its limits, arguments exclude one another, no generator was given, or there are fewer
+    weights than Orthogonal tangents.
 
     Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it,
     section III; the projection is that of Flügel et al. (2025).
@@ -108,34 +110,32 @@ class ForwardGradient(Estimator):
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
-        generator = needed(generator)
-        size = self.chunk_size or self.tangents
-        counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         predicted = self._predicted(objective, state)
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
-        derivatives = []
-        for index, count in enumerate(counts):
-            found = self._evaluate(objective, count, generator, commit=index == len(counts) - 1)
-            derivatives.append(found.derivatives)
+        derivatives: list[Tensor] = []
+        for found in self._passes(objective, needed(generator)):
             with torch.autocast(found.loss.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
                 add_parts(gradients, found, self._weights(found, predicted))
-                if index == 0:
+                if not derivatives:  # every pass knows the same exact gradient
                     add_exact(gradients, found)
+            derivatives.append(found.derivatives)
         if predicted:
-            for name, m in predicted.items():
-                part = gradients[name]
-                gradients[name] = m.clone() if part is None else part.add_(m)
+            add(gradients, {name: m.clone() for name, m in predicted.items()})
             self._remember(state, gradients)
-        return Estimate(found.loss, torch.cat(derivatives), self.tangents + len(counts)), gradients
+        return Estimate(found.loss, torch.cat(derivatives), self.tangents + len(derivatives)), gradients
 
-    def _evaluate(self, objective: Objective, count: int, generator: Generator, *, commit: bool) -> Pass:
+    def _passes(self, objective: Objective, generator: Generator) -> Iterator[Pass]:
+        """One pass a chunk of tangents; the last one leaves its buffers and random state behind."""
+        size = self.chunk_size or self.tangents
+        counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         if isinstance(self.perturb, Dense):
-            tangents = self.law.draw(objective.parameters, count, generator)
-            loss, derivatives = directional_derivatives(objective, tangents, commit=commit)
-            moved: list[Entered] = [DenseUse(name, v) for name, v in tangents.items()]
-            return Pass(loss, derivatives, None, moved, False, None, None, None)
-        seeds = fork(generator, count)
-        return perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, exact_output=self.exact_output, commit=commit)
+            for index, tangents in enumerate(self.law.chunks(objective.parameters, self.tangents, size, generator), 1):
+                loss, d = directional_derivatives(objective, tangents, commit=index == len(counts))
+                yield Pass(loss, d, None, [DenseUse(name, v) for name, v in tangents.items()], False, None, None, None)
+            return
+        for index, count in enumerate(counts, 1):
+            seeds, last = fork(generator, count), index == len(counts)
+            yield perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, exact_output=self.exact_output, commit=last)
 
     def _weights(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
         """What each direction of each example is multiplied by, place by place."""
