@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forwardgrad.diagnostics import Quality as Quality
+    from forwardgrad.diagnostics import quality as quality
     from forwardgrad.estimators import ESTIMATORS as ESTIMATORS
     from forwardgrad.estimators.backprop import Backprop as Backprop
     from forwardgrad.estimators.base import Estimate as Estimate
@@ -55,10 +57,12 @@ _HOME = {
     "Orthogonal": "tangents",
     "PerExample": "perturbations",
     "Perturbation": "perturbations",
+    "Quality": "diagnostics",
     "Rademacher": "tangents",
     "Readout": "estimators.fixed_feedback",
     "Sphere": "tangents",
     "estimate_grad_": "gradient",
+    "quality": "diagnostics",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,9 @@ class Backprop(Estimator):
     @property
     def unbiased(self) -> bool:
         return True
+
+    def variance(self, gradient: Mapping[str, Tensor]) -> float:
+        return 0.0
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]

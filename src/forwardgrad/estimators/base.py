@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,6 +43,10 @@ class Estimator(ABC):
     def stateful(self) -> bool:
         """Whether the estimator learns from step to step, and so needs a state that is kept between them."""
         return False
+
+    def variance(self, gradient: Mapping[str, Tensor]) -> float | None:
+        """E‖ĝ − Eĝ‖²/‖∇f‖² where a formula gives it, from the exact gradient by parameter; None where there is none."""
+        return None
 
     @abstractmethod
     def estimate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -106,6 +106,11 @@ class ForwardGradient(Estimator):
     @property
     def stateful(self) -> bool:
         return self.control_variate is not None
+
+    def variance(self, gradient: Mapping[str, Tensor]) -> float | None:
+        if not (self.unbiased and isinstance(self.perturb, Dense) and self.control_variate is None):
+            return None
+        return (self.law.second_moment(sum(g.numel() for g in gradient.values())) - 1) / self.tangents
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
