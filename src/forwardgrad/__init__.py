@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
     from forwardgrad.nesterov import Nesterov as Nesterov
+    from forwardgrad.step import cap_step as cap_step
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
     from forwardgrad.tangents import Law as Law
@@ -34,6 +35,7 @@ _HOME = {
     "Nesterov": "nesterov",
     "Rademacher": "tangents",
     "Sphere": "tangents",
+    "cap_step": "step",
     "estimate_grad_": "gradient",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
