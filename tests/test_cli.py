@@ -1,15 +1,17 @@
 """The command line as a user meets it: every mistake one sentence and status 2, Ctrl-C status 130, finished work kept."""
 
+import contextlib
 import dataclasses
 import errno
-import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad.lab import cli, recipes
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.spec import format_value
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -31,9 +35,9 @@ DIGITS = ("train", "--data", "digits", "--model", "logistic", "--epochs", "2", "
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train", "--data", "imagenet"), "'digits', 'mnist', 'cifar10'"),
     (("train", "--model", "resnet"), "'cifar-cnn'"),
-    (("train", "--estimator", "evolution"), "'forward', 'backprop'"),
+    (("train", "--estimator", "evolution"), "unknown estimator 'evolution': choose one of backprop, forward"),
     (("train", "--optimizer", "lion"), "'sgd', 'nesterov', 'adam'"),
-    (("train", "--law", "cauchy"), "'gaussian', 'rademacher', 'sphere'"),
+    (("train", "--estimator", "forward(law=cauchy)"), "unknown law 'cauchy': choose one of gaussian, rademacher, sphere"),
     (("train", "--lr", "0"), "learning rate must be a positive number, not 0.0"),
     (("train", "--lr", "-1"), "learning rate must be a positive number, not -1.0"),
     (("train", "--lr", "nan"), "learning rate must be a positive number"),
@@ -44,10 +48,21 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train", "--epochs", "0"), "--epochs"),
     (("train", "--epochs", "-3"), "--epochs"),
     (("train", "--batch-size", "0"), "--batch-size"),
-    (("train", "--tangents", "0"), "--tangents"),
-    (("train", "--clip", "0"), "clip must be a positive number or None for no clip, not 0.0"),
-    (("train", "--clip", "-1"), "clip must be a positive number"),
-    (("train", "--estimator", "backprop", "--tangents", "2"), "backprop estimator has no option 'tangents'"),
+    (("train", "--estimator", "forward(tangents=0)"), "tangents must be a whole number of at least 1, not 0"),
+    (("train", "--estimator", "forward(tangents=two)"), "tangents must be a whole number of at least 1, not 'two'"),
+    (("train", "--estimator", "forward(clip=0)"), "clip must be a positive number or None for no clip, not 0"),
+    (("train", "--estimator", "forward(clip=-1.5)"), "clip must be a positive number"),
+    (("train", "--estimator", "backprop(tangents=2)"), "backprop estimator has no option 'tangents'"),
+    (("train", "--estimator", "forward(tangents=2"), "',' or ')' is expected at its end"),
+    (("train", "--estimator", "forward; backprop"), "the end is expected at character 8"),
+    (("train", "--estimator", ""), "a name is expected at its end"),
+    (("train", "--tangents", "2"), "--tangents"),
+    (("train", "--weight-decay", "-1"), "weight decay must be zero or positive"),
+    (("train", "--lr", "0.1", "--weight-decay", "10"), "weight decay must be zero or positive and below 1/lr"),
+    (("train", "--cap", "0"), "the cap of the relative step must be a positive number, not 0.0"),
+    (("tune", "--lr", "0.1", "--weight-decay", "0,nan"), "--weight-decay takes finite numbers"),
+    (("tune", "--lr", "0.1", "--weight-decay", "0,-0.1"), "weight decay must be zero or positive"),
+    (("tune", "--lr", "0.1", "--estimator", "forward(tangents=0)"), "tangents must be"),
     (("train", "--seed", "-1"), "--seed"),
     (("train", "--device", "cuda:77"), "no GPU for --device cuda:77"),
     (("train", "--device", "abacus"), "choose cpu, cuda"),
@@ -111,12 +126,36 @@ def test_train_prints_its_result_and_a_second_call_repeats_nothing(
     assert (folder / "result.json").read_bytes() == result
 
 
-def test_every_estimator_and_every_field_can_be_chosen() -> None:
-    options = set(inspect.signature(cli.train).parameters)
-    fields = {field.name for kind in fg.ESTIMATORS for field in dataclasses.fields(kind)}
-    assert fields <= options
-    assert {kind.name for kind in fg.ESTIMATORS} == {"forward", "backprop"}  # as in cli.Estimator
-    assert {law.name for law in fg.LAWS} == {"gaussian", "rademacher", "sphere"}  # as in cli.Law
+def candidates(value: Any) -> list[Any]:
+    """Values that an option of an estimator may take, besides `value`: those of its kind, and every component there is."""
+    numbers: list[Any] = [1, 2, 3, 0.5, 1.5]
+    words = [law.name for law in fg.LAWS]
+    told = [choice for choice in getattr(value, "__args__", ()) if isinstance(choice, str)]
+    return [True, False, *numbers, *words, *told]
+
+
+@pytest.mark.parametrize("kind", fg.ESTIMATORS, ids=lambda kind: kind.name)
+def test_every_estimator_and_every_field_can_be_chosen(kind: type[fg.Estimator]) -> None:
+    usual = cli._estimator(kind.name)
+    assert usual["name"] == kind.name
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        chosen = []
+        for value in candidates(types[field.name]):
+            with contextlib.suppress(UserError):
+                chosen.append(cli._estimator(f"{kind.name}({field.name}={format_value(value)})")[field.name])
+        assert any(value != usual[field.name] for value in chosen), f"no value of {kind.name}'s {field.name} but its default can be chosen"
+
+
+def test_estimators_lists_every_option_and_component(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(monkeypatch, capsys, "estimators")
+    assert status == 0
+    for kind in (*fg.ESTIMATORS, *fg.LAWS):
+        assert f"\n  {kind.name}: " in out
+        for field in dataclasses.fields(kind):
+            assert re.search(rf"\n    {field.name}( \(required\)|=\S+): ", out)
+    assert "tangents=1: K ≥ 1, the number of directions averaged" in out
+    assert "no description" not in out
 
 
 def test_tune_trains_the_best_point_and_reports(
@@ -160,7 +199,9 @@ def test_reproduce_runs_rows_shortened_and_says_so(
     assert str(data_dir) not in report.replace(f"--data-dir {data_dir}", "")
 
 
-@pytest.mark.parametrize("arguments", [(), ("train",), ("tune",), ("reproduce",), ("demo",), ("cost",), ("report",), ("data",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("cost",), ("report",), ("data",)]
+)
 def test_help_explains_every_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:

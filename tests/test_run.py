@@ -12,11 +12,31 @@ from forwardgrad.lab import store
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, from_json, stream, to_json
 
+ROOT = Path(__file__).resolve().parents[1]
 RUN = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.5), epochs=2)
 
 
 def test_json_and_back() -> None:
     assert from_json(json.loads(json.dumps(to_json(RUN)))) == RUN
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "runs").glob("*/run.json")), ids=lambda path: path.parent.name)
+def test_stored_runs_keep_their_identity(path: Path) -> None:
+    stored = json.loads(path.read_text())
+    assert to_json(from_json(stored)) == stored
+    assert from_json(stored).identity == path.parent.name
+
+
+def test_an_option_that_came_later_is_described_only_where_it_is_used() -> None:
+    usual = to_json(RUN)["optimizer"]
+    assert usual.keys() == {"name", "lr", "decay", "momentum", "beta1", "beta2"}
+    identities = {RUN.identity}
+    for option, value in (("weight_decay", 0.1), ("anneal", True), ("cap", 0.01)):
+        run = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, **{option: value}))  # type: ignore[arg-type]
+        assert to_json(run)["optimizer"] == {**usual, option: value}
+        assert from_json(json.loads(json.dumps(to_json(run)))) == run
+        identities.add(run.identity)
+    assert len(identities) == 4
 
 
 def test_identity_is_stable_and_sees_every_field() -> None:
@@ -62,6 +82,11 @@ def test_a_run_outside_its_limits_is_refused(change: dict[str, object], words: s
         ({"lr": -1.0}, "learning rate must be a positive number"),
         ({"lr": math.nan}, "learning rate must be a positive number"),
         ({"decay": -1e-5}, "decay must be zero or positive"),
+        ({"weight_decay": -0.1}, "weight decay must be zero or positive"),
+        ({"weight_decay": math.nan}, "weight decay must be zero or positive"),
+        ({"weight_decay": 10.0}, "below 1/lr"),
+        ({"cap": 0.0}, "cap of the relative step must be a positive number"),
+        ({"cap": math.inf}, "cap of the relative step must be a positive number"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
         ({"beta2": 1.0}, r"beta2 must lie in \[0, 1\)"),
     ],

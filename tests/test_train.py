@@ -4,15 +4,20 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Generator, Tensor
 
+from forwardgrad import estimators
+from forwardgrad.derivative import Objective
+from forwardgrad.estimators import Backprop, Estimate, Estimator
 from forwardgrad.lab import data, models, store, train
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream
+from forwardgrad.nesterov import Nesterov
 
 BACKPROP = {"name": "backprop"}
 FORWARD = {"name": "forward", "clip": 1.0}
@@ -53,12 +58,62 @@ def test_backprop_is_the_loop_anyone_would_write(tmp_path: Path) -> None:
     assert result["test"]["examples"] == 360
 
 
-@pytest.mark.parametrize("estimator", [BACKPROP, FORWARD], ids=lambda e: e["name"])
+@dataclasses.dataclass(frozen=True)
+class Remembering(Estimator):
+    """For tests: the mean of the gradient now and the one it remembers, and a count that it keeps."""
+
+    name: ClassVar[str] = "remembering"
+    unbiased = False
+    stateful = True
+
+    def estimate(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, dict[str, Tensor | None]]:
+        record, gradients = Backprop().estimate(objective, generator, state)
+        state.setdefault("count", torch.zeros((), dtype=torch.int64)).add_(1)
+        for name, gradient in gradients.items():
+            assert gradient is not None
+            gradients[name] = mean = state.get(name, torch.zeros_like(gradient)).lerp(gradient, 0.5)
+            state[name] = mean.clone()
+        return dataclasses.replace(record, forward_passes=3), gradients
+
+
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(estimators, "ESTIMATORS", (*estimators.ESTIMATORS, Remembering))
+    return {"name": "remembering"}
+
+
+def test_an_estimator_remembers_from_step_to_step_and_its_passes_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembering: dict[str, Any]
+) -> None:
+    states = []
+    finish = train._finish
+    monkeypatch.setattr(train, "_finish", lambda run, dataset, state, *rest: states.append(state) or finish(run, dataset, state, *rest))
+    result = train.train(dataclasses.replace(RUN, estimator=remembering), tmp_path)
+    assert int(states[0].memory["count"]) == result["steps"] == 51
+    assert set(states[0].memory) == {"count", "model.1.weight", "model.1.bias"}
+    assert result["forward_passes"] == 3 * 51
+    assert train.train(RUN, tmp_path / "b")["forward_passes"] == 51
+    assert train.train(dataclasses.replace(RUN, estimator={"name": "forward", "tangents": 4}), tmp_path / "f")["forward_passes"] == 5 * 51
+
+
+HELD = {"weight_decay": 0.1, "anneal": True, "cap": 0.02}
+
+
+@pytest.mark.parametrize("estimator", [BACKPROP, FORWARD, {"name": "remembering"}], ids=lambda e: e["name"])
 @pytest.mark.parametrize(
     "optimizer",
-    [Optimizer("sgd", 0.01, 1e-4), Optimizer("nesterov", 0.01, 1e-4, momentum=0.9), Optimizer("adam", 0.001, 1e-4)],
-    ids=lambda o: o.name,
+    [
+        Optimizer("sgd", 0.01, 1e-4),
+        Optimizer("nesterov", 0.01, 1e-4, momentum=0.9),
+        Optimizer("adam", 0.001, 1e-4),
+        Optimizer("adam", 0.001, 1e-4, **HELD),
+        Optimizer("nesterov", 0.1, momentum=0.9, **HELD),
+    ],
+    ids=lambda o: o.name + ("-held" if o.anneal else ""),
 )
+@pytest.mark.usefixtures("remembering")
 def test_a_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: dict[str, Any], optimizer: Optimizer
 ) -> None:
@@ -94,6 +149,84 @@ def test_a_killed_run_resumes_to_the_same_bits(
         "result.json",
         "run.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam"])
+def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name: Any) -> None:
+    momentum = {"nesterov": 0.5}.get(name, 0.0)
+    options = Optimizer(name, 0.05, decay=1e-3, momentum=momentum, weight_decay=0.5, anneal=True, cap=0.01)
+    result = train.train(dataclasses.replace(RUN, optimizer=options), tmp_path)
+    digits = data.load("digits", RUN.seed)
+    torch.manual_seed(stream(RUN.seed, "initialisation"))
+    model = models.build("logistic", digits.shape, 10)
+    held = list(model.parameters())
+    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[name](held, 0.05) if name != "nesterov" else Nesterov(held, 0.05, 0.5)
+    norm = lambda tensors: math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))  # noqa: E731
+    start, strides, losses, cut = norm(held), [], [], 0
+    for epoch in range(3):
+        order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(stream(RUN.seed, f"order of epoch {epoch}")))
+        for batch in order.split(64):
+            before, t = [p.detach().clone() for p in held], len(losses)
+            rate = 0.05 * math.exp(-1e-3 * t) * 0.5 * (1 + math.cos(math.pi * t / 51))
+            optimizer.param_groups[0]["lr"] = rate
+
+            def closure(batch: Tensor = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(digits.train.images[batch].float() / 16), digits.train.labels[batch])
+                loss.backward()
+                return loss.detach()
+
+            with torch.no_grad():
+                for p in held:
+                    p *= 1 - rate * 0.5
+            shrunk = [p.detach().clone() for p in held]
+            losses.append(float(optimizer.step(closure)))
+            long = norm(p - b for p, b in zip(held, shrunk, strict=True)) / norm(shrunk) / 0.01
+            cut += long > 1
+            with torch.no_grad():
+                for p, b in zip(held, shrunk, strict=True):
+                    p.copy_(b + (p - b) / max(1.0, long))
+            strides.append(norm(p - b for p, b in zip(held, before, strict=True)) / norm(before))
+    assert 0 < cut < 51  # the cap was met, and not always
+    assert store.read_table(tmp_path / "losses.csv.gz")["loss"] == pytest.approx(losses, rel=1e-4)
+    table = store.read_table(tmp_path / "evaluations.csv")
+    assert table["norm_growth"][-1] == pytest.approx(norm(held) / start, rel=1e-5)
+    assert table["step"] == [17, 34, 51]
+    assert table["relative_step"] == pytest.approx([strides[16], strides[33], strides[50]], rel=1e-3)
+    assert result["peak_bytes"] is None  # a process's memory is not a run's
+
+
+def test_annealing_ends_at_zero_and_starts_at_the_rate() -> None:
+    model = models.build("logistic", (1, 8, 8), 10)
+    optimizer = train.build_optimizer(Optimizer("sgd", 0.5, anneal=True), model)
+    schedule = train.build_schedule(Optimizer("sgd", 0.5, anneal=True), optimizer, 4)
+    rates = []
+    for _ in range(5):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.5, 0.25 + 0.25 / 2**0.5, 0.25, 0.25 - 0.25 / 2**0.5, 0.0], abs=1e-15)
+
+
+def test_the_relative_step_is_the_root_mean_square_of_those_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "CHECK_EVERY", 5)
+    seen = []
+    measured = train._measured
+    monkeypatch.setattr(
+        train, "_measured", lambda run, dataset, state: seen.append((state.step + 1, s := measured(run, dataset, state))) or s
+    )
+    train.train(RUN, tmp_path)
+    assert [step for step, _ in seen] == [5, 10, 15, 17, 20, 25, 30, 34, 35, 40, 45, 50, 51]
+    parts = [[s for step, s in seen if low < step <= low + 17] for low in (0, 17, 34)]
+    wanted = [math.sqrt(sum(s**2 for s in part) / len(part)) for part in parts]
+    assert store.read_table(tmp_path / "evaluations.csv")["relative_step"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_an_unknown_estimator_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    for estimator in ({"name": "evolution"}, {"name": "forward", "tangents": 0}, {"name": "backprop", "clip": 1.0}):
+        with pytest.raises(UserError, match="cannot be used: "):
+            train.train(dataclasses.replace(RUN, estimator=estimator), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +283,9 @@ def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
     assert all(r["last16_low"] == 0.0 and r["last16_high"] in (2.0, 3.0) for r in readings)  # binomial(16, 0.063)
 
 
-def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = dataclasses.replace(RUN, estimator=FORWARD)
+@pytest.mark.parametrize("held", [{}, HELD], ids=["free", "held"])
+def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
+    run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
     digits = data.load("digits", 0)
     state = train._begin(run, digits, torch.device("cpu"))
     train._advance(run, digits, state, 1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from forwardgrad.perturbations import LowRank as LowRank
     from forwardgrad.perturbations import PerExample as PerExample
     from forwardgrad.perturbations import Perturbation as Perturbation
+    from forwardgrad.step import cap_step as cap_step
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
     from forwardgrad.tangents import Law as Law
@@ -61,6 +62,7 @@ _HOME = {
     "Rademacher": "tangents",
     "Readout": "estimators.fixed_feedback",
     "Sphere": "tangents",
+    "cap_step": "step",
     "estimate_grad_": "gradient",
     "quality": "diagnostics",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from forwardgrad import __version__
 from forwardgrad.lab import recipes
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
+from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study, run_study
 
@@ -32,23 +34,26 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at the same time, d
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
 Data = Annotated[DataName, typer.Option(help="Data set.")]
 Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]
-Estimator = Annotated[Literal["forward", "backprop"], typer.Option(help="How the gradient is found.")]
-Tangents = Annotated[int | None, typer.Option(min=1, help="Forward gradient: directions averaged a step. [default: 1]")]
-Law = Annotated[
-    Literal["gaussian", "rademacher", "sphere"] | None, typer.Option(help="Forward gradient: law of directions. [default: gaussian]")
+Estimator = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC", help="How the gradient is found: backprop, 'forward(tangents=8, clip=1.0)'; `forwardgrad estimators` lists all."
+    ),
 ]
-Clip = Annotated[float | None, typer.Option(help="Forward gradient: bound on each directional derivative. [default: no clip]")]
-ChunkSize = Annotated[int | None, typer.Option(min=1, help="Forward gradient: tangents evaluated at once; 1 is a loop. [default: all]")]
 OptimizerOption = Annotated[OptimizerName, typer.Option(help="Optimizer; `nesterov` takes the gradient at the look-ahead point.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training split.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples a step.")]
+Beta1 = Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")]
+Beta2 = Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")]
+Anneal = Annotated[bool, typer.Option("--anneal", help="Also anneal the learning rate to zero over the run, along a cosine.")]
+Cap = Annotated[float | None, typer.Option(help="Largest step relative to the parameters' norm; longer ones are cut. [default: none]")]
 Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]
 
 
 def main() -> None:
     """Run the command line: every mistake of the user's is one sentence and status 2, Ctrl-C is status 130."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="forwardgrad", standalone_mode=False)
     except typer.TyperException as error:
         helps = type(error).__name__ == "NoArgsIsHelpError"  # not a mistake: a user who asks what there is
         status = print(error.format_message()) if helps else _fail(" ".join(error.format_message().split()))
@@ -87,16 +92,15 @@ def train(
     data: Data = "mnist",
     model: Model = "nn",
     estimator: Estimator = "forward",
-    tangents: Tangents = None,
-    law: Law = None,
-    clip: Clip = None,
-    chunk_size: ChunkSize = None,
     optimizer: OptimizerOption = "sgd",
     lr: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 0.000464,
     decay: Annotated[float, typer.Option(help="Decay k: the learning rate at step t is lr*exp(-k*t).")] = 0.0,
     momentum: Annotated[float, typer.Option(help="Momentum of SGD and Nesterov, in [0, 1).")] = 0.0,
-    beta1: Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")] = 0.9,
-    beta2: Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")] = 0.999,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay: parameters shrink by lr times this at every step.")] = 0.0,
+    anneal: Anneal = False,
+    cap: Cap = None,
     epochs: Epochs = 10,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -105,9 +109,8 @@ def train(
     out: Out = Path("results"),
 ) -> None:
     """Train one network once and print its validation and test results."""
-    options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2)
-    config = _estimator(estimator, tangents=tangents, law=law, clip=clip, chunk_size=chunk_size)
-    run = Run(data, model, config, options, epochs, batch_size, seed)
+    options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
+    run = Run(data, model, _estimator(estimator), options, epochs, batch_size, seed)
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress, describe
 
@@ -121,16 +124,15 @@ def tune(
     lr: Annotated[str, typer.Option(help="Learning rates to try, separated by commas.")],
     decay: Annotated[str, typer.Option(help="Decays to try, separated by commas.")] = "0",
     momentum: Annotated[str, typer.Option(help="Momenta to try, separated by commas.")] = "0",
+    weight_decay: Annotated[str, typer.Option(help="Decoupled weight decays to try, separated by commas.")] = "0",
     data: Data = "mnist",
     model: Model = "nn",
     estimator: Estimator = "forward",
-    tangents: Tangents = None,
-    law: Law = None,
-    clip: Clip = None,
-    chunk_size: ChunkSize = None,
     optimizer: OptimizerOption = "sgd",
-    beta1: Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")] = 0.9,
-    beta2: Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")] = 0.999,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
+    anneal: Anneal = False,
+    cap: Cap = None,
     epochs: Epochs = 10,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of each trial of the grid.")] = 3,
     batch_size: BatchSize = 64,
@@ -141,22 +143,18 @@ def tune(
     jobs: Jobs = 1,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
-    space = {"lr": _numbers(lr, "--lr"), "decay": _numbers(decay, "--decay"), "momentum": _numbers(momentum, "--momentum")}
+    given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
+    space = {name: _numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first = {name: values[0] for name, values in space.items()}
-    run = Run(
-        data,
-        model,
-        _estimator(estimator, tangents=tangents, law=law, clip=clip, chunk_size=chunk_size),
-        Optimizer(optimizer, **first, beta1=beta1, beta2=beta2),
-        epochs,
-        batch_size,
-    )
+    options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
+    run = Run(data, model, _estimator(estimator), options, epochs, batch_size)
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:
-            Optimizer(optimizer, **{**first, name: value})
-    arm = Arm(
-        f"{data}-{model}-{optimizer}-{estimator}", f"{model} · {data} · {optimizer}", estimator, recipes.LABELS[estimator], run, space
-    )
+            dataclasses.replace(options, **{name: value})  # type: ignore[arg-type]
+    spec = format_estimator(parse_estimator(estimator))
+    kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
+    label = recipes.LABELS.get(spec, spec)
+    arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
     _report(_run_study(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs))
 
 
@@ -222,6 +220,14 @@ def cost(
 
 
 @app.command()
+def estimators() -> None:
+    """List every estimator that --estimator can name, with its options and their defaults."""
+    from forwardgrad.lab.listing import listing
+
+    print(listing())
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]) -> None:
     """Write the report of an output folder again, from its stored runs."""
     _report(Store(directory, create=False))
@@ -255,14 +261,14 @@ def verify(
         raise UserError(f"{count} missing or damaged in {folder(data_dir)}: `forwardgrad data fetch` brings them")
 
 
-def _estimator(name: str, **options: Any) -> dict[str, Any]:
+def _estimator(text: str) -> dict[str, Any]:
     """The complete description of an estimator, its limits checked before anything runs."""
     from forwardgrad.estimators import from_config, to_config
 
     try:
-        return to_config(from_config({"name": name, **{key: value for key, value in options.items() if value is not None}}))
+        return to_config(from_config(parse_estimator(text)))
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"the estimator {text!r} cannot be used: {error}") from error
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

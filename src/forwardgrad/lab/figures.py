@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ LOOKS: dict[str, dict[str, Any]] = {
     "backprop": {"color": "#0072B2", "linestyle": "-", "marker": "o", "name": "backpropagation"},
     "forward": {"color": "#D55E00", "linestyle": (0, (3.5, 1.2)), "marker": "s", "name": "forward gradient"},
 }
+OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # further arms, in the order in which they come
+STROKES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2)))
+MARKERS = ("^", "D", "v", "P", "*")
 INK, QUIET = "#1f2933", "#5f6b76"
 STYLE = {
     "figure.facecolor": "white",
@@ -53,12 +56,21 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """One arm's curve in a panel; `end` says in words which runs ended early, `stopped` that all of them did."""
+    """One arm's curve in a panel; `end` says in words which runs ended early, `stopped` that all of them did.
+
+    `label` is the arm's name where it is not that of its kind; a `computed` line is drawn in dots, without a place in the legend.
+    """
 
     kind: str
     curve: Curve
     end: str | None = None
     stopped: bool = False
+    label: str = ""
+    computed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.label or (LOOKS[self.kind]["name"] if self.kind in LOOKS else self.kind)
 
 
 @dataclass(frozen=True)
@@ -114,14 +126,28 @@ def curves(name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: s
         grid = figure.subplots(tall, wide, squeeze=False, sharex="row", sharey=True)  # a network trained for less keeps a readable row
         lines = [line for row in rows for panel in row for line in panel.lines]
         _scale(grid[0][0], lines, log)
+        looks = _looks(lines)
         for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
-            _panel(axes, panel, marks)
+            _panel(axes, panel, marks, looks)
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)
         figure.supylabel(ylabel, fontsize=9.5, color=INK)
-        _legend(figure, [kind for kind in LOOKS if any(line.kind == kind for line in lines)], marks)
+        _legend(figure, looks, marks)
         return figure
 
     return _svg(name, draw)
+
+
+def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
+    """The look of every arm by its name: that of its kind for the first of the kind, one of the rest for the others."""
+    first: dict[str, str] = {}
+    for line in lines:
+        first.setdefault(line.kind, line.name)
+    looks = {first[kind]: look for kind, look in LOOKS.items() if kind in first}
+    rest = [name for name in dict.fromkeys(line.name for line in lines) if name not in looks]
+    for place, name in enumerate(rest):
+        turn, colour = divmod(place, len(OTHERS))
+        looks[name] = {"color": OTHERS[colour], "linestyle": STROKES[turn % len(STROKES)], "marker": MARKERS[colour]}
+    return looks
 
 
 def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
@@ -141,7 +167,7 @@ def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
         axes.set_ylim(0, most * 1.12)
 
 
-def _panel(axes: Axes, panel: Panel, marks: bool) -> None:
+def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, Any]]) -> None:
     axes.set_title(panel.title + (f"\n{panel.note}" if panel.note and panel.lines else ""))
     if not panel.lines:
         axes.text(0.5, 0.5, panel.note or "not run", transform=axes.transAxes, ha="center", va="center", color=QUIET, fontsize=10)
@@ -149,25 +175,28 @@ def _panel(axes: Axes, panel: Panel, marks: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"))
     for line in sorted(panel.lines, key=_dashes_last):
-        look, curve = LOOKS[line.kind], line.curve
+        look, curve = looks[line.name], line.curve
+        if line.computed:
+            axes.plot(curve.at, curve.mean, color=look["color"], linestyle=(0, (1, 1.6)), linewidth=1.5)
+            continue
         axes.fill_between(curve.at, curve.low, curve.high, color=look["color"], alpha=0.16, linewidth=0)
         marker = look["marker"] if marks or len(curve.at) == 1 else None
         axes.plot(curve.at, curve.mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, marker=marker, markersize=4)
         if line.stopped and curve.at:
             axes.plot(curve.at[-1], curve.mean[-1], marker="X", markersize=9, color=look["color"], markeredgecolor="white", clip_on=False)
     for place, line in enumerate(line for line in panel.lines if line.end):
-        color, height = LOOKS[line.kind]["color"], 0.96 - 0.08 * place
+        color, height = looks[line.name]["color"], 0.96 - 0.08 * place
         axes.text(0.97, height, f"× {line.end}", transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=color)
 
 
-def _legend(figure: Figure, kinds: Sequence[str], marks: bool) -> None:
+def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]], marks: bool) -> None:
     handles = [
-        Line2D([], [], color=LOOKS[kind]["color"], linestyle=LOOKS[kind]["linestyle"], linewidth=2, label=LOOKS[kind]["name"],
-               marker=LOOKS[kind]["marker"] if marks else None, markersize=5)
-        for kind in kinds
+        Line2D([], [], color=look["color"], linestyle=look["linestyle"], linewidth=2, label=name,
+               marker=look["marker"] if marks else None, markersize=5)
+        for name, look in looks.items()
     ]  # fmt: skip
     if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=3.2)
+        figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(handles) <= 2 else 3, handlelength=3.2)
 
 
 def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> str:

@@ -10,11 +10,12 @@ from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, R
 from forwardgrad.lab.study import Arm, Published, Study, logspace
 
 Kind = Literal["forward", "backprop"]
+KINDS: tuple[Kind, ...] = ("forward", "backprop")
 
 BACKPROP: dict[str, Any] = {"name": "backprop"}
 FORWARD: dict[str, Any] = {"name": "forward", "tangents": 1, "law": "gaussian", "clip": None, "chunk_size": None}
 CLIPPED: dict[str, Any] = {**FORWARD, "clip": 1.0}
-LABELS: dict[Kind, str] = {"forward": "forward gradient", "backprop": "backpropagation"}
+LABELS: dict[str, str] = {"forward": "forward gradient", "backprop": "backpropagation"}
 BAYDIN_LR, BAYDIN_DECAY = 2e-4, 1e-4  # η₀ and k of η_i = η₀·exp(−i·k), the same for both arms
 
 
@@ -70,7 +71,8 @@ GRIDS: dict[tuple[str, OptimizerName, Kind], dict[str, tuple[float, ...]]] = {
 def grid(arm: Arm) -> dict[str, tuple[float, ...]]:
     """The search space of a Table I row; both MNIST networks are searched on the same grids."""
     model = "nn" if arm.run.model == "cnn" else arm.run.model
-    return GRIDS[model, arm.run.optimizer.name, arm.kind]
+    kind: Kind = "backprop" if arm.kind == "backprop" else "forward"
+    return GRIDS[model, arm.run.optimizer.name, kind]
 
 
 def table1(
@@ -113,7 +115,7 @@ def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None 
     for model in models:
         if rows and model not in rows:
             continue
-        arms += [_baydin_arm(model, kind, tuned, epochs) for tuned in (False, True) for kind in LABELS]
+        arms += [_baydin_arm(model, kind, tuned, epochs) for tuned in (False, True) for kind in KINDS]
     if not arms:
         raise UserError(f"no row {rows[0] if rows else ''!r} in Baydin's comparison: choose from {', '.join(models)}")
     title = "Baydin's comparison: one learning rate for both arms, and each arm tuned"

@@ -16,6 +16,7 @@ from forwardgrad.lab.errors import UserError
 LARGEST_LR = 1e30  # beyond it a float32 update overflows whatever the gradient
 LARGEST_COUNT = 1_000_000  # epochs, or examples a batch
 SCHEMA = 1  # raised whenever a stored run of an older version would be read wrongly
+LATER = ("weight_decay", "anneal", "cap")  # fields of Optimizer that the first stored runs did not have
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
 DataName = Literal["digits", "mnist", "cifar10"]
@@ -35,7 +36,12 @@ def check_positive(value: float, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optimizer and its schedule: the learning rate at step t is lr · exp(−decay · t)."""
+    """An optimizer, its schedule, and what keeps its steps in bounds.
+
+    The learning rate at step t of T is γ_t = lr · exp(−decay·t), and where `anneal` also times ½(1 + cos(πt/T)): zero at the end.
+    `weight_decay` w ≥ 0 is decoupled: θ ← θ(1 − γ_t·w) before every step, whatever the optimizer. `cap` is the largest relative step
+    ‖Δθ‖/‖θ‖, over all parameters together; a longer step is cut back to it (`forwardgrad.cap_step`).
+    """
 
     name: OptimizerName
     lr: float
@@ -43,6 +49,9 @@ class Optimizer:
     momentum: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    weight_decay: float = 0.0
+    anneal: bool = False
+    cap: float | None = None
 
     def __post_init__(self) -> None:
         check_choice(self.name, OptimizerName, "optimizer")
@@ -51,6 +60,10 @@ class Optimizer:
             raise UserError(f"the learning rate must be at most {LARGEST_LR:g}, not {self.lr}")
         if not (math.isfinite(self.decay) and self.decay >= 0):
             raise UserError(f"the learning-rate decay must be zero or positive, not {self.decay}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0 and self.lr * self.weight_decay < 1):
+            raise UserError(f"the weight decay must be zero or positive and below 1/lr, not {self.weight_decay}")
+        if self.cap is not None:
+            check_positive(self.cap, "the cap of the relative step")
         for what, value in (("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= value < 1:
                 raise UserError(f"{what} must lie in [0, 1), not {value}")
@@ -100,7 +113,13 @@ def identity(description: dict[str, Any]) -> str:
 
 
 def to_json(run: Run) -> dict[str, Any]:
-    return {"schema": SCHEMA, **dataclasses.asdict(run)}
+    """The description as JSON values; `LATER` fields at their defaults are left out, so that older runs keep their identity."""
+    description = {"schema": SCHEMA, **dataclasses.asdict(run)}
+    kept = description["optimizer"]
+    for field in dataclasses.fields(Optimizer):
+        if field.name in LATER and kept[field.name] == field.default:
+            del kept[field.name]
+    return description
 
 
 def from_json(stored: dict[str, Any], where: str = "the run description") -> Run:

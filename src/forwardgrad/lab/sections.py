@@ -109,7 +109,7 @@ def _lines(arms: Sequence[ArmResult], bins: int) -> tuple[figures.Line, ...]:
     for arm in arms:
         curve = stats.binned([run.losses() for run in arm.done], bins)
         if curve.at:
-            lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done)))
+            lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done), arm.label))
     return tuple(lines)
 
 
@@ -140,7 +140,7 @@ def _validation(name: str, settings: Sequence[tuple[str, Sequence[ArmResult]]], 
             evaluated = [(run.evaluations.get("step", []), run.evaluations.get("validation_loss", [])) for run in arm.done]
             curve = stats.pooled(evaluated)
             if curve.at:
-                lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done)))
+                lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done), arm.label))
         panels.append(figures.Panel(title, tuple(lines), "" if lines else "not run" if not arms else "unfinished"))
     svg = figures.curves(name, [panels], xlabel=STEP, ylabel=VALIDATION, marks=True)
     return Picture(name, svg, f"{caption}. Line: mean over the runs still training there; band: from the least to the greatest.")

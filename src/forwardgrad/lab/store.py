@@ -175,6 +175,7 @@ RESULT = {
     "validation_accuracy": NUMBER,
     "test": (dict, type(None)),
 }
+LATER = {"forward_passes": int, "peak_bytes": (int, type(None))}  # what the first stored runs did not count
 TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {
@@ -201,6 +202,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if (result := read_json(path)) is None:
         return None
     check(path, result, RESULT)
+    check(path, result, {name: kind for name, kind in LATER.items() if name in result})
     if result["test"] is not None:
         check(path, result["test"], TEST)
     if result["status"] not in ("finished", "diverged") or (result["status"] == "diverged") != (result["diverged_at"] is not None):

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import SCHEMA, Run
@@ -32,11 +32,14 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One arm of a study. Arms of one `group` are compared with one another; `space` maps optimizer fields to grid values."""
+    """One arm of a study. Arms of one `group` are compared with one another; `space` maps optimizer fields to grid values.
+
+    `kind` is the estimator's name: the report sets "forward" and "backprop" beside one another.
+    """
 
     name: str
     group: str
-    kind: Literal["forward", "backprop"]
+    kind: str
     label: str
     run: Run
     space: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)

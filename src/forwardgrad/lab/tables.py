@@ -10,6 +10,7 @@ from typing import Any
 from forwardgrad.lab import stats
 from forwardgrad.lab.recipes import TABLE1
 from forwardgrad.lab.results import ArmResult, Done, StudyResult, finite
+from forwardgrad.lab.spec import format_value
 
 TARGETS = {"cifar10": (2.2, 2.0, 1.5, 1.0)}  # validation losses whose first sight is timed
 TARGETS_ELSEWHERE = (1.0, 0.5, 0.3, 0.1)
@@ -162,10 +163,18 @@ def hyperparameters(arm: ArmResult) -> str:
         parts.append(f"momentum {exact(optimizer['momentum'])}")
     if optimizer["name"] == "adam":
         parts += [f"β₁ {exact(optimizer['beta1'])}", f"β₂ {exact(optimizer['beta2'])}"]
+    parts += [f"weight decay {exact(optimizer['weight_decay'])}"] if "weight_decay" in optimizer else []
+    parts += ["annealed to 0"] if "anneal" in optimizer else []
+    parts += [f"steps of at most {exact(optimizer['cap'])} ‖θ‖"] if "cap" in optimizer else []
     if arm.kind == "forward":
         clip, tangents = estimator.get("clip"), estimator.get("tangents", 1)
         parts.append(f"clip ±{exact(clip)}" if clip else "no clip")
         parts += [f"{tangents} tangents"] if tangents != 1 else []
+        usual = {"name": "forward", "clip": clip, "tangents": tangents, "law": "gaussian", "chunk_size": None}
+    else:
+        usual = {"name": arm.kind}
+    rest = {name: value for name, value in estimator.items() if name not in usual or usual[name] != value}
+    parts += [f"{name.replace('_', ' ')} {format_value(value)}" for name, value in rest.items() if value is not None]
     return " · ".join(parts)
 
 

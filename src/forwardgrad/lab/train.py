@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import math
 import time
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.estimators import from_config
+from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment, models, store
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream, to_json
 from forwardgrad.nesterov import Nesterov
+from forwardgrad.step import cap_step
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
 STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
+COUNTED = ("step", "seconds", "passes", "peak", "strides", "evaluations")  # what a run has counted so far, as a checkpoint holds it
+EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
 PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
 
 
@@ -38,10 +44,17 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    estimator: Estimator
     generator: torch.Generator
     losses: Tensor
+    start: float  # the parameters' norm before the first step
+    resident: int  # bytes on the GPU before the model was there
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what the estimator keeps from step to step
     step: int = 0
     seconds: float = 0.0
+    passes: int = 0
+    peak: int = 0
+    strides: list[float] = field(default_factory=list)  # relative lengths of the steps measured since the last evaluation
     evaluations: list[list[float]] = field(default_factory=list)
     order: Tensor | None = None  # of the epoch under way; drawn again after a resume
 
@@ -54,9 +67,8 @@ class _State:
             "generator": self.generator.get_state(),
             "global": torch.get_rng_state(),
             "losses": self.losses[: self.step].clone(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "evaluations": self.evaluations,
+            "memory": {name: (kept.device.type == "cpu", kept) for name, kept in self.memory.items()},
+            **{name: getattr(self, name) for name in COUNTED},
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -68,8 +80,10 @@ class _State:
             part.load_state_dict(content[name])
         self.generator.set_state(content["generator"])
         torch.set_rng_state(content["global"])
-        self.step, self.seconds, self.evaluations = content["step"], content["seconds"], content["evaluations"]
+        for name in COUNTED:
+            setattr(self, name, content[name])
         self.losses[: self.step] = content["losses"].to(self.losses.device)
+        self.memory = {name: kept if at_home else kept.to(self.losses.device) for name, (at_home, kept) in content["memory"].items()}
 
 
 def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
@@ -102,12 +116,19 @@ def _say_where(folder: Path, here: dict[str, Any]) -> None:
 
 
 def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
+    try:
+        estimator = from_config(run.estimator)
+    except ValueError as error:
+        raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
+    resident = torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
     torch.manual_seed(stream(run.seed, "initialisation"))
     model = models.build(run.model, dataset.shape, dataset.classes).to(on)
     optimizer = build_optimizer(run.optimizer, model)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, math.exp(-run.optimizer.decay))
+    steps = run.epochs * _steps_per_epoch(run, dataset)
+    schedule = build_schedule(run.optimizer, optimizer, steps)
     generator = torch.Generator(on).manual_seed(stream(run.seed, "directions"))
-    return _State(model, optimizer, schedule, generator, torch.zeros(run.epochs * _steps_per_epoch(run, dataset), device=on))
+    start = _norm(model.parameters())
+    return _State(model, optimizer, schedule, estimator, generator, torch.zeros(steps, device=on), start, resident)
 
 
 def build_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -117,6 +138,14 @@ def build_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimiz
     if options.name == "nesterov":
         return Nesterov(model.parameters(), options.lr, options.momentum)
     return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2))
+
+
+def build_schedule(options: Optimizer, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's course over a run of so many steps."""
+    if not options.anneal:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, math.exp(-options.decay))
+    course = lambda step: math.exp(-options.decay * step) * (1 + math.cos(math.pi * step / steps)) / 2  # noqa: E731
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, course)
 
 
 def _resume(state: _State, folder: Path) -> None:
@@ -139,18 +168,18 @@ def _loop(run: Run, dataset: data.Dataset, state: _State, folder: Path, checkpoi
     at = {step for step in FIRST_EVALUATIONS if step < per_epoch} | set(range(per_epoch, total + 1, per_epoch))
     saved, pace = time.monotonic(), 1
     while state.step < total:
-        ahead = [state.step + pace, state.step - state.step % CHECK_EVERY + CHECK_EVERY, total]
-        stop = min(ahead + [step for step in at if step > state.step])
-        began, start = time.perf_counter(), state.step
-        _advance(run, dataset, state, stop)
-        elapsed = time.perf_counter() - began
-        pace = max(1, min(CHECK_EVERY, round((stop - start) / elapsed)))  # about a second's worth
-        state.seconds += elapsed
-        if (stop % CHECK_EVERY == 0 or stop == total) and (reason := _diverged(state, dataset.classes)):
-            return reason
-        if stop in at:
-            loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation))
-            state.evaluations.append([stop, stop / per_epoch, state.seconds, loss, accuracy])
+        look = min(step for step in (*at, state.step - state.step % CHECK_EVERY + CHECK_EVERY, total) if step > state.step)
+        if look > state.step + 1:  # up to the step before the one that is looked at
+            per_second = _timed(run, dataset, state, min(state.step + pace, look - 1))
+            pace = max(1, min(CHECK_EVERY, round(per_second)))  # about a second's worth
+            if state.step == look - 1:
+                continue
+        else:
+            state.strides.append(_measured(run, dataset, state))
+            if (look % CHECK_EVERY == 0 or look == total) and (reason := _diverged(state, dataset.classes)):
+                return reason
+            if look in at:
+                _evaluate(dataset, state, per_epoch)
         _say(state, total, folder)
         if time.monotonic() - saved >= checkpoint_seconds:
             store.write_whole(folder / "checkpoint.pt", state.dump())
@@ -158,11 +187,46 @@ def _loop(run: Run, dataset: data.Dataset, state: _State, folder: Path, checkpoi
     return None
 
 
+def _timed(run: Run, dataset: data.Dataset, state: _State, stop: int) -> float:
+    """Advance to `stop`, counting the time and the GPU's memory; returns the steps taken in a second."""
+    on, start = state.losses.device, state.step
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
+    began = time.perf_counter()
+    _advance(run, dataset, state, stop)
+    elapsed = time.perf_counter() - began
+    state.seconds += elapsed
+    if on.type == "cuda":
+        state.peak = max(state.peak, torch.cuda.max_memory_allocated(on) - state.resident)
+    return (stop - start) / elapsed
+
+
+def _measured(run: Run, dataset: data.Dataset, state: _State) -> float:
+    """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
+    before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
+    _timed(run, dataset, state, state.step + 1)
+    state.peak = peak
+    size = _norm(before)
+    return _norm(p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)) / size if size else math.inf
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for t in tensors))
+
+
+def _evaluate(dataset: data.Dataset, state: _State, per_epoch: int) -> None:
+    """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row."""
+    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation))
+    growth = _norm(state.model.parameters()) / state.start if state.start else math.inf
+    stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
+    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, growth, stride])
+    state.strides = []
+
+
 def _advance(run: Run, dataset: data.Dataset, state: _State, stop: int) -> None:
     """Take the steps up to `stop`, all of one epoch, without waiting for the device in between."""
     per_epoch = _steps_per_epoch(run, dataset)
     epoch = state.step // per_epoch
-    estimator = from_config(run.estimator)
     if state.step % per_epoch == 0 or state.order is None:
         shuffle = torch.Generator().manual_seed(stream(run.seed, f"order of epoch {epoch}"))
         state.order = torch.randperm(len(dataset.train.labels), generator=shuffle).to(state.losses.device)
@@ -170,17 +234,30 @@ def _advance(run: Run, dataset: data.Dataset, state: _State, stop: int) -> None:
         start = (step - epoch * per_epoch) * run.batch_size
         batch = state.order[start : start + run.batch_size]
         images, labels = dataset.pixels(dataset.train.images[batch]), dataset.train.labels[batch]
-
-        def loss_and_gradient(images: Tensor = images, labels: Tensor = labels) -> Tensor:
-            state.optimizer.zero_grad()
-            loss = lambda model: F.cross_entropy(model(images), labels)  # noqa: E731
-            return estimate_grad_(loss, state.model, estimator, generator=state.generator).loss
-
-        state.losses[step] = state.optimizer.step(loss_and_gradient)  # type: ignore[arg-type]
+        state.losses[step] = _step(run.optimizer, state, images, labels)
         state.schedule.step()
     state.step = stop
     if state.losses.is_cuda:
         torch.cuda.synchronize(state.losses.device)
+
+
+def _step(options: Optimizer, state: _State, images: Tensor, labels: Tensor) -> Tensor:
+    """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
+
+    def loss_and_gradient() -> Tensor:
+        state.optimizer.zero_grad()
+        loss = lambda model: F.cross_entropy(model(images), labels)  # noqa: E731
+        record = estimate_grad_(loss, state.model, state.estimator, generator=state.generator, state=state.memory)
+        state.passes += record.forward_passes
+        return record.loss
+
+    if options.weight_decay:
+        with torch.no_grad():
+            for group in state.optimizer.param_groups:
+                for p in group["params"]:
+                    p.mul_(1 - group["lr"] * options.weight_decay)
+    with cap_step(state.model.parameters(), options.cap) if options.cap else nullcontext():
+        return state.optimizer.step(loss_and_gradient)  # type: ignore[arg-type, return-value]
 
 
 def _diverged(state: _State, classes: int) -> str | None:
@@ -244,7 +321,7 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
         loss, accuracy = summary(measured)
         test = {"loss": _finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **_published_reading(measured[0], run.seed)}
     rows = ([*map(int, row[:1]), *(_finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
-    store.write_table(folder / "evaluations.csv", ["step", "epoch", "seconds", "validation_loss", "validation_accuracy"], rows)
+    store.write_table(folder / "evaluations.csv", EVALUATED, rows)
     losses = state.losses[: state.step].tolist()
     store.write_table(folder / "losses.csv.gz", ["step", "loss"], ((i + 1, f"{value:.7g}") for i, value in enumerate(losses)))
     result = {
@@ -255,6 +332,8 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
         "epochs": state.step / _steps_per_epoch(run, dataset),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "seconds": state.seconds,
+        "forward_passes": state.passes,
+        "peak_bytes": state.peak or None,
         "validation_loss": _finite(validation[0]),
         "validation_accuracy": validation[1],
         "test": test,
