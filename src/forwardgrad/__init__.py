@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.base import Estimate as Estimate
     from forwardgrad.estimators.base import Estimator as Estimator
     from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
+    from forwardgrad.estimators.guess import Guess as Guess
+    from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
     from forwardgrad.nesterov import Nesterov as Nesterov
     from forwardgrad.tangents import LAWS as LAWS
@@ -31,11 +33,13 @@ _HOME = {
     "Estimator": "estimators.base",
     "ForwardGradient": "estimators.forward",
     "Gaussian": "tangents",
+    "Guess": "estimators.guess",
     "Law": "tangents",
     "Nesterov": "nesterov",
     "Orthogonal": "tangents",
     "Rademacher": "tangents",
     "Sphere": "tangents",
+    "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604

@@ -9,11 +9,13 @@ from typing import Any
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.estimators.guess import Guess
+from forwardgrad.estimators.zeroth_order import ZerothOrder
 from forwardgrad.tangents import LAWS, Law
 
-ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient)
+ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient, Guess, ZerothOrder)
 
-__all__ = ["ESTIMATORS", "Backprop", "Estimate", "Estimator", "ForwardGradient", "from_config", "to_config"]
+__all__ = ["ESTIMATORS", "Backprop", "Estimate", "Estimator", "ForwardGradient", "Guess", "ZerothOrder", "from_config", "to_config"]
 
 
 def to_config(estimator: Estimator) -> dict[str, Any]:
