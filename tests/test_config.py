@@ -19,6 +19,10 @@ METHODS = [
     fg.ForwardGradient(),
     fg.ForwardGradient(tangents=7, law=fg.Rademacher(), clip=0.5, chunk_size=3),
     *(fg.ForwardGradient(law=law()) for law in fg.LAWS),
+    fg.Backprop(checkpoint=True),
+    fg.ZerothOrder(epsilon=0.01, tangents=2, law=fg.Rademacher()),
+    fg.Guess(momentum=0.9, law=fg.Sphere(), chunk_size=1),
+    fg.Guess("given", complement=False, per_parameter=True),
 ]
 
 
@@ -51,14 +55,15 @@ def test_options_left_out_take_their_defaults_and_the_config_is_not_changed() ->
         ({"name": "forward", "law": "cauchy"}, ["unknown law 'cauchy'", "gaussian", "rademacher", "sphere"]),
         ({"name": "forward", "law": None}, ["unknown law None", "gaussian"]),
         ({"name": "forward", "tangent": 2}, ["no option 'tangent'", "tangents", "law", "clip", "chunk_size"]),
-        ({"name": "backprop", "clip": 1.0}, ["no option 'clip'", "none"]),
+        ({"name": "backprop", "clip": 1.0}, ["no option 'clip'", "checkpoint"]),
         ({"name": "forward", "tangents": 0}, ["tangents must be", "0"]),
         ({"name": "forward", "clip": "1"}, ["clip must be", "'1'"]),
+        ({"name": "zeroth-order", "law": "sphere"}, ["must draw every weight by itself", "Sphere()"]),
     ],
     ids=str,
 )
 def test_unknown_names_and_bad_values_are_told_with_what_is_known(config: dict[str, Any], said: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"must be|unknown|no option") as told:
+    with pytest.raises(ValueError, match=r"must|unknown|no option") as told:
         from_config(config)
     assert all(words in str(told.value) for words in said)
 
@@ -87,8 +92,35 @@ def test_a_law_is_an_instance(value: Any) -> None:
         fg.ForwardGradient(law=value)
 
 
-def test_only_a_clip_makes_an_estimate_biased() -> None:
-    assert [method.unbiased for method in METHODS[:3]] == [True, True, False]
+def test_estimators_say_whether_they_are_biased_and_whether_they_remember() -> None:
+    assert [method.unbiased for method in METHODS[:3]] == [True, True, False]  # a clip makes the forward gradient biased
+    assert [method.unbiased for method in METHODS[-4:]] == [True, False, True, False]
+    assert [method.stateful for method in METHODS[-4:]] == [False, False, True, True]
+
+
+BAD: list[tuple[Any, str]] = [
+    (lambda: fg.Backprop(checkpoint=1), "checkpoint must be True or False, not 1"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(epsilon=0), "epsilon must be a number above 0, not 0"),
+    (lambda: fg.ZerothOrder(epsilon=math.inf), "epsilon must be a number above 0, not inf"),
+    (lambda: fg.ZerothOrder(epsilon="1e-3"), "epsilon must be a number above 0, not '1e-3'"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(tangents=0), "tangents must be a whole number of at least 1, not 0"),
+    (lambda: fg.ZerothOrder(law=fg.Orthogonal()), "law must draw every weight by itself, .*not Orthogonal"),
+    (lambda: fg.ZerothOrder(law="gaussian"), "law must draw every weight by itself, .*not 'gaussian'"),  # type: ignore[arg-type]
+    (lambda: fg.Guess("former"), "source must be 'previous' or 'given', not 'former'"),  # type: ignore[arg-type]
+    (lambda: fg.Guess(complement=None), "complement must be True or False, not None"),  # type: ignore[arg-type]
+    (lambda: fg.Guess(per_parameter=2), "per_parameter must be True or False, not 2"),  # type: ignore[arg-type]
+    (lambda: fg.Guess(complement=False), "never leaves the line of the first: it needs complement=True"),
+    (lambda: fg.Guess(momentum=1.0), "momentum must be a number at least 0 and below 1, not 1.0"),
+    (lambda: fg.Guess("given", momentum=0.5), "momentum belongs to source='previous'"),
+    (lambda: fg.Guess(law=fg.Gaussian), "law must be a law of directions"),  # type: ignore[arg-type]
+    (lambda: fg.Guess(chunk_size=0), "chunk_size must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message for _, message in BAD])
+def test_values_outside_their_limits_are_told(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_estimators_cannot_be_changed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -13,30 +14,43 @@ from torch.func import functional_call, jvp
 
 import forwardgrad as fg
 
-PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk
+PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk; two evaluations a tangent of zeroth order
     fg.Backprop(): 1,
+    fg.Backprop(checkpoint=True): 2,
     fg.ForwardGradient(): 2,
     fg.ForwardGradient(tangents=3): 4,
     fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=1): 6,
     fg.ForwardGradient(tangents=3, law=fg.Rademacher(), clip=0.5, chunk_size=2): 5,
     fg.ForwardGradient(tangents=3, law=fg.Orthogonal(), chunk_size=2): 5,
+    fg.ZerothOrder(epsilon=1e-4): 2,
+    fg.ZerothOrder(epsilon=1e-4, tangents=3, law=fg.Rademacher()): 6,
+    fg.Guess(): 3,
+    fg.Guess(momentum=0.5, law=fg.Sphere(), chunk_size=1): 4,
+    fg.Guess("given", complement=False): 2,
 }
 METHODS = list(PASSES)
-FORWARD = [method for method in METHODS if isinstance(method, fg.ForwardGradient)]
+NO_BACKWARD = [method for method in METHODS if not isinstance(method, fg.Backprop)]
 
 
 def short(method: fg.Estimator) -> str:
-    return str(method).replace("ForwardGradient", "").replace("tangents=", "K=").replace("chunk_size=", "chunk=").replace(" ", "")
+    return str(method).removeprefix("ForwardGradient").replace("tangents=", "K=").replace("chunk_size=", "chunk=").replace(" ", "")
 
 
 methods = pytest.mark.parametrize("method", METHODS, ids=short)
-forward = pytest.mark.parametrize("method", FORWARD, ids=short)
+no_backward = pytest.mark.parametrize("method", NO_BACKWARD, ids=short)
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def estimate(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> fg.Estimate:
     torch.manual_seed(7)  # for dropout
-    return fg.estimate_grad_(loss, model, method, generator=seeded(seed))
+    if isinstance(method, fg.ZerothOrder) and next(model.parameters()).dtype == torch.bfloat16:
+        method = dataclasses.replace(method, epsilon=0.1)  # anything much smaller drowns in the rounding of the loss to 8 bits
+    return fg.estimate_grad_(loss, model, method, generator=seeded(seed), state={})
+
+
+def tolerance(method: fg.Estimator, exact: float) -> float:
+    """How far the loss and the buffers may be from those of an ordinary pass: the mean of two evaluations at ±ε is off by O(ε²)."""
+    return 1e3 * method.epsilon**2 if isinstance(method, fg.ZerothOrder) else exact
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -110,8 +124,9 @@ def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pas
     assert torch.equal(start, after) != case.random
     record = estimate(method, model, loss)
     assert torch.equal(torch.get_rng_state(), after)
-    torch.testing.assert_close(record.loss, expected, rtol=1e-12 if case.exact else None, atol=1e-12 if case.exact else None)
-    assert record.derivatives.shape == (getattr(method, "tangents", 0),)
+    close = tolerance(method, 1e-12) if case.exact else 0.2 if isinstance(method, fg.ZerothOrder) and case.name == "bfloat16" else None
+    torch.testing.assert_close(record.loss, expected, rtol=close, atol=close)
+    assert record.derivatives.shape == (getattr(method, "tangents", 1 + method.complement if isinstance(method, fg.Guess) else 0),)
     assert record.forward_passes == PASSES[method]
     assert not record.loss.requires_grad
     assert not record.derivatives.requires_grad
@@ -128,12 +143,13 @@ def test_buffers_are_updated_as_by_one_ordinary_forward_pass(method: fg.Estimato
         loss(plain)
         estimate(method, model, loss)
     assert all(b is buffers[name] for name, b in model.named_buffers())
-    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), rtol=1e-13, atol=1e-14)
+    close = tolerance(method, 1e-13)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), rtol=close, atol=close / 10)
 
 
-@forward
+@no_backward
 @cases
-def test_forward_mode_saves_nothing_for_a_backward_pass(method: fg.Estimator, case: Case) -> None:
+def test_nothing_is_saved_for_a_backward_pass(method: fg.Estimator, case: Case) -> None:
     model, loss = case.build()
     assert torch.is_grad_enabled()
     assert packed(lambda: estimate(method, model, loss)) == (0, 0)
@@ -171,27 +187,42 @@ def test_estimate_is_the_mean_of_clipped_derivatives_times_tangents(case: Case) 
     torch.testing.assert_close(gradients(model), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
 @cases
-def test_backprop_is_loss_backward(case: Case) -> None:
+def test_backprop_is_loss_backward(case: Case, checkpoint: bool) -> None:
     model, loss = case.build()
     plain = copy.deepcopy(model)
     torch.manual_seed(7)
     loss(plain).backward()
-    estimate(fg.Backprop(), model, loss)
+    estimate(fg.Backprop(checkpoint), model, loss)
     torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
 
 
 @cases
 def test_estimators_can_take_turns(case: Case) -> None:
-    """A forward gradient leaves nothing behind that another estimator, or plain torch, would trip over."""
+    """None leaves anything behind that another, or plain torch, would trip over."""
     (model, loss), (fresh, _) = case.build(), case.build()
-    for method in FORWARD[:3]:
+    for method in METHODS:
         estimate(method, model, loss)
     model.zero_grad()
     estimate(fg.Backprop(), model, loss)
     estimate(fg.Backprop(), fresh, loss)
     torch.testing.assert_close(gradients(model), gradients(fresh))
     assert list(model.state_dict()) == list(copy.deepcopy(model).state_dict())
+
+
+@methods
+def test_what_is_remembered_is_in_the_state(method: fg.Estimator) -> None:
+    model, loss = CASES[0].build()
+    state: dict[str, Tensor] = {}
+    fg.estimate_grad_(loss, model, method, generator=seeded(), state=state)
+    assert all(type(value) is Tensor and not value.requires_grad for value in state.values())
+    if method.stateful:
+        with pytest.raises(ValueError, match="learns from step to step"):
+            fg.estimate_grad_(loss, model, method, generator=seeded())
+    else:
+        assert state == {}
+        fg.estimate_grad_(loss, model, method, generator=seeded())
 
 
 @methods
@@ -207,7 +238,7 @@ def test_the_context_of_the_caller_makes_no_difference(method: fg.Estimator, out
     assert not record.loss.requires_grad
 
 
-@forward
+@no_backward
 def test_live_parameters_outside_what_is_trained_are_not_recorded_either(method: fg.Estimator) -> None:
     head, backbone = nn.Linear(3, 1).double(), perceptron().double()
     assert packed(lambda: estimate(method, head, lambda m: m(backbone(rows(6, 4))).square().mean())) == (0, 0)

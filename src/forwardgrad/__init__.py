@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.fixed_feedback import FixedFeedback as FixedFeedback
     from forwardgrad.estimators.fixed_feedback import Readout as Readout
     from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
+    from forwardgrad.estimators.guess import Guess as Guess
     from forwardgrad.estimators.local import LocalLosses as LocalLosses
+    from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
     from forwardgrad.nesterov import Nesterov as Nesterov
     from forwardgrad.perturbations import PERTURBATIONS as PERTURBATIONS
@@ -50,6 +52,7 @@ _HOME = {
     "FixedFeedback": "estimators.fixed_feedback",
     "ForwardGradient": "estimators.forward",
     "Gaussian": "tangents",
+    "Guess": "estimators.guess",
     "Law": "tangents",
     "LearnedFeedback": "estimators.feedback",
     "LocalLosses": "estimators.local",
@@ -63,6 +66,7 @@ _HOME = {
     "Readout": "estimators.fixed_feedback",
     "Sphere": "tangents",
     "cap_step": "step",
+    "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
     "quality": "diagnostics",
 }

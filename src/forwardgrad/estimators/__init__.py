@@ -11,11 +11,22 @@ from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.feedback import LearnedFeedback
 from forwardgrad.estimators.fixed_feedback import FixedFeedback, Readout
 from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.estimators.guess import Guess
 from forwardgrad.estimators.local import LocalLosses
+from forwardgrad.estimators.zeroth_order import ZerothOrder
 from forwardgrad.perturbations import PERTURBATIONS
 from forwardgrad.tangents import LAWS
 
-ESTIMATORS: tuple[type[Estimator], ...] = (Backprop, ForwardGradient, LearnedFeedback, LocalLosses, FixedFeedback, Readout)
+ESTIMATORS: tuple[type[Estimator], ...] = (
+    Backprop,
+    ForwardGradient,
+    LearnedFeedback,
+    LocalLosses,
+    Guess,
+    ZerothOrder,
+    FixedFeedback,
+    Readout,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -24,9 +35,11 @@ __all__ = [
     "Estimator",
     "FixedFeedback",
     "ForwardGradient",
+    "Guess",
     "LearnedFeedback",
     "LocalLosses",
     "Readout",
+    "ZerothOrder",
     "from_config",
     "to_config",
 ]
