@@ -80,6 +80,14 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("reproduce", "baydin", "--rows", "cnn"), "choose from logistic, nn"),
     (("reproduce", "baydin", "--retune"), "leave --retune out"),
     (("cost", "--models", "resnet"), "unknown model 'resnet'"),
+    (("quality", "--estimators", "evolution"), "the estimator 'evolution' cannot be used: unknown estimator 'evolution'"),
+    (("quality", "--estimators", "forward(clip=-1)"), "clip must be a number above 0, not -1"),
+    (("quality", "--estimators", "forward(clip"), "cannot read the estimator 'forward(clip'"),
+    (("quality", "--estimators", "forward; forward(tangents=2)"), "the same estimator is there twice"),
+    (("quality", "--tangents", "0"), "--tangents takes whole numbers of at least 1"),
+    (("quality", "--tangents", "1,many"), "--tangents takes whole numbers of at least 1"),
+    (("quality", "--repeats", "9"), "--repeats must be an even number of at least 10, not 9"),
+    (("quality", "--data", "digits", "--model", "mlp", "--batch-size", "2000"), "needs more than the 1,077 examples"),
     (("report", "NOWHERE"), "not an output folder of forwardgrad"),
     (("data", "fetch", "imagenet"), "imagenet"),
     (("tarin",), "train"),
@@ -200,7 +208,7 @@ def test_reproduce_runs_rows_shortened_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("cost",), ("report",), ("data",)]
+    "arguments", [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("cost",), ("quality",), ("report",), ("data",)]
 )
 def test_help_explains_every_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
@@ -249,6 +257,8 @@ DAMAGE = [
     ("cost.json", "{"),
     ("cost.json", '{"schema": 1}'),
     ("functions.json", '{"schema": 1, "functions": [1]}'),
+    ("quality.json", '{"schema": 1}'),
+    ("quality.json", '{"schema": 1, "environment": {}, "settings": [{"model": "nn"}]}'),
 ]
 
 

@@ -90,7 +90,7 @@ def quality(
 
     Formula: with V = E‖ĝ − Eĝ‖² from R estimates, ‖Eĝ − g‖² is (‖mean − g‖² − V/R), both relative to ‖g‖².
     Bias and variance: the estimate of the squared bias has no bias of its own and so can be negative. The test of 'unbiased' has a p-value
-    below 0.05 in about 5 % of cases where that is true; `tensors` are tested one by one, so expect one in twenty of them there.
+    below 0.05 in at most about 5 % of cases where that is true; `tensors` are tested one by one, so expect up to one in twenty there.
     Intervals are at 95 %: how they are made, and where they are too narrow, stands at the top of `forwardgrad.moments`.
     Cost: `repeats` + 1 estimates and one of backpropagation; about 40 bytes a weight, however many repeats.
 

@@ -110,7 +110,7 @@ class ForwardGradient(Estimator):
     def variance(self, gradient: Mapping[str, Tensor]) -> float | None:
         if not (self.unbiased and isinstance(self.perturb, Dense) and self.control_variate is None):
             return None
-        return (self.law.second_moment(sum(g.numel() for g in gradient.values())) - 1) / self.tangents
+        return self.law.second_moment(sum(g.numel() for g in gradient.values()), self.tangents) - 1
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]

@@ -15,7 +15,7 @@ from forwardgrad import __version__
 from forwardgrad.lab import recipes
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
-from forwardgrad.lab.spec import format_estimator, parse_estimator
+from forwardgrad.lab.spec import format_estimator, parse_estimator, parse_estimators
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study, run_study
 
@@ -228,6 +228,31 @@ def estimators() -> None:
 
 
 @app.command()
+def quality(
+    estimators: Annotated[str, typer.Option(metavar="SPECS", help="Estimators, separated by semicolons.")] = "backprop; forward",
+    tangents: Annotated[str, typer.Option(help="Numbers of tangents, for every estimator that has them.")] = "1,4,16,64",
+    data: Data = "mnist",
+    model: Model = "nn",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in the one batch whose gradient is estimated.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Independent estimates of each: an even number, at least 10.")] = 100,
+    warm_up: Annotated[int, typer.Option(min=0, help="Steps of Adam with backpropagation before; 0 measures at initialisation.")] = 0,
+    learn: Annotated[int, typer.Option(min=0, help="Steps that an estimator with a memory learns first, the weights held still.")] = 200,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+) -> None:
+    """Measure bias, variance, angle and cost of estimators against the exact gradient of one batch, and add that to the report."""
+    from forwardgrad.lab.quality import Setting, arms, measure
+
+    chosen = arms(parse_estimators(estimators), _counts(tangents, "--tangents"))
+    setting = Setting(model, data, batch_size, repeats, warm_up, learn, seed)
+    store = Store(out)
+    print(measure(store, setting, chosen, device=device, data_dir=data_dir, say=lambda words: print(words, file=sys.stderr)))
+    _report(store)
+
+
+@app.command()
 def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]) -> None:
     """Write the report of an output folder again, from its stored runs."""
     _report(Store(directory, create=False))
@@ -279,6 +304,13 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     if not all(math.isfinite(value) for value in values):
         raise UserError(f"{option} takes finite numbers, not {text!r}")
     return values
+
+
+def _counts(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{option} takes whole numbers of at least 1 separated by commas, not {text!r}")
+    return sorted({int(word) for word in words})
 
 
 def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> Store:

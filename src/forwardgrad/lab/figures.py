@@ -143,7 +143,12 @@ def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     for line in lines:
         first.setdefault(line.kind, line.name)
     looks = {first[kind]: look for kind, look in LOOKS.items() if kind in first}
-    rest = [name for name in dict.fromkeys(line.name for line in lines) if name not in looks]
+    return _with_rest(looks, [line.name for line in lines])
+
+
+def _with_rest(looks: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """These looks, and one of the rest for every name that has none."""
+    rest = [name for name in dict.fromkeys(names) if name not in looks]
     for place, name in enumerate(rest):
         turn, colour = divmod(place, len(OTHERS))
         looks[name] = {"color": OTHERS[colour], "linestyle": STROKES[turn % len(STROKES)], "marker": MARKERS[colour]}
@@ -300,3 +305,60 @@ def _svg(name: str, draw: Callable[[], Figure]) -> str:
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point is fine enough
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A quantity with its intervals at several x, and what theory says there; at no x in particular where `at` is empty."""
+
+    label: str
+    at: tuple[float, ...]
+    value: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    theory: tuple[float | None, ...] = ()
+
+
+def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: str) -> str:
+    """Panels side by side on one logarithmic x; y is logarithmic where positive values span more than a factor of fifteen."""
+    labels = [trend.label for _, group in panels for trend in group]
+    looks = _with_rest({label: LOOKS[label] for label in dict.fromkeys(labels) if label in LOOKS}, labels)
+    ticks = sorted({x for _, group in panels for trend in group for x in trend.at})
+
+    def draw() -> Figure:
+        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        for axes, (title, group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.set_title(title)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks or [1], [f"{x:g}" for x in ticks or [1]])
+            axes.xaxis.set_minor_locator(NullLocator())
+            positive = [value for trend in group for value in trend.value if value > 0]
+            if positive and max(positive) / min(positive) > 15:
+                axes.set_yscale("log", nonpositive="mask")
+                axes.set_ylim(min(positive) / 2, max(positive) * 2)
+            for trend in group:
+                _trend(axes, trend, looks[trend.label])
+        figure.supxlabel(xlabel, fontsize=9.5, color=INK)
+        handles = [
+            Line2D([], [], color=look["color"], linestyle=look["linestyle"], marker=look["marker"], markersize=5, label=label)
+            for label, look in looks.items()
+        ]
+        theory = any(y is not None for _, group in panels for trend in group for y in trend.theory)
+        handles += [Line2D([], [], color=INK, linestyle=":", linewidth=1.2, label="theory")] if theory else []
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=3.2)
+        return figure
+
+    return _svg(name, draw)
+
+
+def _trend(axes: Axes, trend: Trend, look: dict[str, Any]) -> None:
+    color, linestyle = look["color"], look["linestyle"]
+    if not trend.at:  # a band over the whole width
+        axes.axhline(trend.value[0], color=color, linestyle=linestyle, linewidth=1.7)
+        axes.axhspan(trend.low[0], trend.high[0], color=color, alpha=0.16, linewidth=0)
+        return
+    axes.fill_between(trend.at, trend.low, trend.high, color=color, alpha=0.16, linewidth=0)
+    axes.plot(trend.at, trend.value, color=color, linestyle=linestyle, linewidth=1.7, marker=look["marker"], markersize=5)
+    told = [(x, y) for x, y in zip(trend.at, trend.theory, strict=False) if y is not None and y > 0]
+    if told:
+        axes.plot([x for x, _ in told], [y for _, y in told], color=INK, linestyle=":", linewidth=1.2, zorder=3)

@@ -11,6 +11,7 @@ import jinja2
 
 from forwardgrad.lab import results
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.quality_section import quality_section
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Block, Picture, Section, cost_section, functions_section, provenance_section, study_section
 from forwardgrad.lab.store import Store, read_json, write_whole
@@ -21,6 +22,7 @@ ORDER = ("table1", "table1-retuned", "baydin", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "cost.json": ("cost of a step", cost_section),
+    "quality.json": ("quality of estimates", quality_section),
 }
 
 
