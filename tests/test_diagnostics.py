@@ -381,7 +381,7 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "words"), MISTAKES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("wrong", "kind", "words"), MISTAKES, ids=[words for _, _, words in MISTAKES])
 def test_a_mistake_is_one_sentence(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
     model, loss = CASES[0].build()
     arguments = {"loss": loss, "at": model, "estimator": fg.Backprop(), "generator": seeded(), "repeats": 10} | wrong
