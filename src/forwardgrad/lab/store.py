@@ -191,6 +191,7 @@ ARM = {
     "chosen": dict,
     "runs": list,
 }
+LATER_ARM = {"full_epochs": int}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}
@@ -220,6 +221,7 @@ def read_study(path: Path) -> dict[str, Any]:
         )
     for arm in check(path, study, STUDY)["arms"]:
         check(path, check(path, arm, ARM)["chosen"], CHOSEN)
+        check(path, arm, {name: kind for name, kind in LATER_ARM.items() if name in arm})
         for trial in arm["trials"]:
             check(path, trial, TRIAL)
         if arm["published"] is not None:
