@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from forwardgrad import __version__
-from forwardgrad.lab import recipes
+from forwardgrad.lab import beyond, recipes
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator, parse_estimators
@@ -20,6 +20,10 @@ from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study, run_study
 
 INTERRUPTED = 130
+RETUNED = {
+    "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
+    "beyond": "always tunes every arm",
+}  # recipes that decide themselves what is tuned
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")
@@ -160,12 +164,12 @@ def tune(
 
 @app.command()
 def reproduce(
-    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin"], typer.Argument(help="What to reproduce.")],
+    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin", "beyond"], typer.Argument(help="What to reproduce.")],
     rows: Annotated[
         str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
-    seeds: Seeds = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
     device: Device = "cpu",
@@ -173,24 +177,27 @@ def reproduce(
     out: Out = Path("results"),
     jobs: Jobs = 1,
 ) -> None:
-    """Run the paper's Table I, its figures, or the comparison of Baydin et al., and write the report.
+    """Run the paper's Table I, its figures, the comparison of Baydin et al., or what goes beyond the paper, and write the report.
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1.
     """
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
-    if recipe == "baydin":
-        if retune:
-            raise UserError("baydin always shows both: one learning rate for both arms, and each arm tuned; leave --retune out")
-        study = recipes.baydin(epochs, seeds, tuning_epochs, chosen)
+    if retune and recipe in RETUNED:
+        raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "beyond":
+        study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
+    elif recipe == "baydin":
+        study = recipes.baydin(epochs, seeds or 1, tuning_epochs, chosen)
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
-        study = recipes.table1(chosen, epochs, seeds, retune, tuning_epochs)
+        study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
     store = _run_study(study, out, device, data_dir, jobs)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
         functions.write(store)
-    _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    if recipe != "beyond":  # its table has the time of every arm's own steps
+        _time_steps(store, {arm.run.model for arm in study.arms}, device)
     _report(store)
 
 

@@ -87,11 +87,12 @@ class ArmResult:
 
     @property
     def shortened(self) -> str | None:
-        """A label for runs of fewer epochs than the paper's, None for the rest."""
-        published, epochs = self.record.get("published"), self.run.get("epochs")
-        if not published or epochs is None or epochs >= published["epochs"]:
+        """A label for runs of fewer epochs than the paper's, or than the full study's where nothing is published; None for the rest."""
+        full = (self.record.get("published") or {}).get("epochs") or self.record.get("full_epochs")
+        epochs = self.run.get("epochs")
+        if not full or epochs is None or epochs >= full:
             return None
-        return f"shortened: {epochs} of {published['epochs']} epochs"
+        return f"shortened: {epochs} of {full} epochs"
 
     @property
     def terms(self) -> dict[str, Any]:

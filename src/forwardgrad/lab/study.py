@@ -34,7 +34,8 @@ class Published:
 class Arm:
     """One arm of a study. Arms of one `group` are compared with one another; `space` maps optimizer fields to grid values.
 
-    `kind` is the estimator's name: the report sets "forward" and "backprop" beside one another.
+    `kind` is how the report tells arms apart, by colour and by mark; it sets "forward" and "backprop" beside one another.
+    `full_epochs` is what fewer epochs are a shortened run of, where nothing is published.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     run: Run
     space: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     published: Published | None = None
+    full_epochs: int | None = None
 
     def trials(self, epochs: int) -> list[tuple[dict[str, float], Run]]:
         """Every point of the grid as a run that never reads the test split."""
@@ -144,6 +146,7 @@ def _record(
             "trials": [{"values": values, "run": run.identity} for values, run in trials[arm.name]],
             "chosen": chosen[arm.name],
             "runs": [run.identity for run in finals[arm.name]],
+            **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
         }
     record = {"schema": SCHEMA, "name": study.name, "title": study.title, "arms": list(before.values())}
     write_json(path, record)
