@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
+from torch.optim.adam import adam
 
 from forwardgrad.perturbations.outputs import Output
 from forwardgrad.tangents import Law
 
 Sight = Literal["flatten", "pooled", "positions"]
 SIGHTS = ("flatten", "pooled", "positions")
+MOVES = 4  # numbers in φ for each of its moves a step
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,36 @@ _POOLS: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adapt
 
 @dataclass(frozen=True)
 class Head:
-    """A linear classifier y = R φ + b and, where errors come back through feedback, a matrix B that learns R from derivatives alone."""
+    """A linear classifier y = R φ + b that Adam trains and, where errors come back through feedback, a matrix B that learns R from
+    derivatives alone. All of it are tensors of the estimator's state."""
 
     weight: Float[Tensor, "classes width"]
     bias: Float[Tensor, " classes"]
-    feedback: Float[Tensor, "classes width"] | None
+    feedback: Float[Tensor, "classes width"]
+    means: tuple[Tensor, Tensor]
+    squares: tuple[Tensor, Tensor]
+    steps: tuple[Tensor, Tensor]
 
     @classmethod
-    def kept(cls, state: dict[str, Tensor], index: int, classes: int, features: Tensor, generator: Generator, *, feedback: bool) -> Head:
-        """The head of block `index` in the state: random where only a random error could come of zeros, else zeros, as B is."""
+    def kept(cls, state: dict[str, Tensor], index: int, classes: int, features: Tensor) -> Head:
+        """The head of block `index` in the state, made where it is missing: all zeros, so that B is R at first."""
         width, key = features.shape[-1], f"head.{index}"
-        if f"{key}.weight" not in state:
-            made = torch.zeros(classes, width, dtype=features.dtype, device=generator.device)
-            if not feedback:
-                made = made.normal_(generator=generator) / width**0.5
-            state[f"{key}.weight"], state[f"{key}.bias"] = made.to(features.device), features.new_zeros(classes)
-            if feedback:
-                state[f"{key}.feedback"] = features.new_zeros(classes, width)
-        if state[f"{key}.weight"].shape != (classes, width) or (f"{key}.feedback" in state) != feedback:
+        weight = state.setdefault(f"{key}.weight", features.new_zeros(classes, width))
+        if weight.shape != (classes, width):
             raise ValueError(
-                f"the state holds a classifier of {tuple(state[f'{key}.weight'].shape)} for block {index}, but this model needs "
-                f"{(classes, width)}{' with feedback' if feedback else ''}: use one state for one model and one estimator"
+                f"the state holds a classifier of {tuple(weight.shape)} for block {index}, but this model needs {(classes, width)}: "
+                "use one state for one model"
             )
-        return cls(state[f"{key}.weight"], state[f"{key}.bias"], state.get(f"{key}.feedback"))
+
+        def like(name: str, shape: tuple[int, ...]) -> Tensor:
+            return state.setdefault(f"{key}.{name}", features.new_zeros(shape))
+
+        def pair(name: str) -> tuple[Tensor, Tensor]:
+            return like(f"{name}.weight", (classes, width)), like(f"{name}.bias", (classes,))
+
+        steps = tuple(state.setdefault(f"{key}.step.{role}", torch.zeros(())) for role in ("weight", "bias"))  # where Adam wants them
+        feedback = like("feedback", (classes, width))
+        return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]))
 
     def error(self, features: Tensor, known: Output) -> Tensor:
         """∂f/∂y of the head's own loss, [n, rows, classes]: the model's loss, with the target of an example at each of its rows."""
@@ -91,14 +100,14 @@ class Head:
         call = {**known.call, "target": target.repeat_interleave(logits.shape[1])}
         return Output(call, known.formula).error(logits.flatten(0, -2)).reshape(logits.shape)
 
-    def sent_back(self, error: Tensor, law: Law, generator: Generator, count: int) -> Tensor:
-        """The error at the features, e B, after B has learned from how y follows `count` moves u of every row of the features.
+    def sent_back(self, error: Tensor, law: Law, generator: Generator) -> Tensor:
+        """The error at the features, e B, after B has learned from how y follows random moves u of the features.
 
-        B ← B + Σ (R u − B u) uᵀ/(n + w + 1) over all n moves of w numbers: R u is linear in u, so there is no noise to average away,
-        and the squared distance to R shrinks by 1 − n/(n + w + 1) a step.
+        B ← B + Σ (R u − B u) uᵀ/(n + w + 1) over n moves of w numbers: R u is linear in u, so there is no noise to average away, and the
+        squared distance to R shrinks by 1 − n/(n + w + 1) a step. With n = w/MOVES that follows R closely enough from its first step on.
         """
-        assert self.feedback is not None
-        u = torch.empty(count * error[..., 0].numel(), self.weight.shape[1], dtype=error.dtype, device=generator.device)
+        width = self.weight.shape[1]
+        u = torch.empty(-(width // -MOVES), width, dtype=error.dtype, device=generator.device)
         law.fill_([u], generator)
         u = u.to(error.device)
         residual = u @ self.weight.T - u @ self.feedback.T
@@ -106,11 +115,23 @@ class Head:
         return error @ self.feedback
 
     def learn(self, features: Tensor, error: Tensor, rate: float) -> None:
-        """One step along the exact gradient, as a share of the largest step that is stable: 2/(1 + mean‖φ‖²) for a mean of losses."""
+        """One step of Adam along the exact gradient."""
         f, e = features.flatten(0, 1), error.flatten(0, 1)
-        step = rate / (1 + f.square().sum(1).mean())
-        self.weight.sub_(step * (e.T @ f))
-        self.bias.sub_(step * e.sum(0))
+        adam(
+            [self.weight, self.bias],
+            [e.T @ f, e.sum(0)],
+            list(self.means),
+            list(self.squares),
+            [],
+            list(self.steps),
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=rate,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def similarity_error(h: Float[Tensor, "n ..."], target: Float[Tensor, " n"]) -> Tensor:

@@ -34,7 +34,7 @@ class LocalLosses(Estimator):
       follows moves of φ, without noise and in about width/n steps of n examples, so no weight is ever transposed. Where a block has
       more than one layer, the others move, and learn feedback from ẏ_l as `LearnedFeedback` does (the similarity term moves the last one
       alone).
-    One step of every classifier follows, along its exact gradient; the model's last layer learns by its own, e xᵀ.
+    One step of Adam for every classifier follows, along its exact gradient; the model's last layer learns by its own, e xᵀ.
 
     Bias: for the gradient of the model's loss, all that the greedy split leaves out. For ∇f_l of each block: none with feedback=False;
     with feedback=True e (B_l − R_l), which is what R_l moved in the last few steps, and in deeper blocks that of `LearnedFeedback`.
@@ -50,7 +50,7 @@ class LocalLosses(Estimator):
             the mean over them; for convolutions).
         cells: of "pooled", along each dimension: 1 for the mean over all positions.
         similarity: weight s in [0, 1) of the similarity-matching term.
-        head_rate: above 0 and below 2: step of the classifiers, relative to the largest that is stable.
+        head_rate: above 0, the learning rate of the classifiers.
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
 
@@ -71,7 +71,7 @@ class LocalLosses(Estimator):
     head: Sight = "flatten"
     cells: int = 1
     similarity: float = 0.0
-    head_rate: float = 0.5
+    head_rate: float = 1e-3
     tangents: int = 1
     law: Law = Rademacher()
 
@@ -86,7 +86,7 @@ class LocalLosses(Estimator):
             raise ValueError(f"head must be one of {', '.join(SIGHTS)}, not {self.head!r}")
         check_count("cells", self.cells)
         check_number("similarity", self.similarity, 0, 1, closed=True)
-        check_number("head_rate", self.head_rate, 0, 2)
+        check_number("head_rate", self.head_rate, 0)
         check_count("tangents", self.tangents)
         if not isinstance(self.law, Law):
             raise ValueError(f"law must be a law of directions such as Rademacher(), not {self.law!r}")
@@ -134,10 +134,10 @@ class LocalLosses(Estimator):
     def _deeper(self) -> LearnedFeedback:
         return LearnedFeedback(tangents=self.tangents, law=self.law)
 
-    def _head(self, found: Pass, index: int, features: Tensor, state: dict[str, Tensor], generator: Generator) -> tuple[Head, Tensor]:
+    def _head(self, found: Pass, index: int, features: Tensor, state: dict[str, Tensor]) -> tuple[Head, Tensor]:
         assert found.known is not None
         assert found.output is not None
-        head = Head.kept(state, index, found.output.shape[1], features, generator, feedback=self.feedback)
+        head = Head.kept(state, index, found.output.shape[1], features)
         return head, head.error(features, found.known)
 
     def _score(
@@ -147,7 +147,7 @@ class LocalLosses(Estimator):
         _, values, moves = found.ended[index]
         assert moves is not None
         features, moved = self._features.of(values), self._features.of(moves, lead=2)
-        head, error = self._head(found, index, features, state, generator)
+        head, error = self._head(found, index, features, state)
         d = (1 - self.similarity) * (error * (moved @ head.weight.T)).flatten(2).sum(2)
         if self.similarity:
             assert found.known is not None
@@ -167,8 +167,8 @@ class LocalLosses(Estimator):
         """A block's gradient from the error that its feedback sends back; the feedback and the classifier learn on the way."""
         end, values, moves = found.ended[index]
         features = self._features.of(values)
-        head, error = self._head(found, index, features, state, generator)
-        sent = head.sent_back((1 - self.similarity) * error, self.law, generator, self.tangents)
+        head, error = self._head(found, index, features, state)
+        sent = head.sent_back((1 - self.similarity) * error, self.law, generator)
         back = self._features.back(sent, values)
         if self.similarity:
             assert found.known is not None

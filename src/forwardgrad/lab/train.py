@@ -24,6 +24,8 @@ from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment, models, store
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.evaluate import finite, losses_of, published_reading, summary
+from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Optimizer, Run, stream, to_json
 from forwardgrad.memory import peak_bytes
 from forwardgrad.nesterov import Nesterov
@@ -36,7 +38,6 @@ FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
 COUNTED = ("step", "seconds", "passes", "peak", "strides", "evaluations")  # what a run has counted so far, as a checkpoint holds it
 WALKED = ("step", "norm_growth", "relative_step")
 EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
-PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
 
 
 @dataclass
@@ -132,8 +133,8 @@ def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
         raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
     resident = torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
     torch.manual_seed(stream(run.seed, "initialisation"))
-    model = models.build(run.model, dataset.shape, dataset.classes).to(on)
-    optimizer = build_optimizer(run.optimizer, model)
+    model = arranged(models.build(run.model, dataset.shape, dataset.classes).to(on), run.precision)
+    optimizer = build_optimizer(run.optimizer, model, fused=run.precision != "float32")
     steps = run.epochs * _steps_per_epoch(run, dataset)
     schedule = build_schedule(run.optimizer, optimizer, steps)
     generator = torch.Generator(on).manual_seed(stream(run.seed, "directions"))
@@ -142,13 +143,14 @@ def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
     return _State(model, optimizer, schedule, estimator, generator, losses, derivatives, start, resident)
 
 
-def build_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run; Nesterov is the true look-ahead form for every arm."""
+def build_optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a run; Nesterov is the true look-ahead form for every arm. `fused` takes Adam's one kernel for a step: faster, and
+    other bits than the plain form, which float32 runs keep."""
     if options.name == "sgd":
         return torch.optim.SGD(model.parameters(), options.lr, momentum=options.momentum)
     if options.name == "nesterov":
         return Nesterov(model.parameters(), options.lr, options.momentum)
-    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2))
+    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2), fused=fused or None)
 
 
 def build_schedule(options: Optimizer, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -191,7 +193,7 @@ def _loop(run: Run, dataset: data.Dataset, state: _State, folder: Path, checkpoi
             if (look % CHECK_EVERY == 0 or look == total) and (reason := _diverged(state, dataset.classes)):
                 return reason
             if look in at:
-                _evaluate(dataset, state, per_epoch)
+                _evaluate(run, dataset, state, per_epoch)
         _say(state, total, folder)
         if time.monotonic() - saved >= checkpoint_seconds:
             store.write_whole(folder / "checkpoint.pt", state.dump())
@@ -245,9 +247,9 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for t in tensors))
 
 
-def _evaluate(dataset: data.Dataset, state: _State, per_epoch: int) -> None:
+def _evaluate(run: Run, dataset: data.Dataset, state: _State, per_epoch: int) -> None:
     """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row."""
-    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation))
+    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
     stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
     state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, _growth(state), stride])
     state.strides = []
@@ -263,8 +265,8 @@ def _advance(run: Run, dataset: data.Dataset, state: _State, stop: int) -> None:
     for step in range(state.step, stop):
         start = step % _steps_per_epoch(run, dataset) * run.batch_size
         batch = order[start : start + run.batch_size]
-        images, labels = dataset.pixels(dataset.train.images[batch]), dataset.train.labels[batch]
-        state.losses[step] = _step(run.optimizer, state, step, images, labels)
+        images, labels = arranged(dataset.pixels(dataset.train.images[batch]), run.precision), dataset.train.labels[batch]
+        state.losses[step] = _step(run, state, step, images, labels)
         state.schedule.step()
     state.step = stop
     if state.losses.is_cuda:
@@ -281,12 +283,17 @@ def _draw_order(run: Run, dataset: data.Dataset, state: _State) -> Tensor:
     return state.order
 
 
-def _step(options: Optimizer, state: _State, step: int, images: Tensor, labels: Tensor) -> Tensor:
+def _step(run: Run, state: _State, step: int, images: Tensor, labels: Tensor) -> Tensor:
     """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
+
+    options = run.optimizer
+
+    def loss(model: nn.Module) -> Tensor:
+        with computing(run.precision, images.device):
+            return F.cross_entropy(model(images), labels)
 
     def loss_and_gradient() -> Tensor:
         state.optimizer.zero_grad()
-        loss = lambda model: F.cross_entropy(model(images), labels)  # noqa: E731
         record = estimate_grad_(loss, state.model, state.estimator, generator=state.generator, state=state.memory)
         state.passes += record.forward_passes
         if len(record.derivatives):
@@ -319,52 +326,20 @@ def _say(state: _State, total: int, folder: Path) -> None:
     loss = float(state.losses[max(0, state.step - CHECK_EVERY) : state.step].mean())
     validation = state.evaluations[-1][3] if state.evaluations else math.nan
     status = {"step": state.step, "steps": total, "loss": loss, "validation_loss": validation, "seconds": state.seconds}
-    store.write_json(folder / "status.json", {key: _finite(value) for key, value in status.items()})
-
-
-@torch.no_grad()
-def losses_of(model: nn.Module, dataset: data.Dataset, split: data.Split, batch: int = 1000) -> tuple[Tensor, Tensor]:
-    """The loss of every example of a split (float64) and whether it was classified rightly."""
-    training = model.training
-    model.eval()
-    losses, right = [], []
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        logits = model(dataset.pixels(images))
-        losses.append(F.cross_entropy(logits, labels, reduction="none").double())
-        right.append(logits.argmax(1) == labels)
-    model.train(training)
-    return torch.cat(losses), torch.cat(right)
-
-
-def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    losses, right = measured
-    return float(losses.mean()), float(right.double().mean())
-
-
-def _published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:
-    """The loss of one mini-batch of 16 shuffled test images, and the range of such readings of this same network.
-
-    The range runs from the 5th to the 95th percentile of 1,000 such mini-batches.
-    """
-    generator = torch.Generator().manual_seed(stream(seed, "published reading"))
-    losses = losses.cpu()
-    draws = torch.stack([torch.randperm(len(losses), generator=generator)[-PUBLISHED_READING:] for _ in range(1000)])
-    readings = losses[draws].mean(1)
-    low, high = torch.quantile(readings, torch.tensor([0.05, 0.95], dtype=readings.dtype)).tolist()
-    return {"last16": _finite(float(readings[0])), "last16_low": _finite(low), "last16_high": _finite(high)}
+    store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()})
 
 
 def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason: str | None) -> dict[str, Any]:
     """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs."""
-    validation = summary(losses_of(state.model, dataset, dataset.validation))
+    validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
     test = None
     if run.test:
-        measured = losses_of(state.model, dataset, dataset.test)
+        measured = losses_of(state.model, dataset, dataset.test, run.precision)
         loss, accuracy = summary(measured)
-        test = {"loss": _finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **_published_reading(measured[0], run.seed)}
-    rows = ([*map(int, row[:1]), *(_finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
+        test = {"loss": finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **published_reading(measured[0], run.seed)}
+    rows = ([*map(int, row[:1]), *(finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
     store.write_table(folder / "evaluations.csv", EVALUATED, rows)
-    walk = ([int(step), *map(_finite, rest)] for step, *rest in state.walk if step <= state.step)
+    walk = ([int(step), *map(finite, rest)] for step, *rest in state.walk if step <= state.step)
     store.write_table(folder / "walk.csv", WALKED, walk)
     columns = {"loss": state.losses[: state.step].tolist(), "derivative": state.derivatives[: state.step].tolist()}
     if all(map(math.isnan, columns["derivative"])):
@@ -381,8 +356,8 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
         "seconds": state.seconds,
         "forward_passes": state.passes,
         "peak_bytes": state.peak or None,
-        "initial_norm": _finite(state.start),
-        "validation_loss": _finite(validation[0]),
+        "initial_norm": finite(state.start),
+        "validation_loss": finite(validation[0]),
         "validation_accuracy": validation[1],
         "test": test,
     }
@@ -390,7 +365,3 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
     for name in ("checkpoint.pt", "status.json"):
         (folder / name).unlink(missing_ok=True)
     return result
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
