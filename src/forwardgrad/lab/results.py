@@ -108,6 +108,12 @@ class ArmResult:
         }
 
     @property
+    def by_seed(self) -> dict[int, Done]:
+        """Finished runs by their place among the planned ones: those of two arms at one place share their seed."""
+        places = {identity: place for place, identity in enumerate(self.record["runs"])}
+        return {places[done.folder.name]: done for done in self.done}
+
+    @property
     def data(self) -> str | None:
         return self.run.get("data")
 
