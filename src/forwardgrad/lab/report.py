@@ -13,6 +13,7 @@ from forwardgrad.lab import results
 from forwardgrad.lab.beyond_section import beyond_section
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.figures import FURTHER
+from forwardgrad.lab.noise_section import noise_section
 from forwardgrad.lab.quality_section import quality_section
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Block, Picture, Section, cost_section, functions_section, provenance_section, study_section
@@ -63,7 +64,9 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
 
 
 def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
-    return beyond_section(study, studies) if study.name == "beyond" else study_section(study)
+    if study.name == "beyond":
+        return beyond_section(study, studies)
+    return noise_section(study) if study.name == "noise" else study_section(study)
 
 
 def html(sections: list[Section]) -> str:

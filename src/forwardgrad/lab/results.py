@@ -49,6 +49,15 @@ class Done:
         """The training loss of every step; not kept, because a study's worth of them is large."""
         return _columns(self.folder / "losses.csv.gz", ("step", "loss"))["loss"]
 
+    def derivatives(self) -> list[float]:
+        """The directional derivative of every step, empty for estimators that have none and for runs that did not keep it."""
+        return _columns(self.folder / "losses.csv.gz", ("step", "loss")).get("derivative", [])
+
+    @functools.cached_property
+    def walk(self) -> dict[str, list[float]]:
+        """Norm growth and relative step every 100 steps; without columns for runs that did not keep them."""
+        return read_table(self.folder / "walk.csv")
+
 
 @dataclass(frozen=True)
 class ArmResult:
