@@ -252,7 +252,7 @@ def test_watching_the_memory_changes_nothing_else(tmp_path: Path, monkeypatch: p
 
 
 def test_what_is_held_for_a_backward_pass_counts(tmp_path: Path) -> None:
-    """The steps watched end an epoch, with 54 examples: backpropagation holds the hidden layer's activities, which training the last layer alone lets go of."""
+    """The steps watched end an epoch, with 54 examples: backpropagation holds the hidden layer's activities to its end."""
     runs = {
         name: dataclasses.replace(RUN, model="mlp", estimator={"name": name}, optimizer=Optimizer("sgd", 0.1))
         for name in ("backprop", "readout")

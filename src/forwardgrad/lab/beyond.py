@@ -27,7 +27,7 @@ class Method:
 
 CALM = (1e-4, 3e-4, 1e-3, 3e-3)  # half a decade apart, as many for every arm
 NOISY = (3e-5, 1e-4, 3e-4, 1e-3)  # where noise outweighs the gradient Adam's steps are a walk of the learning rate's own size
-CONVEX = (3e-4, 1e-3, 3e-3, 1e-2)  # one layer learns
+CONVEX = (1e-3, 3e-3, 1e-2, 3e-2)  # one layer learns
 
 METHODS: dict[str, Method] = {
     "backprop": Method("backpropagation", BACKPROP, CALM),
@@ -66,7 +66,8 @@ NETWORKS: dict[ModelName, Network] = {
     "cnn": Network("CNN · MNIST", "mnist", 10),
     "cifar-cnn": Network("CNN · CIFAR-10", "cifar10", 30, warm_up=100),
 }
-SMALLER = {3e-5: 1e-5, 1e-4: 3e-5, 3e-4: 1e-4, 1e-3: 3e-4, 3e-3: 1e-3, 1e-2: 3e-3}  # half a decade down, for ten times as many weights
+SMALLER = dict(zip((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), strict=True))
+"""Half a decade down, for ten times as many weights."""
 
 
 def beyond(rows: list[str] | None = None, epochs: int | None = None, seeds: int | None = None, tuning_epochs: int | None = None) -> Study:
