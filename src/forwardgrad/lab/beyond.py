@@ -10,7 +10,7 @@ from forwardgrad.lab.recipes import BACKPROP, FORWARD
 from forwardgrad.lab.run import DataName, ModelName, Optimizer, Run
 from forwardgrad.lab.study import Arm, Study
 
-LOCAL: dict[str, Any] = {"name": "local"}
+LOCAL: dict[str, Any] = {"name": "local", "head": "pooled", "cells": 4}
 SEEDS = 3
 TUNING_EPOCHS = 2
 
@@ -34,7 +34,8 @@ METHODS: dict[str, Method] = {
     "feedback": Method("learned feedback", {"name": "feedback", "rule": "lms", "use": "direct"}, CALM),
     "feedback-average": Method("feedback by moving average (FDFA)", {"name": "feedback", "rule": "average", "use": "direct"}, CALM),
     "feedback-cv": Method("learned feedback as control variate", {"name": "feedback", "rule": "lms", "use": "control-variate"}, CALM),
-    "local": Method("local losses", LOCAL, CALM),
+    "local": Method("local losses with learned feedback", LOCAL | {"feedback": True}, CALM),
+    "local-scalar": Method("local losses, activities moved", LOCAL, CALM),
     "activity": Method("activities moved", {"name": "forward", "law": "rademacher", "perturb": "activity", "exact_output": True}, CALM),
     "cheapest": Method(
         "weights or activities moved", {"name": "forward", "law": "rademacher", "perturb": "cheapest", "exact_output": True}, CALM

@@ -175,6 +175,7 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    precision: Precise = "float32",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
@@ -197,7 +198,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = _run_study(study, out, device, data_dir, jobs)
+    store = _run_study(study.computed_in(precision), out, device, data_dir, jobs)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 

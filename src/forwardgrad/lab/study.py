@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import SCHEMA, Run
+from forwardgrad.lab.run import SCHEMA, Precision, Run
 from forwardgrad.lab.store import Store, read_study, write_json
 
 TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direction with the final runs, whose seeds count from 0
@@ -77,6 +77,11 @@ class Study:
             budgets = {arm.points for arm in self.arms if arm.group == group and arm.space}
             if len(budgets) > 1:
                 raise UserError(f"unequal tuning budgets in {group!r}: {sorted(budgets)} points; give every tuned arm the same number")
+
+    def computed_in(self, precision: Precision) -> Study:
+        """The same study with the layers of every run in this precision."""
+        arms = tuple(dataclasses.replace(arm, run=dataclasses.replace(arm.run, precision=precision)) for arm in self.arms)
+        return dataclasses.replace(self, arms=arms)
 
 
 def run_study(study: Study, store: Store, execute: Execute, command: str, names: dict[str, str] | None = None) -> dict[str, Any]:
