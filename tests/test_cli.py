@@ -12,15 +12,19 @@ import subprocess
 import sys
 import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stored import put
 
 import forwardgrad as fg
-from forwardgrad.lab import cli, recipes
+from forwardgrad.lab import cli, cost, recipes
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import Run
 from forwardgrad.lab.spec import format_value
+from forwardgrad.lab.store import Store
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -136,6 +140,27 @@ def test_train_prints_its_result_and_a_second_call_repeats_nothing(
     assert (status, out) == (0, f"{told}\n{folder}\n")
     assert "1 finished before" in err
     assert (folder / "result.json").read_bytes() == result
+
+
+@pytest.mark.parametrize(("recipe", "rows", "planned"), [("beyond", "nn-local,cnn-linear", 6), ("noise", "paper-x10", 1)])
+def test_studies_beyond_the_papers_table_are_run_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, rows: str, planned: int
+) -> None:
+    trained = []
+
+    def execute(runs: Sequence[Run], store: Store, place: Any, progress: Any) -> dict[str, Any]:
+        trained.extend(runs)
+        for one in runs:
+            put(store, one, 0.5)
+        return {one.identity: store.result(one.identity) for one in runs}
+
+    monkeypatch.setattr("forwardgrad.lab.execute.execute", execute)
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
+    status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
+    assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")
+    assert len([one for one in trained if one.test]) == planned
+    assert len([one for one in trained if not one.test]) == (8 if recipe == "beyond" else 0)
+    assert (tmp_path / "studies" / f"{recipe}.json").exists()
 
 
 def candidates(value: Any) -> list[Any]:
