@@ -214,8 +214,12 @@ class Norm(Layer):
         normal = self.function(**plain)
         self.rows = x.shape[0] if x.dim() > 1 else 1
         self.inner = self.inside(x)
+        return self.scaled(normal, weight, bias), normal
+
+    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output with this gain and bias, in the precision that the normalisation gives."""
         out = normal if weight is None else normal * self._spread(weight)
-        return (out if bias is None else out + self._spread(bias)), normal
+        return (out if bias is None else out + self._spread(bias)).to(normal.dtype)
 
     def inside(self, x: Tensor) -> list[int]:
         """The shape that makes one gain for every channel broadcast against an example."""
