@@ -92,7 +92,7 @@ class Linear(Layer):
         return (along * left.unsqueeze(1)).reshape(*x.shape[:-1], self.fan_out)
 
     def shift(self, out: Tensor, bias: Tensor) -> Tensor:
-        return bias if bias.dim() == 1 else bias.reshape(self.rows if out.dim() > 1 else -1, *[1] * max(0, out.dim() - 2), out.shape[-1])
+        return bias if bias.dim() == 1 else bias.reshape(*[self.rows, *[1] * out.dim()][: out.dim() - 1], out.shape[-1])
 
     def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
         flat = error.reshape(-1, self.fan_out)
