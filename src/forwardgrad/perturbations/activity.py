@@ -120,18 +120,17 @@ class Point(Entered):
 
     def from_error(self, error: Tensor) -> dict[str, Tensor]:
         """Gradients by parameter name from the error at the place, of its shape."""
-        error = self.still(error)
+        x, error = self.kept["x"], self.still(error.to(self.layer.like.dtype))
         for back in self.tail:
             error = back(error)
-        found = self.layer.local(self.kept["x"], error)
+        found = self.layer.local(x.to(error.dtype) if x.is_floating_point() else x, error)
         return {name: found[role] for role, name in self.layer.names.items()}
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         assert self.u is not None
-        weighted = weights.to(self.u.dtype).reshape(*weights.shape, *[1] * (self.u.dim() - 2)) if self.u.dim() > 1 else weights
-        if self.rows == 1:  # no dimension of the batch
-            weighted = weights.to(self.u.dtype).reshape(len(weights), *[1] * (self.u.dim() - 1))
-        return self.from_error((weighted * self.u).sum(0))
+        u = self.u.to(self.layer.like.dtype)
+        rows = [] if self.rows == 1 else [self.rows]  # one row may be an example without a dimension of the batch
+        return self.from_error((weights.to(u.dtype).reshape(len(u), *rows, *[1] * (u.dim() - 1 - len(rows))) * u).sum(0))
 
     @property
     def names(self) -> list[str]:

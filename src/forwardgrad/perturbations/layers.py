@@ -58,6 +58,12 @@ class Layer(ABC):
     def fan_in(self) -> int:
         return math.prod(self.weight_shape[1:])
 
+    @property
+    def like(self) -> Tensor:
+        """A parameter that is trained: directions and gradients have its precision, whatever autocast computes the output in."""
+        parameter: Tensor = self.call[next(iter(self.names))]
+        return parameter
+
     @abstractmethod
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The output's tangent along left @ right.T, with left [fan_out, r] and right [fan_in, r]."""

@@ -22,9 +22,10 @@ class Output:
     formula: Callable[[Tensor, Mapping[str, Any]], Tensor]
 
     def error(self, output: Tensor) -> Tensor:
-        """∂f/∂output, of the output's shape; a loss that is not reduced counts as the mean of its elements."""
+        """∂f/∂output, of the output's shape and dtype; a loss that is not reduced counts as the mean of its elements."""
+        wide = output.float() if output.dtype.itemsize < 4 else output  # a difference of two close numbers needs the digits
         with torch.autocast(output.device.type, enabled=False):
-            return self.formula(output, self.call)
+            return self.formula(wide, self.call).to(output.dtype)
 
 
 def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
