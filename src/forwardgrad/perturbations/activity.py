@@ -60,6 +60,8 @@ class Point(Entered):
     put off until something else uses it.
     """
 
+    in_weights = False
+
     def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
         super().__init__()
         self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows
@@ -139,13 +141,6 @@ class Point(Entered):
     def gram(self) -> Tensor:
         u = self.moves()
         return torch.einsum("kbi,lbi->klb", u, u)
-
-    def inner(self, other: dict[str, Tensor]) -> Tensor:
-        """⟨b, Σ u xᵀ⟩ = u · (b x): the layer with the other's weights; with the part of `other` that is each example's."""
-        roles = {role: other[name] for role, name in self.layer.names.items()}
-        still = {role: torch.zeros_like(t) for role, t in self.layer.call.items() if role in ("weight", "bias") and isinstance(t, Tensor)}
-        out = self.layer.function(**{**self.layer.call, "input": self.kept["x"], **still, **roles})
-        return (self.moves() * out.reshape(1, self.rows, -1)).sum(2) / self.rows
 
 
 def _unpool(error: Tensor, winners: Tensor, shape: torch.Size) -> Tensor:
