@@ -280,3 +280,28 @@ def test_activities_follow_the_errors_of_backpropagation_and_move_where_they_mat
             torch.testing.assert_close(g, model.get_parameter(parameter.removeprefix("model.")).grad, rtol=1e-10, atol=1e-12)
     if len(points) == len(found.entered):
         torch.testing.assert_close(found.derivatives, total, rtol=1e-10, atol=1e-12)
+
+
+class Looked(nn.Module):
+    """Embeddings by the functional call, with a padding word, a ReLU behind them, and max-pooling behind that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.max_pool2d(F.embedding(x, self.table, padding_idx=2).relu(), 2).flatten(1))
+
+
+@pytest.mark.parametrize("perturb", [*PERTURBATIONS, fg.Cheapest({"table": "low-rank", "*": "dense"})], ids=repr)
+def test_unbiased_where_words_of_padding_pass_a_relu_and_a_pool(perturb: fg.Perturbation) -> None:
+    torch.manual_seed(0)
+    model, x = Looked().double(), torch.tensor([[0, 1, 3, 2], [2, 2, 4, 2], [5, 2, 2, 6]])
+    exact, generator, objective = true_gradient(model, classify(x)), seeded(5), Objective(classify(x), model)
+    assert not exact["table"][2].any()
+    moments = Moments(list(exact), list(exact.values()))
+    for _ in range(6):
+        with torch.no_grad():
+            moments.add(*(list(fg.ForwardGradient(64, perturb=perturb).estimate(objective, generator, {})[1].values()) for _ in range(2)))
+    for part in moments.parts():
+        assert part.z < 4.5, part

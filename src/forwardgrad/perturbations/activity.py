@@ -93,8 +93,9 @@ class Point(Entered):
         self.shape = out.shape
         if self.rectified:
             self.kept["active"] = out > 0
-        if isinstance(self.layer, Embedding) and self.layer.padding is not None:
-            self.kept["active"] = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
+        if isinstance(self.layer, Embedding) and self.layer.padding is not None and not self.tail:  # behind a pool words are mixed
+            words = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
+            self.kept["active"] = self.kept["active"] & words if self.rectified else words
 
     def draw(self, out: Tensor) -> None:
         self.u = self.directions.draw(tuple(out.shape), out)
