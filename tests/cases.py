@@ -14,12 +14,17 @@ Loss = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its loss. `random`: the forward pass draws from the global generator; `exact`: float64, so tight tolerances hold."""
+    """A model and its loss. `random`: the forward pass draws from the global generator; `exact`: float64, so tight tolerances hold.
+
+    `output` says what is known of a loss that ends in F.cross_entropy: "labels", one class index an example, and the output of the
+    model's last layer as it is; "reshaped", that output in another shape; "single", that of one example without a batch.
+    """
 
     name: str
     make: Callable[[], tuple[nn.Module, Loss]]
     random: bool = False
     exact: bool = True
+    output: str | None = None
 
     def build(self) -> tuple[nn.Module, Loss]:
         with torch.random.fork_rng(devices=[]):
@@ -159,34 +164,125 @@ def branching() -> tuple[nn.Module, Loss]:
     return perceptron(), loss
 
 
+def one_dimension() -> tuple[nn.Module, Loss]:
+    """Convolutions with a stride, padding, groups and holes."""
+    layers = [nn.Conv1d(4, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Conv1d(4, 6, 2, dilation=2, groups=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(18, 3)), classify(rows(4, 4, 9))
+
+
+def overlapping() -> tuple[nn.Module, Loss]:
+    """Max-pooling with windows that overlap, before a ReLU in place and behind one; an even kernel that keeps the size."""
+    first = [nn.Conv2d(1, 3, 3, padding="same", dilation=2), nn.MaxPool2d(3, stride=2, padding=1), nn.ReLU(inplace=True)]
+    second = [nn.Conv2d(3, 3, 2, padding="same", dilation=2), nn.ReLU(), nn.MaxPool2d(2, stride=1, ceil_mode=True), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(12, 3)), classify(rows(4, 1, 6, 6))
+
+
+def group_norm() -> tuple[nn.Module, Loss]:
+    layers = [nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)]
+    return nn.Sequential(*layers), classify(rows(4, 1, 4, 4))
+
+
+def layer_norm_classes() -> tuple[nn.Module, Loss]:
+    return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)), classify(rows(6, 4))
+
+
+def padded() -> tuple[nn.Module, Loss]:
+    """Word 2 is padding; a ReLU stands behind the embedding."""
+    model = nn.Sequential(nn.Embedding(7, 3, padding_idx=2), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
+    return model, classify(torch.tensor([[0, 1], [2, 2], [5, 2]]))
+
+
+class Pooled(nn.Module):
+    """A transformer block whose positions are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block, self.out = nn.Linear(4, 4), Attention(), nn.Linear(4, 3)
+        self.block.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.block(self.embedding(x)).mean(dim=1))
+
+
+class Residual(nn.Module):
+    """What a layer passes on is used twice, before the ReLU behind it and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.out(h + self.second(h.relu()).relu())
+
+
+def tagged() -> tuple[nn.Module, Loss]:
+    """A class for every word of a sentence."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    words, tags = torch.tensor([[0, 1, 6], [2, 2, 3]]), torch.tensor([[0, 1, 2], [2, 2, 0]])
+    return model, lambda m: F.cross_entropy(m(words).transpose(1, 2), tags)
+
+
+def one_example() -> tuple[nn.Module, Loss]:
+    """No dimension of the batch."""
+    layers = [nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(0), nn.Linear(8, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers), lambda m: F.cross_entropy(m(rows(1, 6, 6)), torch.tensor(1))
+
+
+def each_example() -> tuple[nn.Module, Loss]:
+    """A loss an example, of a kind without a rule."""
+    return perceptron(), lambda m: m(rows(6, 4)).exp().sum(dim=1).log()
+
+
+def autocast() -> tuple[nn.Module, Loss]:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    def loss(m: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return classify(rows(3, 1, 6, 6, dtype=torch.float32))(m)
+
+    return model, loss
+
+
 def captured() -> tuple[nn.Module, Loss]:
     """A penalty that walks the parameters, and a loss of shape [1, 1]."""
     return perceptron(), lambda m: (m(rows(6, 4)).exp().mean() + sum(p.square().sum() for p in m.parameters())).reshape(1, 1)
 
 
 CASES = [
-    Case("mlp", lambda: (perceptron(), classify(rows(6, 4)))),
-    Case("cnn", lambda: (convolutional(), classify(rows(3, 1, 6, 6)))),
-    Case("cnn channels_last", lambda: (convolutional().to(memory_format=torch.channels_last), classify(rows(3, 1, 6, 6)))),
-    Case("tied", tied),
-    Case("shared module", shared),
+    Case("mlp", lambda: (perceptron(), classify(rows(6, 4))), output="labels"),
+    Case("cnn", lambda: (convolutional(), classify(rows(3, 1, 6, 6))), output="labels"),
+    Case("cnn channels_last", lambda: (convolutional().to(memory_format=torch.channels_last), classify(rows(3, 1, 6, 6))), output="labels"),
+    Case("tied", tied, output="labels"),
+    Case("shared module", shared, output="labels"),
     Case("layer norm", layer_norm),
-    Case("batch norm train", lambda: normalised(train=True)),
-    Case("batch norm eval", lambda: normalised(train=False)),
-    Case("batch norm average", averaging),
-    Case("embedding", embedding),
+    Case("batch norm train", lambda: normalised(train=True), output="labels"),
+    Case("batch norm eval", lambda: normalised(train=False), output="labels"),
+    Case("batch norm average", averaging, output="labels"),
+    Case("embedding", embedding, output="labels"),
     Case("attention train", lambda: (Attention(dropout=0.3), regress(rows(2, 3, 4))), random=True),
     Case("attention eval", lambda: (Attention(dropout=0.3).eval(), regress(rows(2, 3, 4)))),
     Case("attention function", lambda: (ScaledDotProduct(), regress(rows(2, 3, 4)))),
     Case("lstm", lambda: (Recurrent(nn.LSTM), regress(rows(5, 2, 4)))),
     Case("gru", lambda: (Recurrent(nn.GRU), regress(rows(5, 2, 4)))),
-    Case("dropout", dropout, random=True),
-    Case("frozen", frozen),
+    Case("dropout", dropout, random=True, output="labels"),
+    Case("frozen", frozen, output="labels"),
     Case("module list", module_list),
     Case("branching", branching),
     Case("penalty", captured),
-    Case("float32", lambda: (perceptron(), classify(rows(6, 4, dtype=torch.float32))), exact=False),
-    Case("bfloat16", lambda: (perceptron().bfloat16(), classify(rows(6, 4, dtype=torch.bfloat16))), exact=False),
+    Case("conv1d", one_dimension, output="labels"),
+    Case("overlapping pools", overlapping, output="labels"),
+    Case("group norm", group_norm, output="labels"),
+    Case("layer norm classes", layer_norm_classes, output="labels"),
+    Case("padded embedding", padded, output="labels"),
+    Case("attention classes", lambda: (Pooled(), classify(rows(3, 3, 4))), output="labels"),
+    Case("residual", lambda: (Residual(), classify(rows(6, 4))), output="labels"),
+    Case("tagged words", tagged, output="reshaped"),
+    Case("one example", one_example, output="single"),
+    Case("loss an example", each_example),
+    Case("autocast", autocast, exact=False, output="labels"),
+    Case("float32", lambda: (perceptron(), classify(rows(6, 4, dtype=torch.float32))), exact=False, output="labels"),
+    Case("bfloat16", lambda: (perceptron().bfloat16(), classify(rows(6, 4, dtype=torch.bfloat16))), exact=False, output="labels"),
 ]
 EXACT = [case for case in CASES if case.exact]
 
@@ -205,7 +301,7 @@ def true_gradient(model: nn.Module, loss: Loss) -> dict[str, Tensor]:
     before = {name: b.clone() for name, b in model.named_buffers()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        gradients = torch.autograd.grad(loss(model).reshape(()), list(trained(model).values()))
+        gradients = torch.autograd.grad(loss(model).mean(), list(trained(model).values()))
     with torch.no_grad():
         for name, b in model.named_buffers():
             b.copy_(before[name])

@@ -19,6 +19,15 @@ METHODS = [
     fg.ForwardGradient(),
     fg.ForwardGradient(tangents=7, law=fg.Rademacher(), clip=0.5, chunk_size=3),
     *(fg.ForwardGradient(law=law()) for law in fg.LAWS),
+    *(fg.ForwardGradient(perturb=perturb()) for perturb in fg.PERTURBATIONS),
+    fg.ForwardGradient(tangents=5, perturb=fg.LowRank(3), combine="projection"),
+    fg.ForwardGradient(perturb=fg.PerExample(), control_variate=0.9),
+    fg.ForwardGradient(perturb=fg.Activity(masked=False), exact_output=True),
+    fg.ForwardGradient(perturb=fg.Cheapest({"0.weight": "activity", "features.*": "per-example"})),
+    fg.LearnedFeedback(rule="average", rate=0.1, use="control-variate", warm_up=3, tangents=2, law=fg.Gaussian(), masked=False),
+    fg.LocalLosses(ends=("0.weight", "4.*"), head="positions", similarity=0.25, head_rate=0.1, tangents=2, law=fg.Sphere()),
+    fg.FixedFeedback(),
+    fg.Readout(),
     fg.Backprop(checkpoint=True),
     fg.ZerothOrder(epsilon=0.01, tangents=2, law=fg.Rademacher()),
     fg.Guess(momentum=0.9, law=fg.Sphere(), chunk_size=1),
@@ -58,6 +67,9 @@ def test_options_left_out_take_their_defaults_and_the_config_is_not_changed() ->
         ({"name": "backprop", "clip": 1.0}, ["no option 'clip'", "checkpoint"]),
         ({"name": "forward", "tangents": 0}, ["tangents must be", "0"]),
         ({"name": "forward", "clip": "1"}, ["clip must be", "'1'"]),
+        ({"name": "forward", "perturb": "weights"}, ["unknown perturb 'weights'", "dense", "low-rank", "cheapest"]),
+        ({"name": "forward", "perturb": {"name": "low-rank", "ranks": 2}}, ["no option 'ranks'", "rank"]),
+        ({"name": "forward", "perturb": {"name": "low-rank", "rank": 0}}, ["rank must be a whole number of at least 1, not 0"]),
         ({"name": "zeroth-order", "law": "sphere"}, ["must draw every weight by itself", "Sphere()"]),
     ],
     ids=str,
@@ -99,6 +111,36 @@ def test_estimators_say_whether_they_are_biased_and_whether_they_remember() -> N
 
 
 BAD: list[tuple[Any, str]] = [
+    (lambda: fg.ForwardGradient(perturb="dense"), "perturb must be a perturbation such as"),  # type: ignore[arg-type]
+    (lambda: fg.ForwardGradient(combine="sum"), "combine must be 'mean' or 'projection', not 'sum'"),  # type: ignore[arg-type]
+    (lambda: fg.ForwardGradient(perturb=fg.Activity(), combine="projection"), "goes with perturb=Dense.. or LowRank"),
+    (lambda: fg.ForwardGradient(clip=1.0, combine="projection"), "takes no clip, chunk_size or control_variate"),
+    (lambda: fg.ForwardGradient(exact_output=True), "exact_output=True goes with perturb=Activity.. or Cheapest"),
+    (lambda: fg.ForwardGradient(control_variate=1.0), "control_variate must be a number at least 0 and below 1, not 1.0"),
+    (lambda: fg.ForwardGradient(perturb=fg.Activity(), control_variate=0.5), "control_variate predicts weights' gradients"),
+    *[
+        (lambda p=p: fg.ForwardGradient(law=fg.Orthogonal(), perturb=p()), "it goes with perturb=Dense.. alone")  # type: ignore[misc]
+        for p in fg.PERTURBATIONS[1:]
+    ],
+    (lambda: fg.LowRank(0), "rank must be a whole number of at least 1, not 0"),
+    (lambda: fg.LowRank(True), "rank must be a whole number"),
+    (lambda: fg.Activity(masked=1), "masked must be True or False, not 1"),  # type: ignore[arg-type]
+    (
+        lambda: fg.Cheapest({"0.weight": "rank-one"}),
+        "unknown perturbation 'rank-one': choose one of dense, low-rank, per-example, activity",
+    ),
+    (lambda: fg.Cheapest(["dense"]), "overrides must map patterns of names"),  # type: ignore[arg-type]
+    (lambda: fg.LearnedFeedback("newton"), "rule must be one of lms, average, not 'newton'"),  # type: ignore[arg-type]
+    (lambda: fg.LearnedFeedback(use="both"), "use must be one of direct, control-variate"),  # type: ignore[arg-type]
+    (lambda: fg.LearnedFeedback(rate=2.0), "rate must be a number above 0 and below 2, not 2.0"),
+    (lambda: fg.LearnedFeedback("average", rate=1.0), "rate must be a number above 0 and below 1, not 1.0"),
+    (lambda: fg.LearnedFeedback(warm_up=-1), "warm_up must be a whole number of at least 0, not -1"),
+    (lambda: fg.LearnedFeedback(tangents=0), "tangents must be a whole number"),
+    (lambda: fg.LearnedFeedback(law=fg.Orthogonal()), "couples all weights of a tangent"),
+    (lambda: fg.LocalLosses(head="conv"), "head must be one of flatten, pooled, positions"),  # type: ignore[arg-type]
+    (lambda: fg.LocalLosses(ends="0.weight"), "ends must be names of weights"),  # type: ignore[arg-type]
+    (lambda: fg.LocalLosses(similarity=1.0), "similarity must be a number at least 0 and below 1"),
+    (lambda: fg.LocalLosses(head_rate=0), "head_rate must be a number above 0"),
     (lambda: fg.Backprop(checkpoint=1), "checkpoint must be True or False, not 1"),  # type: ignore[arg-type]
     (lambda: fg.ZerothOrder(epsilon=0), "epsilon must be a number above 0, not 0"),
     (lambda: fg.ZerothOrder(epsilon=math.inf), "epsilon must be a number above 0, not inf"),

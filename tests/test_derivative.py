@@ -42,10 +42,10 @@ def shifted(model: nn.Module, loss: Loss, tangents: dict[str, Tensor], epsilon: 
     with torch.no_grad():
         for name, p in trained(moved).items():
             p.add_(tangents[name][0], alpha=epsilon)
-        return loss(moved).reshape(())
+        return loss(moved).mean()
 
 
-@pytest.mark.parametrize("case", EXACT, ids=str)
+@pytest.mark.parametrize("case", [case for case in EXACT if case.name != "padded embedding"], ids=str)  # a difference sees padding rows
 def test_derivative_is_the_central_difference(case: Case) -> None:
     model, loss = case.build()
     before = copy.deepcopy(model)
@@ -135,7 +135,7 @@ ERRORS = [
     ("item", lambda m: torch.tensor(m(X).mean().item()), RuntimeError, "carries no tangent"),
     ("another model", lambda m: (m(X), torch.ones(()))[1], RuntimeError, "carries no tangent"),
     ("whole numbers", lambda m: m(X).mean().int(), RuntimeError, "carries no tangent"),
-    ("not one number", lambda m: m(X), ValueError, r"one element, not shape \(5, 3\)"),
+    ("not one number", lambda m: m(X), ValueError, r"one element, or one an example, not shape \(5, 3\)"),
     ("no tensor", lambda m: float(m(X).mean().detach()), TypeError, "must return a tensor, not float"),
     ("nothing", lambda m: (m(X), None)[1], TypeError, "must return a tensor, not NoneType"),
     ("complex", lambda m: m(X).mean() * (1 + 1j), TypeError, "complex"),

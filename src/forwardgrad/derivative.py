@@ -287,7 +287,8 @@ def _still_padding(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Ten
 
 
 def _scalar(loss: Any) -> Tensor:
-    return _per_example(loss).mean()
+    each = _per_example(loss)
+    return each.mean() if each.dim() else each  # a loss of whole numbers has no mean, and its own error
 
 
 def _per_example(loss: Any) -> Tensor:

@@ -119,6 +119,8 @@ class ForwardGradient(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         derivatives: list[Tensor] = []
         for found in self._passes(objective, needed(generator)):
+            uses = _uses(found)
+            predicted = {name: b for name, b in predicted.items() if uses[name]}  # nothing else takes back what it adds
             with torch.autocast(found.loss.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
                 add_parts(gradients, found, self._weights(found, predicted))
                 if not derivatives:  # every pass knows the same exact gradient
@@ -148,9 +150,8 @@ class ForwardGradient(Estimator):
             gram = torch.stack([entered.gram() for entered in found.entered]).sum(0).squeeze(2)
             solved = torch.linalg.pinv(gram.double(), hermitian=True) @ found.derivatives.double()
             return [solved.unsqueeze(1)] * len(found.entered)
-        uses = Counter(name for entered in found.entered for name in entered.names)  # a weight used twice moves twice: half of b for each
-        shares = {name: b / uses[name] for name, b in predicted.items() if uses[name]}
-        inner = [entered.inner(shares) for entered in found.entered] if predicted else []
+        shares = {name: b / _uses(found)[name] for name, b in predicted.items()}  # a weight used twice moves twice: half of b for each
+        inner = [entered.inner(shares) for entered in found.entered if entered.in_weights] if predicted else []
         weights = []
         for entered in found.entered:
             d = found.of(entered)
@@ -171,6 +172,11 @@ class ForwardGradient(Estimator):
         for name, gradient in gradients.items():
             if gradient is not None:
                 state[f"average.{name}"].lerp_(gradient, 1 - self.control_variate)
+
+
+def _uses(found: Pass) -> Counter[str]:
+    """How often each weight moved itself."""
+    return Counter(name for entered in found.entered if entered.in_weights for name in entered.names)
 
 
 def add_parts(gradients: dict[str, Tensor | None], found: Pass, weights: list[Tensor]) -> None:

@@ -67,8 +67,6 @@ NETWORKS: dict[ModelName, Network] = {
     "cnn": Network("CNN · MNIST", "mnist", 10),
     "cifar-cnn": Network("CNN · CIFAR-10", "cifar10", 30, warm_up=100),
 }
-SMALLER = dict(zip((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2), strict=True))
-"""Half a decade down, for ten times as many weights."""
 
 
 def beyond(rows: list[str] | None = None, epochs: int | None = None, seeds: int | None = None, tuning_epochs: int | None = None) -> Study:
@@ -102,7 +100,6 @@ def _chosen(rows: list[str] | None) -> list[tuple[ModelName, str]]:
 
 def _arm(model: ModelName, name: str, epochs: int | None) -> Arm:
     network, method = NETWORKS[model], METHODS[name]
-    rates = tuple(SMALLER[rate] for rate in method.rates) if model == "cifar-cnn" else method.rates
     return Arm(
         name=f"{model}-{name}",
         group=network.title,
@@ -112,9 +109,9 @@ def _arm(model: ModelName, name: str, epochs: int | None) -> Arm:
             data=network.data,
             model=method.model or model,
             estimator=method.estimator | ({"warm_up": network.warm_up} if network.warm_up and name.startswith("feedback") else {}),
-            optimizer=Optimizer("adam", rates[0], anneal=True),
+            optimizer=Optimizer("adam", method.rates[0], anneal=True),
             epochs=epochs or network.epochs,
         ),
-        space={"lr": rates},
+        space={"lr": method.rates},
         full_epochs=network.epochs,
     )

@@ -60,6 +60,8 @@ class Point(Entered):
     put off until something else uses it.
     """
 
+    in_weights = False
+
     def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
         super().__init__()
         self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows
@@ -93,8 +95,9 @@ class Point(Entered):
         self.shape = out.shape
         if self.rectified:
             self.kept["active"] = out > 0
-        if isinstance(self.layer, Embedding) and self.layer.padding is not None:
-            self.kept["active"] = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
+        if isinstance(self.layer, Embedding) and self.layer.padding is not None and not self.tail:  # behind a pool words are mixed
+            words = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
+            self.kept["active"] = self.kept["active"] & words if self.rectified else words
 
     def draw(self, out: Tensor) -> None:
         self.u = self.directions.draw(tuple(out.shape), out)
@@ -131,10 +134,9 @@ class Point(Entered):
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         assert self.u is not None
-        weighted = weights.to(self.u.dtype).reshape(*weights.shape, *[1] * (self.u.dim() - 2)) if self.u.dim() > 1 else weights
-        if self.rows == 1:  # no dimension of the batch
-            weighted = weights.to(self.u.dtype).reshape(len(weights), *[1] * (self.u.dim() - 1))
-        return self.from_error((weighted * self.u).sum(0))
+        u = self.u.to(self.layer.like.dtype)
+        rows = [] if self.rows == 1 else [self.rows]  # one row may be an example without a dimension of the batch
+        return self.from_error((weights.to(u.dtype).reshape(len(u), *rows, *[1] * (u.dim() - 1 - len(rows))) * u).sum(0))
 
     @property
     def names(self) -> list[str]:
@@ -143,13 +145,6 @@ class Point(Entered):
     def gram(self) -> Tensor:
         u = self.moves()
         return torch.einsum("kbi,lbi->klb", u, u)
-
-    def inner(self, other: dict[str, Tensor]) -> Tensor:
-        """⟨b, Σ u xᵀ⟩ = u · (b x): the layer with the other's weights; with the part of `other` that is each example's."""
-        roles = {role: other[name] for role, name in self.layer.names.items()}
-        still = {role: torch.zeros_like(t) for role, t in self.layer.call.items() if role in ("weight", "bias") and isinstance(t, Tensor)}
-        out = self.layer.function(**{**self.layer.call, "input": self.kept["x"], **still, **roles})
-        return (self.moves() * out.reshape(1, self.rows, -1)).sum(2) / self.rows
 
 
 def _unpool(error: Tensor, winners: Tensor, like: tuple[torch.Size, bool], call: dict[str, Any]) -> Tensor:

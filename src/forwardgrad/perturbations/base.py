@@ -45,6 +45,8 @@ class Entered(ABC):
     """
 
     rows: int = 1
+    in_weights: ClassVar[bool] = True
+    """Whether its directions are changes of weights, with covariance I there."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}

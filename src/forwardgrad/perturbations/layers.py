@@ -58,6 +58,12 @@ class Layer(ABC):
     def fan_in(self) -> int:
         return math.prod(self.weight_shape[1:])
 
+    @property
+    def like(self) -> Tensor:
+        """A parameter that is trained: directions and gradients have its precision, whatever autocast computes the output in."""
+        parameter: Tensor = self.call[next(iter(self.names))]
+        return parameter
+
     @abstractmethod
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The output's tangent along left @ right.T, with left [fan_out, r] and right [fan_in, r]."""
@@ -92,7 +98,7 @@ class Linear(Layer):
         return (along * left.unsqueeze(1)).reshape(*x.shape[:-1], self.fan_out)
 
     def shift(self, out: Tensor, bias: Tensor) -> Tensor:
-        return bias if bias.dim() == 1 else bias.reshape(self.rows if out.dim() > 1 else -1, *[1] * max(0, out.dim() - 2), out.shape[-1])
+        return bias if bias.dim() == 1 else bias.reshape(*[self.rows, *[1] * out.dim()][: out.dim() - 1], out.shape[-1])
 
     def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
         flat = error.reshape(-1, self.fan_out)
@@ -214,8 +220,12 @@ class Norm(Layer):
         normal = self.function(**plain)
         self.rows = x.shape[0] if x.dim() > 1 else 1
         self.inner = self.inside(x)
+        return self.scaled(normal, weight, bias), normal
+
+    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The output with this gain and bias, in the precision that the normalisation gives."""
         out = normal if weight is None else normal * self._spread(weight)
-        return (out if bias is None else out + self._spread(bias)), normal
+        return (out if bias is None else out + self._spread(bias)).to(normal.dtype)
 
     def inside(self, x: Tensor) -> list[int]:
         """The shape that makes one gain for every channel broadcast against an example."""

@@ -53,10 +53,10 @@ class LowRankUse(Sown):
         self.layer, self.x, self.out = layer, x, out
         self.left = self.right = self.bias = None
         if "weight" in layer.names:
-            self.left = directions.draw((layer.fan_out, rank), out)
-            self.right = directions.draw((layer.fan_in, rank), out) / rank**0.5
+            self.left = directions.draw((layer.fan_out, rank), layer.like)
+            self.right = directions.draw((layer.fan_in, rank), layer.like) / rank**0.5
         if "bias" in layer.names:
-            self.bias = directions.draw((layer.fan_out,), out)
+            self.bias = directions.draw((layer.fan_out,), layer.like)
 
     def tangent(self, pick: Pick) -> Tensor:
         moved: Tensor | None = None

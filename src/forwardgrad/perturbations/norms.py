@@ -16,7 +16,7 @@ class PerExampleNorm(Sown):
         super().__init__()
         self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
         shape = (layer.rows, *layer.weight_shape)
-        self.directions = {role: directions.draw(shape, out) for role in layer.names}
+        self.directions = {role: directions.draw(shape, layer.like) for role in layer.names}
 
     def tangent(self, pick: Pick) -> Tensor:
         moved: Tensor | float = 0.0

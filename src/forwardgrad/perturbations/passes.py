@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from forwardgrad.perturbations.outputs import Output, spread
 from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
 from forwardgrad.tangents import Law
 
-_at_once: WeakKeyDictionary[nn.Module, frozenset[int]] = WeakKeyDictionary()  # what was learned of a model's structure
+_at_once: WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[int]]] = WeakKeyDictionary()  # what was learned of a model's structure
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,12 @@ def perturbed_pass(
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
     Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place off; that is
-    remembered for the model, so it happens in the first step alone.
+    remembered for the model under this loss, so it happens in the first step alone.
     """
     perturbation.check(law)
-    model = objective.at if isinstance(objective.at, nn.Module) else None
-    at_once = _at_once.get(model, frozenset()) if model is not None else frozenset()
+    learned: dict[Hashable, frozenset[int]] = _at_once.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
+    key = getattr(objective.loss, "__code__", type(objective.loss)), repr(perturbation), exact_output  # a lambda is new at every step
+    at_once = learned.get(key, frozenset())
     while True:
         directions = Directions(law, seeds, device)
         watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends, still_ends=still_ends)
@@ -94,8 +95,8 @@ def perturbed_pass(
             torch.set_rng_state(before[0])
             for d, state in zip(_gpus(objective), before[1], strict=True):
                 torch.cuda.set_rng_state(state, d)
-    if model is not None and at_once:
-        _at_once[model] = at_once
+    if at_once:
+        learned[key] = at_once
     return _gathered(derived.values, derived.derivatives, watch)
 
 

@@ -49,10 +49,10 @@ class PerExampleUse(Sown):
         self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
         self.left = self.right = self.bias = None
         if "weight" in layer.names:
-            self.left = directions.draw((layer.rows, layer.fan_out), out)
-            self.right = directions.draw((layer.rows, layer.fan_in), out)
+            self.left = directions.draw((layer.rows, layer.fan_out), layer.like)
+            self.right = directions.draw((layer.rows, layer.fan_in), layer.like)
         if "bias" in layer.names:
-            self.bias = directions.draw((layer.rows, layer.fan_out), out)
+            self.bias = directions.draw((layer.rows, layer.fan_out), layer.like)
 
     def tangent(self, pick: Pick) -> Tensor:
         moved: Tensor | None = None

@@ -20,7 +20,7 @@ from forwardgrad.perturbations import outputs
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.dense import DenseUse
-from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer
+from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer, Norm
 
 
 class UsedAgain(Exception):
@@ -173,7 +173,7 @@ class ModelWatch(TorchFunctionMode):
         out, x = layer.run(given)
         entered = self.perturbation.enter(layer, primal(x), primal(out), self.directions)
         if entered is None:
-            return self._whole(layer, given)
+            return self._whole(layer, given, x)
         if isinstance(entered, Sown):
             return self._sow(entered, out)
         assert isinstance(entered, Point)
@@ -182,9 +182,11 @@ class ModelWatch(TorchFunctionMode):
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
         return out if may_wait else self._move(out, entered)
 
-    def _whole(self, layer: Layer, given: Tensor) -> Tensor:
+    def _whole(self, layer: Layer, given: Tensor, x: Tensor) -> Tensor:
         """The layer with its trained parameters moving as a whole."""
         call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
+        if isinstance(layer, Norm):  # not normalised again: that would count the batch twice in running statistics
+            return layer.scaled(x, call.get("weight"), call.get("bias"))
         out: Tensor = layer.function(**call, input=given)
         return out
 
