@@ -12,15 +12,19 @@ import subprocess
 import sys
 import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stored import put
 
 import forwardgrad as fg
-from forwardgrad.lab import cli, recipes
+from forwardgrad.lab import cli, cost, recipes
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import Run
 from forwardgrad.lab.spec import format_value
+from forwardgrad.lab.store import Store
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -50,8 +54,8 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("train", "--batch-size", "0"), "--batch-size"),
     (("train", "--estimator", "forward(tangents=0)"), "tangents must be a whole number of at least 1, not 0"),
     (("train", "--estimator", "forward(tangents=two)"), "tangents must be a whole number of at least 1, not 'two'"),
-    (("train", "--estimator", "forward(clip=0)"), "clip must be a positive number or None for no clip, not 0"),
-    (("train", "--estimator", "forward(clip=-1.5)"), "clip must be a positive number"),
+    (("train", "--estimator", "forward(clip=0)"), "clip must be a number above 0, not 0"),
+    (("train", "--estimator", "forward(clip=-1.5)"), "clip must be a number above 0, not -1.5"),
     (("train", "--estimator", "backprop(tangents=2)"), "backprop estimator has no option 'tangents'"),
     (("train", "--estimator", "forward(tangents=2"), "',' or ')' is expected at its end"),
     (("train", "--estimator", "forward; backprop"), "the end is expected at character 8"),
@@ -72,13 +76,17 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("tune", "--lr", "0.1,high"), "--lr takes numbers separated by commas"),
     (("tune", "--lr", "0.1,-0.1"), "learning rate must be a positive number, not -0.1"),
     (("tune",), "--lr"),
-    (("reproduce", "table2"), "'table1', 'figure1', 'figure2', 'baydin'"),
+    (("reproduce", "table2"), "'table1', 'figure1', 'figure2', 'baydin', 'beyond', 'noise'"),
     (("reproduce", "table1", "--rows", "15"), "choose a number from 1 to 14"),
     (("reproduce", "table1", "--epochs", "0"), "--epochs"),
     (("reproduce", "table1", "--seeds", "0"), "--seeds"),
     (("reproduce", "table1", "--jobs", "0"), "--jobs"),
     (("reproduce", "baydin", "--rows", "cnn"), "choose from logistic, nn"),
     (("reproduce", "baydin", "--retune"), "leave --retune out"),
+    (("reproduce", "beyond", "--retune"), "beyond always tunes every arm; leave --retune out"),
+    (("reproduce", "beyond", "--rows", "nn,cifar"), "no row 'cifar' beyond the paper: choose from nn, cnn, cifar-cnn"),
+    (("reproduce", "noise", "--rows", "nn"), "no row 'nn' on noise: choose from paper-x1"),
+    (("reproduce", "noise", "--retune"), "noise has the paper's hyperparameters, times a factor; leave --retune out"),
     (("cost", "--models", "resnet"), "unknown model 'resnet'"),
     (("quality", "--estimators", "evolution"), "the estimator 'evolution' cannot be used: unknown estimator 'evolution'"),
     (("quality", "--estimators", "forward(clip=-1)"), "clip must be a number above 0, not -1"),
@@ -134,12 +142,39 @@ def test_train_prints_its_result_and_a_second_call_repeats_nothing(
     assert (folder / "result.json").read_bytes() == result
 
 
+@pytest.mark.parametrize(("recipe", "rows", "planned"), [("beyond", "nn-local,cnn-linear", 6), ("noise", "paper-x10", 1)])
+def test_studies_beyond_the_papers_table_are_run_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, rows: str, planned: int
+) -> None:
+    trained = []
+
+    def execute(runs: Sequence[Run], store: Store, place: Any, progress: Any) -> dict[str, Any]:
+        trained.extend(runs)
+        for one in runs:
+            put(store, one, 0.5)
+        return {one.identity: store.result(one.identity) for one in runs}
+
+    monkeypatch.setattr("forwardgrad.lab.execute.execute", execute)
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
+    status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
+    assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")
+    assert len([one for one in trained if one.test]) == planned
+    assert len([one for one in trained if not one.test]) == (8 if recipe == "beyond" else 0)
+    assert (tmp_path / "studies" / f"{recipe}.json").exists()
+
+
 def candidates(value: Any) -> list[Any]:
     """Values that an option of an estimator may take, besides `value`: those of its kind, and every component there is."""
     numbers: list[Any] = [1, 2, 3, 0.5, 1.5]
-    words = [law.name for law in fg.LAWS]
+    words = [kind.name for kind in (*fg.LAWS, *fg.PERTURBATIONS)]
     told = [choice for choice in getattr(value, "__args__", ()) if isinstance(choice, str)]
-    return [True, False, *numbers, *words, *told]
+    return [True, False, *numbers, *words, *told, ["0.weight"]]
+
+
+WITH = {
+    ("guess", "complement"): "source=given, ",
+    ("forward", "exact_output"): "perturb=activity, ",
+}  # options that another one has to go with
 
 
 @pytest.mark.parametrize("kind", fg.ESTIMATORS, ids=lambda kind: kind.name)
@@ -148,10 +183,10 @@ def test_every_estimator_and_every_field_can_be_chosen(kind: type[fg.Estimator])
     assert usual["name"] == kind.name
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        chosen = []
+        chosen, extra = [], WITH.get((kind.name, field.name), "")
         for value in candidates(types[field.name]):
             with contextlib.suppress(UserError):
-                chosen.append(cli._estimator(f"{kind.name}({field.name}={format_value(value)})")[field.name])
+                chosen.append(cli._estimator(f"{kind.name}({extra}{field.name}={format_value(value)})")[field.name])
         assert any(value != usual[field.name] for value in chosen), f"no value of {kind.name}'s {field.name} but its default can be chosen"
 
 

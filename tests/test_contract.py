@@ -38,6 +38,7 @@ PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a c
     fg.LearnedFeedback("average", use="control-variate", tangents=2, masked=False): 3,
     fg.LocalLosses(): 2,
     fg.LocalLosses(head="pooled", similarity=0.5, tangents=2, law=fg.Gaussian()): 3,
+    fg.LocalLosses(feedback=True): 2,
     fg.FixedFeedback(): 1,
     fg.Readout(): 1,
     fg.ZerothOrder(epsilon=1e-4): 2,

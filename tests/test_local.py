@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import forwardgrad as fg
 from forwardgrad.derivative import Objective
-from forwardgrad.estimators.local import similarity_derivatives
+from forwardgrad.estimators.heads import similarity_error
 from forwardgrad.moments import Moments
 
 State = dict[str, Tensor]
@@ -36,7 +36,7 @@ def deep() -> nn.Sequential:
 
 def heads(state: State) -> list[tuple[Tensor, Tensor]]:
     """The classifiers of the blocks, weight and bias."""
-    count = sum(name.endswith("weight") for name in state)
+    count = sum(f"head.{i}.weight" in state for i in range(len(state)))
     return [(state[f"head.{i}.weight"].clone(), state[f"head.{i}.bias"].clone()) for i in range(count)]
 
 
@@ -92,7 +92,7 @@ def test_the_estimate_is_unbiased_for_the_loss_of_each_block(name: str) -> None:
     model, x, ends, options = built(name)
     state: State = {}
     for seed in range(3):
-        step(classify(x), model, fg.LocalLosses(**options), state, seed)
+        step(classify(x), model, fg.LocalLosses(head_rate=0.1, **options), state, seed)
     exact = reference(model, x, ends, heads(state), options.get("head", "flatten"), options.get("similarity", 0.0))
     method, generator, objective = fg.LocalLosses(tangents=64, **options), seeded(5), Objective(classify(x), model)
     moments = Moments(list(exact), list(exact.values()))
@@ -119,7 +119,7 @@ def test_no_gradient_crosses_the_end_of_a_block() -> None:
         for p in list(other.parameters())[2:]:
             p.mul_(-3)
     state: State = {}
-    step(classify(x), model, fg.LocalLosses(), state)
+    step(classify(x), model, fg.LocalLosses(head_rate=0.1), state)
     found = [step(classify(x), m, fg.LocalLosses(), {key: t.clone() for key, t in state.items()}) for m in (model, other)]
     assert torch.equal(found[0]["0.weight"], found[1]["0.weight"])
     assert not torch.equal(found[0]["2.weight"], found[1]["2.weight"])
@@ -130,56 +130,56 @@ def test_no_gradient_crosses_the_end_of_a_block() -> None:
 
 
 @pytest.mark.parametrize("head", ["flatten", "pooled", "positions"])
-def test_classifiers_learn_by_their_exact_gradient(head: Any) -> None:
-    model, x, y, rate = convolutional().double(), rows(3, 1, 6, 6), torch.arange(3), 0.7
-    method, state = fg.LocalLosses(head=head, head_rate=rate), {}
-    step(classify(x), model, method, state)
-    before = heads(state)
+def test_classifiers_learn_by_adam_along_their_exact_gradient(head: Any) -> None:
+    model, x, y, rate = convolutional().double(), rows(3, 1, 6, 6), torch.arange(3), 0.05
+    given, state = [features(h, head).detach() for h in (model[:3](x), model[:5](x))], {}
+    expected = [(torch.zeros(3, f.shape[2], dtype=f.dtype).requires_grad_(), torch.zeros(3, dtype=f.dtype).requires_grad_()) for f in given]
+    optimizer = torch.optim.Adam([t for pair in expected for t in pair], lr=rate)
     losses = []
-    for seed in range(1, 61):
-        step(classify(x), model, method, state, seed)
-        if seed == 1:
-            after = heads(state)
-        outs = [model[:3](x).detach(), model[:5](x).detach()]
-        given = [features(h, head) for h in outs]
-        losses.append(
-            [
-                float(F.cross_entropy((f @ w.T + b).flatten(0, 1), y.repeat_interleave(f.shape[1])))
-                for f, (w, b) in zip(given, heads(state), strict=True)
-            ]
-        )
-    for f, (w, b), (w_after, b_after) in zip(given, before, after, strict=True):
-        w, b = w.requires_grad_(), b.requires_grad_()
-        loss = F.cross_entropy((f @ w.T + b).flatten(0, 1), y.repeat_interleave(f.shape[1]))
-        grad_w, grad_b = torch.autograd.grad(loss, [w, b])
-        length = rate / (1 + f.square().sum(2).mean())
-        torch.testing.assert_close(w_after, w - length * grad_w, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(b_after, b - length * grad_b, rtol=1e-9, atol=1e-11)
-    for first, last in zip(losses[0], losses[-1], strict=True):
-        assert last < first - 0.02
+    for seed in range(25):
+        optimizer.zero_grad()
+        each = [
+            F.cross_entropy((f @ w.T + b).flatten(0, 1), y.repeat_interleave(f.shape[1])) for f, (w, b) in zip(given, expected, strict=True)
+        ]
+        sum(each).backward()
+        optimizer.step()
+        losses.append([float(loss.detach()) for loss in each])
+        step(classify(x), model, fg.LocalLosses(head=head, head_rate=rate), state, seed)
+        torch.testing.assert_close(heads(state), [(w.detach(), b.detach()) for w, b in expected], rtol=1e-6, atol=1e-7)
+    assert all(last < first - 0.02 for first, last in zip(losses[0], losses[-1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["every layer", "similarity", "images", "images, pooled", "images, positions"])
+def test_learned_feedback_sends_back_the_exact_error_of_a_classifier_that_rests(name: str) -> None:
+    model, x, ends, options = built(name)
+    state: State = {}
+    for seed in range(160):  # ten steps of learning, then the feedback catches up
+        method = fg.LocalLosses(feedback=True, head_rate=0.1 if seed < 10 else 1e-12, **options)
+        found = step(classify(x), model, method, state, seed)
+    exact = reference(model, x, ends, heads(state), options.get("head", "flatten"), options.get("similarity", 0.0))
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (4, 3, 2, 2)], ids=str)
-def test_derivatives_of_the_similarity_are_those_of_autograd(shape: tuple[int, ...]) -> None:
+def test_the_error_of_the_similarity_is_that_of_autograd(shape: tuple[int, ...]) -> None:
     h, y = rows(*shape), torch.arange(shape[0]) % 2
-    moves = torch.randn(3, *shape, dtype=torch.float64, generator=seeded(2))
     leaf = h.clone().requires_grad_()
     (g,) = torch.autograd.grad(similarity(leaf, y), leaf)
-    expected = (moves * g).flatten(2).sum(2)
-    torch.testing.assert_close(similarity_derivatives(h, moves, y), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(similarity_error(h, y), g, rtol=1e-10, atol=1e-12)
 
 
-def test_a_network_learns_from_local_losses_alone() -> None:
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_network_learns_from_local_losses_alone(feedback: bool) -> None:
     """Three classes of points: what the first layers pass on lets the model's own classifier tell nearly all of them apart."""
     generator = seeded(1)
     y = torch.arange(60) % 3
     x = F.one_hot(y, 4).double() * 2 + torch.randn(60, 4, dtype=torch.float64, generator=generator)
-    model, state = deep(), {}
+    model, state, method = deep(), {}, fg.LocalLosses(feedback=feedback, head_rate=0.02)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     before = float(F.cross_entropy(model(x), y).detach())
-    for _ in range(150):
+    for _ in range(100):
         optimizer.zero_grad()
-        fg.estimate_grad_(lambda m: F.cross_entropy(m(x), y), model, fg.LocalLosses(), generator=generator, state=state)
+        fg.estimate_grad_(lambda m: F.cross_entropy(m(x), y), model, method, generator=generator, state=state)
         optimizer.step()
     assert float(F.cross_entropy(model(x), y).detach()) < 0.5 * before
 

@@ -22,6 +22,10 @@ READ: list[tuple[str, dict[str, Any]]] = [
     ("f(a=true, b=false, c=none, d=nonesuch)", {"name": "f", "a": True, "b": False, "c": None, "d": "nonesuch"}),
     ("f(a=-1, b=+2, c=1e-3, d=.5, e=2., f=-1E+2)", {"name": "f", "a": -1, "b": 2, "c": 1e-3, "d": 0.5, "e": 2.0, "f": -100.0}),
     ('f(path="a b;(c,=.pt", word="none", quote="\\"")', {"name": "f", "path": "a b;(c,=.pt", "word": "none", "quote": '"'}),
+    (
+        'f(ends=["0.weight", 4.5, none], none=[ ], in=[[a],b(c=1)])',
+        {"name": "f", "ends": ["0.weight", 4.5, None], "none": [], "in": [["a"], {"name": "b", "c": 1}]},
+    ),
     ("f(a=b(), c=d(e=f(g=1)))", {"name": "f", "a": "b", "c": {"name": "d", "e": {"name": "f", "g": 1}}}),
 ]
 REFUSED = [
@@ -40,6 +44,9 @@ REFUSED = [
     ("forward; backprop", "the end is expected at character 8, before '; backprop'"),
     ("f(a=1e999)", "a number that a computer can hold is expected at character 5"),
     (f"f(a={'9' * 5000})", "a number that a computer can hold is expected at character 5"),
+    ("f(a=[1 2])", "',' or ']' is expected at character 8, before '2])'"),
+    ("f(a=[1,])", "a value is expected at character 8, before '])'"),
+    ("f(a=[1", "',' or ']' is expected at its end"),
     ('f(a="open)', "a value is expected at character 5"),
     ('f(a="\\q")', "a text in JSON's form is expected at character 5"),
 ]
@@ -74,7 +81,10 @@ NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_-]{0,8}", fullmatch=True).filter(lam
 PLAIN = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text() | NAMES
 COMPONENTS = st.recursive(
     PLAIN,
-    lambda inner: st.builds(lambda name, options: {"name": name, **options}, NAMES, st.dictionaries(NAMES, inner, min_size=1)),
+    lambda inner: (
+        st.builds(lambda name, options: {"name": name, **options}, NAMES, st.dictionaries(NAMES, inner, min_size=1))
+        | st.lists(inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -95,7 +105,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert parse_estimator(format_estimator(config)) == config
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), [1], object()])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [object()], object()])
 def test_what_has_no_text_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="cannot be written"):
         format_estimator({"name": "f", "a": value})

@@ -1,8 +1,10 @@
 """The training loop: against a loop written by hand, killed and resumed, diverging, and evaluated on whole splits."""
 
 import dataclasses
+import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +32,7 @@ def outcome(folder: Path) -> tuple[Any, ...]:
     result = json.loads((folder / "result.json").read_text())
     evaluations = store.read_table(folder / "evaluations.csv")
     kept = [{key: value for key, value in table.items() if key not in UNTIMED} for table in (result, evaluations)]
-    return (*kept, (folder / "losses.csv.gz").read_bytes())
+    return (*kept, (folder / "losses.csv.gz").read_bytes(), (folder / "walk.csv").read_bytes())
 
 
 def test_backprop_is_the_loop_anyone_would_write(tmp_path: Path) -> None:
@@ -148,6 +150,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         "losses.csv.gz",
         "result.json",
         "run.json",
+        "walk.csv",
     ]
 
 
@@ -193,7 +196,10 @@ def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name:
     assert table["norm_growth"][-1] == pytest.approx(norm(held) / start, rel=1e-5)
     assert table["step"] == [17, 34, 51]
     assert table["relative_step"] == pytest.approx([strides[16], strides[33], strides[50]], rel=1e-3)
-    assert result["peak_bytes"] is None  # a process's memory is not a run's
+    assert result["initial_norm"] == pytest.approx(start, rel=1e-6)
+    walk = store.read_table(tmp_path / "walk.csv")
+    assert walk == {name: table[name] for name in ("step", "norm_growth", "relative_step")}  # nothing else was looked at
+    assert store.read_table(tmp_path / "losses.csv.gz").keys() == {"step", "loss"}  # backpropagation has no directional derivative
 
 
 def test_annealing_ends_at_zero_and_starts_at_the_rate() -> None:
@@ -213,13 +219,65 @@ def test_the_relative_step_is_the_root_mean_square_of_those_looked_at(tmp_path: 
     seen = []
     measured = train._measured
     monkeypatch.setattr(
-        train, "_measured", lambda run, dataset, state: seen.append((state.step + 1, s := measured(run, dataset, state))) or s
+        train, "_measured", lambda run, data, state, **how: seen.append((state.step + 1, s := measured(run, data, state, **how))) or s
     )
     train.train(RUN, tmp_path)
     assert [step for step, _ in seen] == [5, 10, 15, 17, 20, 25, 30, 34, 35, 40, 45, 50, 51]
     parts = [[s for step, s in seen if low < step <= low + 17] for low in (0, 17, 34)]
     wanted = [math.sqrt(sum(s**2 for s in part) / len(part)) for part in parts]
     assert store.read_table(tmp_path / "evaluations.csv")["relative_step"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_derivative_of_every_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = []
+    estimate = train.estimate_grad_
+    monkeypatch.setattr(train, "estimate_grad_", lambda *a, **k: records.append(r := estimate(*a, **k)) or r)
+    train.train(dataclasses.replace(RUN, estimator={"name": "forward", "tangents": 3, "clip": 0.1}), tmp_path)
+    wanted = [math.sqrt(float(record.derivatives.square().mean())) for record in records]
+    assert store.read_table(tmp_path / "losses.csv.gz")["derivative"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_watching_the_memory_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = dataclasses.replace(RUN, model="mlp", estimator={"name": "feedback"}, optimizer=Optimizer("adam", 0.01))
+    watched = train.train(run, tmp_path / "watched")
+    monkeypatch.setattr(train, "_watched", lambda run, dataset, state: train._timed(run, dataset, state, state.step + 1))
+    plain = train.train(run, tmp_path / "plain")
+    assert plain.pop("peak_bytes") is None
+    peak = watched.pop("peak_bytes")
+    assert watched.keys() == plain.keys()
+    assert all(watched[name] == plain[name] for name in plain if name not in UNTIMED)
+    assert outcome(tmp_path / "watched")[1:] == outcome(tmp_path / "plain")[1:]
+    held = 4 * (3 * plain["parameters"] + 10 * 64)  # parameters, Adam's two moments, the feedback matrix of the hidden layer
+    assert held < peak < 3 * held
+
+
+def test_what_is_held_for_a_backward_pass_counts(tmp_path: Path) -> None:
+    """The steps watched end an epoch, with 54 examples: backpropagation holds the hidden layer's activities to its end."""
+    runs = {
+        name: dataclasses.replace(RUN, model="mlp", estimator={"name": name}, optimizer=Optimizer("sgd", 0.1))
+        for name in ("backprop", "readout")
+    }
+    peaks = {name: train.train(run, tmp_path / name)["peak_bytes"] for name, run in runs.items()}
+    assert peaks["backprop"] - peaks["readout"] >= 4 * 54 * 64
+
+
+def test_the_watched_step_counts_as_long_as_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak_bytes = train.peak_bytes
+    monkeypatch.setattr(train, "peak_bytes", lambda work, devices: time.sleep(0.5) or peak_bytes(work, devices))
+    assert train.train(RUN, tmp_path)["seconds"] < 0.5  # three watched steps of 51
+
+
+def test_a_checkpoint_of_the_time_before_the_walk_is_read(tmp_path: Path) -> None:
+    digits = data.load("digits", 0)
+    state = train._begin(RUN, digits, torch.device("cpu"))
+    train._advance(RUN, digits, state, 5)
+    content = torch.load(io.BytesIO(state.dump()), weights_only=True)
+    torch.save({name: value for name, value in content.items() if name not in ("walk", "derivatives")}, tmp_path / "checkpoint.pt")
+    other = train._begin(RUN, digits, torch.device("cpu"))
+    other.load(tmp_path / "checkpoint.pt")
+    assert other.step == 5
+    assert torch.equal(other.losses, state.losses)
+    assert other.walk == []
 
 
 def test_an_unknown_estimator_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def directional_derivatives(
 
     def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, buffers = objective.with_(parameters)
-        if forward_ad.unpack_dual(loss).tangent is None:
+        if not carries(loss):
             raise RuntimeError(_DROPPED)
         return loss, buffers
 
@@ -221,7 +221,7 @@ def derivatives_under(objective: Objective, watch: Watch, count: int, *, commit:
             loss, buffers = objective.raw(primals)
         outputs, kept = watch.close(loss)
         outputs = {"loss": _per_example(loss), **outputs}
-        if count and not watch.silent and forward_ad.unpack_dual(outputs["loss"]).tangent is None:
+        if count and not watch.silent and not carries(outputs["loss"]):
             raise RuntimeError(_DROPPED)
         return outputs, (kept, buffers)
 
@@ -252,6 +252,11 @@ def primal(tensor: Tensor) -> Tensor:
     """The values of a tensor without the tangent that it carries."""
     value: Tensor = forward_ad.unpack_dual(tensor).primal
     return value
+
+
+def carries(tensor: Tensor) -> bool:
+    """Whether a tensor carries a tangent."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def estimate_grad_(
             if gradient is None:
                 continue
             if parameter.grad is None:
-                parameter.grad = gradient
+                parameter.grad = gradient.to(parameter.dtype)  # a layer under autocast has its own in a lower precision
             else:
                 parameter.grad.add_(gradient)
     return record

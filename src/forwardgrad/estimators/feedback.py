@@ -102,42 +102,56 @@ class LearnedFeedback(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, type(self).__name__)
-            places = places_of(found, len(error))
-            feedback = [matrix(state, found, point, error, None) for point in places]
-            residual = moved - sum(
-                (_followed(b, point, moved.shape) for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
-            )
-            if int(step) >= self.warm_up:
-                self._apply(gradients, found, places, feedback, error, residual)
-            self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
+            entered = [place for place in found.entered if place not in found.exact]
+            ready = int(step) >= self.warm_up
+            self.teach(gradients if ready else None, found, entered, error, moved, state)
+            if ready:
+                add_exact(gradients, found)
         step += 1
         return Estimate(found.loss, found.derivatives, self.tangents + 1), gradients
 
-    def _apply(
+    def teach(
+        self,
+        gradients: dict[str, Tensor | None] | None,
+        found: Pass,
+        entered: list[Entered],
+        error: Float[Tensor, "n c"],
+        moved: Float[Tensor, "k n c"],
+        state: dict[str, Tensor],
+    ) -> None:
+        """Add the gradients of what entered ahead of an output with this error, where wanted, and learn from how the output moved."""
+        places = places_of(entered, len(error))
+        feedback = [matrix(state, found, point, error, None) for point in places]
+        residual = moved - sum(
+            (_followed(b, point, moved.shape) for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
+        )
+        if gradients is not None:
+            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, residual)
+        self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
+
+    def _add(
         self,
         gradients: dict[str, Tensor | None],
         found: Pass,
-        places: list[Point],
-        feedback: list[Tensor],
+        entered: list[Entered],
+        feedback: dict[Point, Tensor],
         error: Tensor,
         residual: Tensor,
     ) -> None:
         rows = (error * residual).sum(2) / self.tangents
-        for point, b in zip(places, feedback, strict=True):
+        for point, b in feedback.items():
             sent = (error.reshape(point.rows, -1) @ b).reshape(point.shape)
             if self.use == "control-variate":
-                assert point.u is not None
-                sent = sent + torch.einsum("kb,kbq->bq", _of(found, rows, point), point.moves()).reshape(point.shape)
+                sent = sent + torch.einsum("kb,kbq->bq", _of(found, rows, point), point.moves().to(rows.dtype)).reshape(point.shape)
             add(gradients, point.from_error(sent))
-        for entered in found.entered:
-            if entered not in found.exact and entered not in places:
-                add(gradients, entered.gradient(_of(found, rows, entered)))
-        add_exact(gradients, found)
+        for place in entered:
+            if place not in feedback:
+                add(gradients, place.gradient(_of(found, rows, place)))
 
     def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
-        units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(found.derivatives)
+        units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(signal)
         for point, b in zip(places, feedback, strict=True):
-            u, count = point.moves(), point.moving().sum((0, 1))
+            u, count = point.moves().to(b.dtype), point.moving().sum((0, 1))
             seen = signal.reshape(len(u), point.rows, -1)
             learned = torch.einsum("kbc,kbq->cq", seen, u)
             if self.rule == "average":
@@ -176,11 +190,11 @@ def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor
     return found.error.flatten(1), moved.flatten(2)
 
 
-def places_of(found: Pass, terms: int) -> list[Point]:
+def places_of(entered: list[Entered], terms: int) -> list[Point]:
     """The places that a feedback matrix can be learned for: those that hold each example of the batch apart."""
     return [
         point
-        for point in found.entered
+        for point in entered
         if isinstance(point, Point) and not point.exact and point.moved and terms % point.rows == 0 and (point.rows > 1 or terms == 1)
     ]
 
@@ -203,7 +217,7 @@ def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, g
 
 def _followed(b: Tensor, point: Point, shape: torch.Size) -> Tensor:
     """What the feedback says the output does when a place moves."""
-    return (point.moves() @ b.T).reshape(shape)
+    return (point.moves().to(b.dtype) @ b.T).reshape(shape)
 
 
 def _of(found: Pass, rows: Tensor, entered: Entered) -> Tensor:

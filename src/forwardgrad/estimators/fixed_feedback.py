@@ -54,7 +54,7 @@ class FixedFeedback(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, _ = output_of(found, type(self).__name__)
-            for point in places_of(found, len(error)):
+            for point in places_of(found.entered, len(error)):
                 sent = error.reshape(point.rows, -1) @ matrix(state, found, point, error, generator)
                 add(gradients, point.from_error(sent.reshape(point.shape)))
             add_exact(gradients, found)

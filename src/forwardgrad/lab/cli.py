@@ -12,14 +12,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from forwardgrad import __version__
-from forwardgrad.lab import recipes
+from forwardgrad.lab import beyond, noise, recipes
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
+from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Precision, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator, parse_estimators
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study, run_study
 
 INTERRUPTED = 130
+RETUNED = {
+    "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
+    "beyond": "always tunes every arm",
+    "noise": "has the paper's hyperparameters, times a factor",
+}  # recipes that decide themselves what is tuned
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")
@@ -47,6 +52,7 @@ Beta1 = Annotated[float, typer.Option(help="Adam's decay rate of the first momen
 Beta2 = Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")]
 Anneal = Annotated[bool, typer.Option("--anneal", help="Also anneal the learning rate to zero over the run, along a cosine.")]
 Cap = Annotated[float | None, typer.Option(help="Largest step relative to the parameters' norm; longer ones are cut. [default: none]")]
+Precise = Annotated[Precision, typer.Option(help="What layers compute in; parameters and updates are float32 in any case.")]
 Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]
 
 
@@ -104,13 +110,14 @@ def train(
     epochs: Epochs = 10,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
+    precision: Precise = "float32",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
 ) -> None:
     """Train one network once and print its validation and test results."""
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
-    run = Run(data, model, _estimator(estimator), options, epochs, batch_size, seed)
+    run = Run(data, model, _estimator(estimator), options, epochs, batch_size, seed, precision=precision)
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress, describe
 
@@ -160,37 +167,44 @@ def tune(
 
 @app.command()
 def reproduce(
-    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin"], typer.Argument(help="What to reproduce.")],
+    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")],
     rows: Annotated[
         str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
-    seeds: Seeds = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    precision: Precise = "float32",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
     jobs: Jobs = 1,
 ) -> None:
-    """Run the paper's Table I, its figures, or the comparison of Baydin et al., and write the report.
+    """Run the paper's Table I, its figures, the comparison of Baydin et al., or a study beyond the paper, and write the report.
 
-    Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1.
+    Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
+    estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
     """
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
-    if recipe == "baydin":
-        if retune:
-            raise UserError("baydin always shows both: one learning rate for both arms, and each arm tuned; leave --retune out")
-        study = recipes.baydin(epochs, seeds, tuning_epochs, chosen)
+    if retune and recipe in RETUNED:
+        raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "beyond":
+        study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
+    elif recipe == "noise":
+        study = noise.noise(chosen, epochs, seeds or 1)
+    elif recipe == "baydin":
+        study = recipes.baydin(epochs, seeds or 1, tuning_epochs, chosen)
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
-        study = recipes.table1(chosen, epochs, seeds, retune, tuning_epochs)
-    store = _run_study(study, out, device, data_dir, jobs)
+        study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
+    store = _run_study(study.computed_in(precision), out, device, data_dir, jobs)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
         functions.write(store)
-    _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
+        _time_steps(store, {arm.run.model for arm in study.arms}, device)
     _report(store)
 
 

@@ -23,8 +23,23 @@ LOOKS: dict[str, dict[str, Any]] = {
     "backprop": {"color": "#0072B2", "linestyle": "-", "marker": "o", "name": "backpropagation"},
     "forward": {"color": "#D55E00", "linestyle": (0, (3.5, 1.2)), "marker": "s", "name": "forward gradient"},
 }
+DASHES, DOTS = (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2))
+FURTHER: dict[str, dict[str, Any]] = {
+    "local": {"color": "#009E73", "linestyle": "-", "marker": "^"},
+    "zeroth-order": {"color": "#009E73", "linestyle": DASHES, "marker": "^"},
+    "feedback": {"color": "#CC79A7", "linestyle": "-", "marker": "D"},
+    "feedback-average": {"color": "#CC79A7", "linestyle": DASHES, "marker": "D"},
+    "feedback-cv": {"color": "#CC79A7", "linestyle": DOTS, "marker": "D"},
+    "activity": {"color": "#E69F00", "linestyle": "-", "marker": "v"},
+    "per-example": {"color": "#E69F00", "linestyle": DASHES, "marker": "v"},
+    "low-rank": {"color": "#D55E00", "linestyle": DOTS, "marker": "s"},
+    "cheapest": {"color": "#56B4E9", "linestyle": "-", "marker": "P"},
+    "fixed-feedback": {"color": "#000000", "linestyle": "-", "marker": "*"},
+    "readout": {"color": "#000000", "linestyle": DASHES, "marker": "*"},
+    "linear": {"color": "#000000", "linestyle": DOTS, "marker": "*"},
+}  # relatives share a colour
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # further arms, in the order in which they come
-STROKES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2)))
+STROKES: tuple[Any, ...] = ("-", DASHES, DOTS)
 MARKERS = ("^", "D", "v", "P", "*")
 INK, QUIET = "#1f2933", "#5f6b76"
 STYLE = {
@@ -142,7 +157,7 @@ def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     first: dict[str, str] = {}
     for line in lines:
         first.setdefault(line.kind, line.name)
-    looks = {first[kind]: look for kind, look in LOOKS.items() if kind in first}
+    looks = {first[kind]: look for kind, look in (LOOKS | FURTHER).items() if kind in first}
     return _with_rest(looks, [line.name for line in lines])
 
 

@@ -91,7 +91,8 @@ def details(study: StudyResult) -> list[str]:
 
 def _diverged(study: StudyResult) -> str:
     parts = []
-    for kind, name in (("forward", "the forward gradient"), ("backprop", "backpropagation")):
+    names = {"forward": "the forward gradient", "backprop": "backpropagation"}
+    for kind, name in (names | {arm.kind: arm.label for arm in study.arms if arm.kind not in names}).items():
         runs = [run for arm in study.arms if arm.kind == kind for run in arm.done]
         if lost := sum(run.diverged for run in runs):
             parts.append(f"{lost} of {count(len(runs), 'run')} of {name}")
@@ -108,9 +109,11 @@ def _shortened(study: StudyResult) -> str:
     if not labels:
         return ""
     which = "Every arm" if len(labels) == len(study.arms) else f"{len(labels)} of {count(len(study.arms), 'arm')}"
+    published = any(arm.record.get("published") for arm in study.arms)
+    whose, column = ("the paper's", "with the published column") if published else ("the full study's", "with what is longer")
     return (
-        f"{which} trained for fewer epochs than the paper's ({'; '.join(dict.fromkeys(labels))}): "
-        "such arms compare with one another, not with the published column."
+        f"{which} trained for fewer epochs than {whose} ({'; '.join(dict.fromkeys(labels))}): "
+        f"such arms compare with one another, not {column}."
     )
 
 

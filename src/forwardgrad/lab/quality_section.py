@@ -93,24 +93,12 @@ def _row(estimate: Estimate) -> tuple[Cell, ...]:
         Cell(number(total["cosine_of_mean"])),
         Cell(f"{found['forward_passes']:,}"),
         Cell(tables.duration(found["seconds"])),
-        Cell(size(found["peak_bytes"])),
+        Cell(tables.size(found["peak_bytes"])),
     )
 
 
 def _between(interval: dict[str, float]) -> Cell:
     return Cell(number(interval["value"]), f"{number(interval['low'])} to {number(interval['high'])}")
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them.
-
-    >>> size(512), size(7_454_760)
-    ('512 B', '7.45 MB')
-    """
-    for limit, factor, unit in ((1e3, 1.0, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB")):
-        if count < limit:
-            return f"{count:,} B" if unit == "B" else f"{number(count / factor)} {unit}"
-    return f"{number(count / 1e9)} GB"
 
 
 def _measured(setting: dict[str, Any]) -> list[Estimate]:

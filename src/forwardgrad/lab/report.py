@@ -10,7 +10,10 @@ from typing import Any
 import jinja2
 
 from forwardgrad.lab import results
+from forwardgrad.lab.beyond_section import beyond_section
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.figures import FURTHER
+from forwardgrad.lab.noise_section import noise_section
 from forwardgrad.lab.quality_section import quality_section
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Block, Picture, Section, cost_section, functions_section, provenance_section, study_section
@@ -18,7 +21,7 @@ from forwardgrad.lab.store import Store, read_json, write_whole
 from forwardgrad.lab.tables import Cell
 
 TITLE = "Forward gradients beside backpropagation"
-ORDER = ("table1", "table1-retuned", "baydin", "demo")
+ORDER = ("table1", "table1-retuned", "baydin", "beyond", "noise", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "cost.json": ("cost of a step", cost_section),
@@ -55,16 +58,22 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
             environments.append((title, stored["environment"]))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{store.root / name} is damaged ({error!r}): delete it and measure it again") from error
-    ahead = [study_section(study) for study in studies if study.name != "demo"]
-    behind = [study_section(study) for study in studies if study.name == "demo"]
+    ahead = [_study(study, studies) for study in studies if study.name != "demo"]
+    behind = [_study(study, studies) for study in studies if study.name == "demo"]
     return [*ahead, *extra.values(), *behind, provenance_section(studies, environments)]
+
+
+def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
+    if study.name == "beyond":
+        return beyond_section(study, studies)
+    return noise_section(study) if study.name == "noise" else study_section(study)
 
 
 def html(sections: list[Section]) -> str:
     template = importlib.resources.files("forwardgrad.lab").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["kept"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")  # no line begins with a percent sign
-    return environment.from_string(template).render(title=TITLE, sections=sections)
+    return environment.from_string(template).render(title=TITLE, sections=sections, kinds=FURTHER)
 
 
 def markdown(sections: list[Section]) -> str:

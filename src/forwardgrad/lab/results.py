@@ -49,6 +49,15 @@ class Done:
         """The training loss of every step; not kept, because a study's worth of them is large."""
         return _columns(self.folder / "losses.csv.gz", ("step", "loss"))["loss"]
 
+    def derivatives(self) -> list[float]:
+        """The directional derivative of every step, empty for estimators that have none and for runs that did not keep it."""
+        return _columns(self.folder / "losses.csv.gz", ("step", "loss")).get("derivative", [])
+
+    @functools.cached_property
+    def walk(self) -> dict[str, list[float]]:
+        """Norm growth and relative step every 100 steps; without columns for runs that did not keep them."""
+        return read_table(self.folder / "walk.csv")
+
 
 @dataclass(frozen=True)
 class ArmResult:
@@ -87,11 +96,12 @@ class ArmResult:
 
     @property
     def shortened(self) -> str | None:
-        """A label for runs of fewer epochs than the paper's, None for the rest."""
-        published, epochs = self.record.get("published"), self.run.get("epochs")
-        if not published or epochs is None or epochs >= published["epochs"]:
+        """A label for runs of fewer epochs than the paper's, or than the full study's where nothing is published; None for the rest."""
+        full = (self.record.get("published") or {}).get("epochs") or self.record.get("full_epochs")
+        epochs = self.run.get("epochs")
+        if not full or epochs is None or epochs >= full:
             return None
-        return f"shortened: {epochs} of {published['epochs']} epochs"
+        return f"shortened: {epochs} of {full} epochs"
 
     @property
     def terms(self) -> dict[str, Any]:
@@ -105,6 +115,12 @@ class ArmResult:
             "grid points": len(self.record.get("trials") or []),
             "tuning epochs": self.record.get("tuning_epochs"),
         }
+
+    @property
+    def by_seed(self) -> dict[int, Done]:
+        """Finished runs by their place among the planned ones: those of two arms at one place share their seed."""
+        places = {identity: place for place, identity in enumerate(self.record["runs"])}
+        return {places[done.folder.name]: done for done in self.done}
 
     @property
     def data(self) -> str | None:

@@ -16,11 +16,12 @@ from forwardgrad.lab.errors import UserError
 LARGEST_LR = 1e30  # beyond it a float32 update overflows whatever the gradient
 LARGEST_COUNT = 1_000_000  # epochs, or examples a batch
 SCHEMA = 1  # raised whenever a stored run of an older version would be read wrongly
-LATER = ("weight_decay", "anneal", "cap")  # fields of Optimizer that the first stored runs did not have
+LATER = ("weight_decay", "anneal", "cap", "precision")  # fields that the first stored runs did not have
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
 DataName = Literal["digits", "mnist", "cifar10"]
 ModelName = Literal["logistic", "mlp", "nn", "cnn", "cifar-cnn"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def check_choice(value: object, kind: object, what: str) -> None:
@@ -78,7 +79,8 @@ class Run:
     """One model trained once. `estimator` holds the estimator's name and fields, e.g. {"name": "forward", "clip": 1.0}.
 
     `seed` governs everything random: split, initialisation, batch order, directions, dropout.
-    `test` is False for tuning trials: they never read the test split.
+    `test` is False for tuning trials: they never read the test split. With `precision` bfloat16 the layers compute under autocast, with
+    images and filters in the channels-last order and Adam in one kernel; parameters, losses and updates stay in float32.
     """
 
     data: DataName
@@ -89,10 +91,12 @@ class Run:
     batch_size: int = 64
     seed: int = 0
     test: bool = True
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_choice(self.data, DataName, "data set")
         check_choice(self.model, ModelName, "model")
+        check_choice(self.precision, Precision, "precision")
         if "name" not in self.estimator:
             raise UserError(f"an estimator needs a name, got {self.estimator!r}")
         for what, value in (("epochs", self.epochs), ("the batch size", self.batch_size)):
@@ -115,10 +119,10 @@ def identity(description: dict[str, Any]) -> str:
 def to_json(run: Run) -> dict[str, Any]:
     """The description as JSON values; `LATER` fields at their defaults are left out, so that older runs keep their identity."""
     description = {"schema": SCHEMA, **dataclasses.asdict(run)}
-    kept = description["optimizer"]
-    for field in dataclasses.fields(Optimizer):
-        if field.name in LATER and kept[field.name] == field.default:
-            del kept[field.name]
+    for kind, kept in ((Run, description), (Optimizer, description["optimizer"])):
+        for field in dataclasses.fields(kind):
+            if field.name in LATER and kept[field.name] == field.default:
+                del kept[field.name]
     return description
 
 

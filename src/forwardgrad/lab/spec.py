@@ -1,8 +1,8 @@
 """Estimators by one line of text, as the command line takes them; loads without torch.
 
     estimator := name [ "(" option "," option "," ... ")" ]         forward(tangents=8, law=rademacher, perturb=low-rank(rank=2))
-    option    := name "=" value                                     a value is a number, true, false, none, a "text" or an estimator's
-                                                                    component: a name, with options of its own in parentheses or none
+    option    := name "=" value                                     a value is a number, true, false, none, a "text", a list [a, b] or an
+                                                                    estimator's component: a name, with options of its own or none
 
 What the names and options are is not known here: `forwardgrad.estimators.from_config` refuses those that do not exist.
 """
@@ -66,6 +66,8 @@ def format_value(value: Any) -> str:
         return format_estimator(value)
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, str):
         return value if NAME.fullmatch(value) and value not in WORDS else json.dumps(value)
     if isinstance(value, (int, float)) and math.isfinite(value):
@@ -115,11 +117,21 @@ class _Reader:
                 return json.loads(text[0])
             except ValueError:
                 self.fail("a text in JSON's form", start)
+        if self.took("["):
+            return self.listed()
         name = self.match(NAME, "a value")
         if name in WORDS:
             return WORDS[name]
         options = self.options()
         return {"name": name, **options} if options else name
+
+    def listed(self) -> list[Any]:
+        found: list[Any] = []
+        while not self.took("]"):
+            if found and not self.took(","):
+                self.fail("',' or ']'")
+            found.append(self.value())
+        return found
 
     def took(self, sign: str) -> bool:
         self.space()

@@ -5,7 +5,8 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     status.json         where a run in progress is (replaced about once a second)
                     checkpoint.pt       the state that a killed run goes on from; gone once it has finished
                     evaluations.csv     validation loss and accuracy against step, epoch and training seconds
-                    losses.csv.gz       the training loss of every step
+                    walk.csv            the parameters' norm over that before the first step, and the relative step, every 100 steps
+                    losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
                     result.json         written last: a folder that has it is finished
 OUT/studies/<name>.json                 which runs belong to which arm of a comparison
 """
@@ -175,7 +176,7 @@ RESULT = {
     "validation_accuracy": NUMBER,
     "test": (dict, type(None)),
 }
-LATER = {"forward_passes": int, "peak_bytes": (int, type(None))}  # what the first stored runs did not count
+LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE}  # what the first stored runs did not count
 TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {
@@ -191,6 +192,7 @@ ARM = {
     "chosen": dict,
     "runs": list,
 }
+LATER_ARM = {"full_epochs": int}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}
@@ -220,6 +222,7 @@ def read_study(path: Path) -> dict[str, Any]:
         )
     for arm in check(path, study, STUDY)["arms"]:
         check(path, check(path, arm, ARM)["chosen"], CHOSEN)
+        check(path, arm, {name: kind for name, kind in LATER_ARM.items() if name in arm})
         for trial in arm["trials"]:
             check(path, trial, TRIAL)
         if arm["published"] is not None:

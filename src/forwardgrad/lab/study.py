@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import SCHEMA, Run
+from forwardgrad.lab.run import SCHEMA, Precision, Run
 from forwardgrad.lab.store import Store, read_study, write_json
 
 TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direction with the final runs, whose seeds count from 0
@@ -34,7 +34,8 @@ class Published:
 class Arm:
     """One arm of a study. Arms of one `group` are compared with one another; `space` maps optimizer fields to grid values.
 
-    `kind` is the estimator's name: the report sets "forward" and "backprop" beside one another.
+    `kind` is how the report tells arms apart, by colour and by mark; it sets "forward" and "backprop" beside one another.
+    `full_epochs` is what fewer epochs are a shortened run of, where nothing is published.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     run: Run
     space: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     published: Published | None = None
+    full_epochs: int | None = None
 
     def trials(self, epochs: int) -> list[tuple[dict[str, float], Run]]:
         """Every point of the grid as a run that never reads the test split."""
@@ -75,6 +77,11 @@ class Study:
             budgets = {arm.points for arm in self.arms if arm.group == group and arm.space}
             if len(budgets) > 1:
                 raise UserError(f"unequal tuning budgets in {group!r}: {sorted(budgets)} points; give every tuned arm the same number")
+
+    def computed_in(self, precision: Precision) -> Study:
+        """The same study with the layers of every run in this precision."""
+        arms = tuple(dataclasses.replace(arm, run=dataclasses.replace(arm.run, precision=precision)) for arm in self.arms)
+        return dataclasses.replace(self, arms=arms)
 
 
 def run_study(study: Study, store: Store, execute: Execute, command: str, names: dict[str, str] | None = None) -> dict[str, Any]:
@@ -144,6 +151,7 @@ def _record(
             "trials": [{"values": values, "run": run.identity} for values, run in trials[arm.name]],
             "chosen": chosen[arm.name],
             "runs": [run.identity for run in finals[arm.name]],
+            **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
         }
     record = {"schema": SCHEMA, "name": study.name, "title": study.title, "arms": list(before.values())}
     write_json(path, record)

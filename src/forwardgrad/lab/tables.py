@@ -79,6 +79,18 @@ def duration(value: float) -> str:
     return f"{number(value / 3600)} h"
 
 
+def size(count: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> size(512), size(7_454_760)
+    ('512 B', '7.45 MB')
+    """
+    for limit, factor, unit in ((1e3, 1.0, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB")):
+        if count < limit:
+            return f"{count:,.0f} B" if unit == "B" else f"{number(count / factor)} {unit}"
+    return f"{number(count / 1e9)} GB"
+
+
 def count(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
@@ -90,14 +102,14 @@ def results(study: StudyResult) -> Table:
     kinds: list[tuple[str, str, Callable[[ArmResult], Cell]]] = [
         ("arm", "the method that supplies the gradient; within a comparison only it and the hyperparameters beside it differ", arm_cell),
         ("hyperparameters", "lr γ₀ and decay k: the learning rate at step t is γ₀·exp(−k·t)", lambda arm: Cell(hyperparameters(arm))),
-        ("epochs", "epochs really run; 'shortened' where the paper trained longer", _epochs),
+        ("epochs", "epochs really run; 'shortened' where the paper trained longer", epochs),
         ("published 'test loss'", "as printed in Table I: the loss of the last 16 shuffled test images, one seed", _published),
         ("ours, last 16", "the same reading of our first run; below it, the 5–95 % range of such readings of the same network", _last16),
-        ("test loss", "mean cross-entropy (nats) over the whole test split, mean over seeds and its 95 % t interval, cut at 0", _test_loss),
+        ("test loss", "mean cross-entropy (nats) over the whole test split, mean over seeds and its 95 % t interval, cut at 0", test_loss),
         (
             "test accuracy",
             "images of the whole test split classified rightly, mean over seeds and its 95 % t interval, cut at 0 and 100 %",
-            _accuracy,
+            accuracy,
         ),
         ("outcome", "whether the runs finished, and where and why one was stopped as diverged", outcome),
     ]
@@ -114,7 +126,7 @@ def speed(study: StudyResult) -> list[Table]:
     tables = []
     for data in dict.fromkeys(arm.data for arm in study.arms if arm.done):
         targets = TARGETS.get(str(data), TARGETS_ELSEWHERE)
-        makers = [arm_cell, _per_step, *(_to(target) for target in targets)]
+        makers = [arm_cell, per_step, *(_to(target) for target in targets)]
         arms = tuple(arm for arm in study.arms if arm.data == data and arm.done)
         meaning = (
             ("time per step", "training time over steps, averaged over seeds; evaluations do not count, but runs trained at the same time "
@@ -166,19 +178,19 @@ def hyperparameters(arm: ArmResult) -> str:
     parts += [f"weight decay {exact(optimizer['weight_decay'])}"] if "weight_decay" in optimizer else []
     parts += ["annealed to 0"] if "anneal" in optimizer else []
     parts += [f"steps of at most {exact(optimizer['cap'])} ‖θ‖"] if "cap" in optimizer else []
-    if arm.kind == "forward":
+    if estimator["name"] == "forward":
         clip, tangents = estimator.get("clip"), estimator.get("tangents", 1)
         parts.append(f"clip ±{exact(clip)}" if clip else "no clip")
         parts += [f"{tangents} tangents"] if tangents != 1 else []
         usual = {"name": "forward", "clip": clip, "tangents": tangents, "law": "gaussian", "chunk_size": None}
     else:
-        usual = {"name": arm.kind}
+        usual = {"name": estimator["name"]}
     rest = {name: value for name, value in estimator.items() if name not in usual or usual[name] != value}
     parts += [f"{name.replace('_', ' ')} {format_value(value)}" for name, value in rest.items() if value is not None]
     return " · ".join(parts)
 
 
-def _epochs(arm: ArmResult) -> Cell:
+def epochs(arm: ArmResult) -> Cell:
     run = [float(done.result["epochs"]) for done in arm.done]
     text = "–" if not run else _epoch(run[0]) if min(run) == max(run) else f"{_epoch(min(run))} to {_epoch(max(run))}"
     return Cell(text, arm.shortened or "", "warn" if arm.shortened else "")
@@ -201,15 +213,15 @@ def _last16(arm: ArmResult) -> Cell:
     return Cell(number(test.get("last16")), f"{number(test.get('last16_low'))} to {number(test.get('last16_high'))}")
 
 
-def _test_loss(arm: ArmResult) -> Cell:
-    return _estimated([done.test_loss for done in arm.done], number, 0.0, math.inf)
+def test_loss(arm: ArmResult) -> Cell:
+    return estimated([done.test_loss for done in arm.done], number, 0.0, math.inf)
 
 
-def _accuracy(arm: ArmResult) -> Cell:
-    return _estimated([done.accuracy for done in arm.done], percent, 0.0, 1.0)
+def accuracy(arm: ArmResult) -> Cell:
+    return estimated([done.accuracy for done in arm.done], percent, 0.0, 1.0)
 
 
-def _estimated(values: Sequence[float], words: Callable[[float], str], least: float, most: float) -> Cell:
+def estimated(values: Sequence[float], words: Callable[[float], str], least: float, most: float) -> Cell:
     """A mean with its interval; where a value is not finite there is no mean, and the finite ones are listed instead."""
     if not values:
         return NONE
@@ -236,8 +248,8 @@ def outcome(arm: ArmResult) -> Cell:
     return Cell("finished", tone="quiet")
 
 
-def _per_step(arm: ArmResult) -> Cell:
-    return _estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
+def per_step(arm: ArmResult) -> Cell:
+    return estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
 
 
 def _to(target: float) -> Callable[[ArmResult], Cell]:

@@ -24,7 +24,10 @@ from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment, models, store
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.evaluate import finite, losses_of, published_reading, summary
+from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Optimizer, Run, stream, to_json
+from forwardgrad.memory import peak_bytes
 from forwardgrad.nesterov import Nesterov
 from forwardgrad.step import cap_step
 
@@ -33,8 +36,8 @@ STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
 COUNTED = ("step", "seconds", "passes", "peak", "strides", "evaluations")  # what a run has counted so far, as a checkpoint holds it
+WALKED = ("step", "norm_growth", "relative_step")
 EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
-PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
 
 
 @dataclass
@@ -47,6 +50,7 @@ class _State:
     estimator: Estimator
     generator: torch.Generator
     losses: Tensor
+    derivatives: Tensor  # of every step: root mean square over its tangents, before any clip; NaN where there are none
     start: float  # the parameters' norm before the first step
     resident: int  # bytes on the GPU before the model was there
     memory: dict[str, Tensor] = field(default_factory=dict)  # what the estimator keeps from step to step
@@ -56,7 +60,9 @@ class _State:
     peak: int = 0
     strides: list[float] = field(default_factory=list)  # relative lengths of the steps measured since the last evaluation
     evaluations: list[list[float]] = field(default_factory=list)
-    order: Tensor | None = None  # of the epoch under way; drawn again after a resume
+    walk: list[list[float]] = field(default_factory=list)
+    order: Tensor | None = None  # of the epoch `drawn`; drawn again after a resume
+    drawn: int = -1
 
     def parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
@@ -67,6 +73,8 @@ class _State:
             "generator": self.generator.get_state(),
             "global": torch.get_rng_state(),
             "losses": self.losses[: self.step].clone(),
+            "derivatives": self.derivatives[: self.step].clone(),
+            "walk": self.walk,
             "memory": {name: (kept.device.type == "cpu", kept) for name, kept in self.memory.items()},
             **{name: getattr(self, name) for name in COUNTED},
         }
@@ -83,6 +91,9 @@ class _State:
         for name in COUNTED:
             setattr(self, name, content[name])
         self.losses[: self.step] = content["losses"].to(self.losses.device)
+        if "walk" in content:  # checkpoints were without these once
+            self.derivatives[: self.step] = content["derivatives"].to(self.losses.device)
+            self.walk = content["walk"]
         self.memory = {name: kept if at_home else kept.to(self.losses.device) for name, (at_home, kept) in content["memory"].items()}
 
 
@@ -122,22 +133,24 @@ def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
         raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
     resident = torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
     torch.manual_seed(stream(run.seed, "initialisation"))
-    model = models.build(run.model, dataset.shape, dataset.classes).to(on)
-    optimizer = build_optimizer(run.optimizer, model)
+    model = arranged(models.build(run.model, dataset.shape, dataset.classes).to(on), run.precision)
+    optimizer = build_optimizer(run.optimizer, model, fused=run.precision != "float32")
     steps = run.epochs * _steps_per_epoch(run, dataset)
     schedule = build_schedule(run.optimizer, optimizer, steps)
     generator = torch.Generator(on).manual_seed(stream(run.seed, "directions"))
     start = _norm(model.parameters())
-    return _State(model, optimizer, schedule, estimator, generator, torch.zeros(steps, device=on), start, resident)
+    losses, derivatives = torch.zeros(steps, device=on), torch.full((steps,), math.nan, device=on)
+    return _State(model, optimizer, schedule, estimator, generator, losses, derivatives, start, resident)
 
 
-def build_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run; Nesterov is the true look-ahead form for every arm."""
+def build_optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a run; Nesterov is the true look-ahead form for every arm. `fused` takes Adam's one kernel for a step: faster, and
+    other bits than the plain form, which float32 runs keep."""
     if options.name == "sgd":
         return torch.optim.SGD(model.parameters(), options.lr, momentum=options.momentum)
     if options.name == "nesterov":
         return Nesterov(model.parameters(), options.lr, options.momentum)
-    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2))
+    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2), fused=fused or None)
 
 
 def build_schedule(options: Optimizer, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -175,11 +188,12 @@ def _loop(run: Run, dataset: data.Dataset, state: _State, folder: Path, checkpoi
             if state.step == look - 1:
                 continue
         else:
-            state.strides.append(_measured(run, dataset, state))
+            state.strides.append(_measured(run, dataset, state, watch=look in at))
+            state.walk.append([look, _growth(state), state.strides[-1]])
             if (look % CHECK_EVERY == 0 or look == total) and (reason := _diverged(state, dataset.classes)):
                 return reason
             if look in at:
-                _evaluate(dataset, state, per_epoch)
+                _evaluate(run, dataset, state, per_epoch)
         _say(state, total, folder)
         if time.monotonic() - saved >= checkpoint_seconds:
             store.write_whole(folder / "checkpoint.pt", state.dump())
@@ -201,54 +215,89 @@ def _timed(run: Run, dataset: data.Dataset, state: _State, stop: int) -> float:
     return (stop - start) / elapsed
 
 
-def _measured(run: Run, dataset: data.Dataset, state: _State) -> float:
+def _measured(run: Run, dataset: data.Dataset, state: _State, *, watch: bool) -> float:
     """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
-    _timed(run, dataset, state, state.step + 1)
-    state.peak = peak
+    if watch and not state.losses.is_cuda:
+        _watched(run, dataset, state)
+    else:
+        _timed(run, dataset, state, state.step + 1)
+        state.peak = peak
     size = _norm(before)
     return _norm(p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)) / size if size else math.inf
+
+
+def _watched(run: Run, dataset: data.Dataset, state: _State) -> None:
+    """Take one step on the processor and see what memory it takes: that slows it, so it counts as long as the steps before it on average.
+
+    The peak is what training holds all the time (parameters, the optimizer's state, the estimator's memory) and the most that tensors made
+    during the step hold at once. A GPU's is what its allocator gave out: scratch of single kernels and rounding come on top there.
+    """
+    _draw_order(run, dataset, state)  # a resumed run has to, an undisturbed one had to before: it is no part of the step
+    slots = (slot for slots in state.optimizer.state.values() for slot in slots.values())
+    tensors = (*state.model.state_dict().values(), *slots, *state.memory.values())
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
+    began = time.perf_counter()
+    above = peak_bytes(lambda: _advance(run, dataset, state, state.step + 1), [state.losses.device])
+    state.seconds += state.seconds / (state.step - 1) if state.step > 1 else time.perf_counter() - began
+    state.peak = max(state.peak, sum(stored.values()) + above)
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for t in tensors))
 
 
-def _evaluate(dataset: data.Dataset, state: _State, per_epoch: int) -> None:
+def _evaluate(run: Run, dataset: data.Dataset, state: _State, per_epoch: int) -> None:
     """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row."""
-    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation))
-    growth = _norm(state.model.parameters()) / state.start if state.start else math.inf
+    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
     stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
-    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, growth, stride])
+    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, _growth(state), stride])
     state.strides = []
+
+
+def _growth(state: _State) -> float:
+    return _norm(state.model.parameters()) / state.start if state.start else math.inf
 
 
 def _advance(run: Run, dataset: data.Dataset, state: _State, stop: int) -> None:
     """Take the steps up to `stop`, all of one epoch, without waiting for the device in between."""
-    per_epoch = _steps_per_epoch(run, dataset)
-    epoch = state.step // per_epoch
-    if state.step % per_epoch == 0 or state.order is None:
-        shuffle = torch.Generator().manual_seed(stream(run.seed, f"order of epoch {epoch}"))
-        state.order = torch.randperm(len(dataset.train.labels), generator=shuffle).to(state.losses.device)
+    order = _draw_order(run, dataset, state)
     for step in range(state.step, stop):
-        start = (step - epoch * per_epoch) * run.batch_size
-        batch = state.order[start : start + run.batch_size]
-        images, labels = dataset.pixels(dataset.train.images[batch]), dataset.train.labels[batch]
-        state.losses[step] = _step(run.optimizer, state, images, labels)
+        start = step % _steps_per_epoch(run, dataset) * run.batch_size
+        batch = order[start : start + run.batch_size]
+        images, labels = arranged(dataset.pixels(dataset.train.images[batch]), run.precision), dataset.train.labels[batch]
+        state.losses[step] = _step(run, state, step, images, labels)
         state.schedule.step()
     state.step = stop
     if state.losses.is_cuda:
         torch.cuda.synchronize(state.losses.device)
 
 
-def _step(options: Optimizer, state: _State, images: Tensor, labels: Tensor) -> Tensor:
+def _draw_order(run: Run, dataset: data.Dataset, state: _State) -> Tensor:
+    """The order of the training examples in the epoch under way."""
+    epoch = state.step // _steps_per_epoch(run, dataset)
+    if state.order is None or state.drawn != epoch:
+        shuffle = torch.Generator().manual_seed(stream(run.seed, f"order of epoch {epoch}"))
+        state.order = torch.randperm(len(dataset.train.labels), generator=shuffle).to(state.losses.device)
+        state.drawn = epoch
+    return state.order
+
+
+def _step(run: Run, state: _State, step: int, images: Tensor, labels: Tensor) -> Tensor:
     """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
+
+    options = run.optimizer
+
+    def loss(model: nn.Module) -> Tensor:
+        with computing(run.precision, images.device):
+            return F.cross_entropy(model(images), labels)
 
     def loss_and_gradient() -> Tensor:
         state.optimizer.zero_grad()
-        loss = lambda model: F.cross_entropy(model(images), labels)  # noqa: E731
         record = estimate_grad_(loss, state.model, state.estimator, generator=state.generator, state=state.memory)
         state.passes += record.forward_passes
+        if len(record.derivatives):
+            state.derivatives[step] = record.derivatives.square().mean().sqrt()
         return record.loss
 
     if options.weight_decay:
@@ -277,53 +326,26 @@ def _say(state: _State, total: int, folder: Path) -> None:
     loss = float(state.losses[max(0, state.step - CHECK_EVERY) : state.step].mean())
     validation = state.evaluations[-1][3] if state.evaluations else math.nan
     status = {"step": state.step, "steps": total, "loss": loss, "validation_loss": validation, "seconds": state.seconds}
-    store.write_json(folder / "status.json", {key: _finite(value) for key, value in status.items()})
-
-
-@torch.no_grad()
-def losses_of(model: nn.Module, dataset: data.Dataset, split: data.Split, batch: int = 1000) -> tuple[Tensor, Tensor]:
-    """The loss of every example of a split (float64) and whether it was classified rightly."""
-    training = model.training
-    model.eval()
-    losses, right = [], []
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        logits = model(dataset.pixels(images))
-        losses.append(F.cross_entropy(logits, labels, reduction="none").double())
-        right.append(logits.argmax(1) == labels)
-    model.train(training)
-    return torch.cat(losses), torch.cat(right)
-
-
-def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    losses, right = measured
-    return float(losses.mean()), float(right.double().mean())
-
-
-def _published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:
-    """The loss of one mini-batch of 16 shuffled test images, and the range of such readings of this same network.
-
-    The range runs from the 5th to the 95th percentile of 1,000 such mini-batches.
-    """
-    generator = torch.Generator().manual_seed(stream(seed, "published reading"))
-    losses = losses.cpu()
-    draws = torch.stack([torch.randperm(len(losses), generator=generator)[-PUBLISHED_READING:] for _ in range(1000)])
-    readings = losses[draws].mean(1)
-    low, high = torch.quantile(readings, torch.tensor([0.05, 0.95], dtype=readings.dtype)).tolist()
-    return {"last16": _finite(float(readings[0])), "last16_low": _finite(low), "last16_high": _finite(high)}
+    store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()})
 
 
 def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason: str | None) -> dict[str, Any]:
     """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs."""
-    validation = summary(losses_of(state.model, dataset, dataset.validation))
+    validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
     test = None
     if run.test:
-        measured = losses_of(state.model, dataset, dataset.test)
+        measured = losses_of(state.model, dataset, dataset.test, run.precision)
         loss, accuracy = summary(measured)
-        test = {"loss": _finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **_published_reading(measured[0], run.seed)}
-    rows = ([*map(int, row[:1]), *(_finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
+        test = {"loss": finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **published_reading(measured[0], run.seed)}
+    rows = ([*map(int, row[:1]), *(finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
     store.write_table(folder / "evaluations.csv", EVALUATED, rows)
-    losses = state.losses[: state.step].tolist()
-    store.write_table(folder / "losses.csv.gz", ["step", "loss"], ((i + 1, f"{value:.7g}") for i, value in enumerate(losses)))
+    walk = ([int(step), *map(finite, rest)] for step, *rest in state.walk if step <= state.step)
+    store.write_table(folder / "walk.csv", WALKED, walk)
+    columns = {"loss": state.losses[: state.step].tolist(), "derivative": state.derivatives[: state.step].tolist()}
+    if all(map(math.isnan, columns["derivative"])):
+        del columns["derivative"]
+    losses = ([i + 1, *(f"{value:.7g}" for value in values)] for i, values in enumerate(zip(*columns.values(), strict=True)))
+    store.write_table(folder / "losses.csv.gz", ["step", *columns], losses)
     result = {
         "status": "diverged" if reason else "finished",
         "reason": reason,
@@ -334,7 +356,8 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
         "seconds": state.seconds,
         "forward_passes": state.passes,
         "peak_bytes": state.peak or None,
-        "validation_loss": _finite(validation[0]),
+        "initial_norm": finite(state.start),
+        "validation_loss": finite(validation[0]),
         "validation_accuracy": validation[1],
         "test": test,
     }
@@ -342,7 +365,3 @@ def _finish(run: Run, dataset: data.Dataset, state: _State, folder: Path, reason
     for name in ("checkpoint.pt", "status.json"):
         (folder / name).unlink(missing_ok=True)
     return result
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

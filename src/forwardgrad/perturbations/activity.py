@@ -50,7 +50,7 @@ class Activity(Perturbation):
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
         if isinstance(layer, Norm):
             return PerExampleNorm(layer, x, out, directions)
-        return Point(layer, x, directions, masked=self.masked)
+        return Point(layer, x.to(out.dtype) if x.is_floating_point() else x, directions, masked=self.masked)  # as autocast sees it
 
 
 class Point(Entered):
@@ -83,9 +83,11 @@ class Point(Entered):
             out: Tensor = function(*args, **kwargs)
             return out
         out, winners = F.max_pool2d_with_indices(*args, **{**kwargs, "return_indices": True})
-        key, shape = f"winners {len(self.tail)}", args[0].shape
+        call = {**dict(zip(POOLING, args, strict=False)), **kwargs}
+        key, given = f"winners {len(self.tail)}", call.pop("input")
+        like = given.shape, given.is_contiguous(memory_format=torch.channels_last) if given.dim() == 4 else False
         self.kept[key] = winners
-        self.tail.insert(0, lambda error: _unpool(error, self.kept[key], shape))
+        self.tail.insert(0, lambda error: _unpool(error, self.kept[key], like, call))
         return out
 
     def place(self, out: Tensor) -> None:
@@ -123,12 +125,13 @@ class Point(Entered):
         return self.still(self.u).reshape(len(self.u), self.rows, -1)
 
     def from_error(self, error: Tensor) -> dict[str, Tensor]:
-        """Gradients by parameter name from the error at the place, of its shape."""
-        x, error = self.kept["x"], self.still(error.to(self.layer.like.dtype))
+        """Gradients by parameter name from the error at the place, of its shape; each in the precision of its parameter."""
+        x = self.kept["x"]
+        error = self.still(error.to(x.dtype) if x.is_floating_point() else error)
         for back in self.tail:
             error = back(error)
-        found = self.layer.local(x.to(error.dtype) if x.is_floating_point() else x, error)
-        return {name: found[role] for role, name in self.layer.names.items()}
+        found = self.layer.local(x, error)
+        return {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         assert self.u is not None
@@ -145,12 +148,19 @@ class Point(Entered):
         return torch.einsum("kbi,lbi->klb", u, u)
 
 
-def _unpool(error: Tensor, winners: Tensor, shape: torch.Size) -> Tensor:
+def _unpool(error: Tensor, winners: Tensor, like: tuple[torch.Size, bool], call: dict[str, Any]) -> Tensor:
     """Errors sent back to the winners of max-pooling; windows that overlap add up."""
-    flat = error.new_zeros(*shape[:-2], shape[-2] * shape[-1])
-    return flat.scatter_add_(-1, winners.flatten(-2), error.flatten(-2)).reshape(shape)
+    shape, last = like
+    given = torch.empty(shape, dtype=error.dtype, device=error.device)  # only its shape and order in memory matter
+    given = given.contiguous(memory_format=torch.channels_last) if last else given
+    size = call["kernel_size"]
+    stride, padding, dilation = call.get("stride") or size, call.get("padding", 0), call.get("dilation", 1)
+    options = [[value] if isinstance(value, int) else list(value) for value in (size, stride, padding, dilation)]
+    back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(error, given, *options, bool(call.get("ceil_mode")), winners)
+    return back
 
 
 RECTIFIERS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu_})
-RETURN_INDICES = 7  # place of that argument of max-pooling, counted from one
+POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+RETURN_INDICES = len(POOLING) + 1  # place of that argument of max-pooling, counted from one
 POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d})

@@ -22,10 +22,9 @@ class Output:
     formula: Callable[[Tensor, Mapping[str, Any]], Tensor]
 
     def error(self, output: Tensor) -> Tensor:
-        """∂f/∂output, of the output's shape and dtype; a loss that is not reduced counts as the mean of its elements."""
-        wide = output.float() if output.dtype.itemsize < 4 else output  # a difference of two close numbers needs the digits
+        """∂f/∂output, of the output's shape, in float32 at least; a loss that is not reduced counts as the mean of its elements."""
         with torch.autocast(output.device.type, enabled=False):
-            return self.formula(wide, self.call).to(output.dtype)
+            return self.formula(output.to(torch.promote_types(output.dtype, torch.float32)), self.call)
 
 
 def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:

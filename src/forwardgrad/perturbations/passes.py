@@ -26,7 +26,7 @@ class Pass:
 
     `loss` is one number; `derivatives` [k] those of the loss; `rows` [k, n] the part of each of the n loss terms, None where they cannot
     be told apart. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved. `ended` are the
-    values and moves of the places where blocks end, `blocks` the number of the block that each perturbation belongs to.
+    places where blocks end, with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
     """
 
     loss: Float[Tensor, ""]
@@ -38,7 +38,7 @@ class Pass:
     output: Tensor | None
     moved: Tensor | None
     blocks: tuple[int, ...] = ()
-    ended: tuple[tuple[Tensor, Tensor], ...] = ()
+    ended: tuple[tuple[Point, Tensor, Tensor | None], ...] = ()
 
     @property
     def error(self) -> Tensor:
@@ -51,6 +51,11 @@ class Pass:
         if self.rows is None or self.coupled or not entered.apart:
             return self.derivatives.unsqueeze(1).expand(-1, entered.rows)
         return spread(self.rows, entered.rows)
+
+    def entered_in(self, block: int) -> list[Entered]:
+        """What moved in one block, without the layer whose gradient is exact."""
+        exact = self.exact
+        return [entered for entered, number in zip(self.entered, self.blocks, strict=True) if number == block and entered not in exact]
 
     @property
     def exact(self) -> list[Point]:
@@ -67,6 +72,7 @@ def perturbed_pass(
     exact_output: bool = False,
     commit: bool = True,
     ends: Callable[[Point], bool] = lambda _: False,
+    still_ends: bool = False,
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
@@ -79,7 +85,7 @@ def perturbed_pass(
     at_once = learned.get(key, frozenset())
     while True:
         directions = Directions(law, seeds, device)
-        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends)
+        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends, still_ends=still_ends)
         before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _gpus(objective)]
         try:
             derived = derivatives_under(objective, watch, len(seeds), commit=commit)
@@ -107,5 +113,8 @@ def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: 
     if moved is not None and watch.output is not None and output is not None:
         error = watch.output.error(output)
         rows = (error * moved).flatten(min(2, moved.dim() - 1)).sum(2) if output.dim() > 1 else (error * moved).sum(1, keepdim=True)
-    ended = tuple((values[name], derivatives[name]) for name in values if name.startswith("block "))
+    names = [f"block {index}" for index in range(len(watch.ending))]
+    ended = tuple(
+        (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
+    )
     return Pass(loss.mean(), total, rows, watch.entered, watch.coupled, watch.output, output, moved, tuple(watch.blocks), ended)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad.derivative import Inject, primal
+from forwardgrad.derivative import Inject, carries, primal
 from forwardgrad.perturbations import outputs
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
@@ -50,7 +50,8 @@ class ModelWatch(TorchFunctionMode):
     `exact_output`: leave the last layer unmoved where its output goes straight into a loss with a closed-form error.
     `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
     `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
-    block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved.
+    block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
+    `still_ends`: leave the places where blocks end unmoved.
     """
 
     def __init__(
@@ -61,11 +62,14 @@ class ModelWatch(TorchFunctionMode):
         exact_output: bool = False,
         at_once: frozenset[int] = frozenset(),
         ends: Callable[[Point], bool] = lambda _: False,
+        still_ends: bool = False,
     ) -> None:
         super().__init__()
         self.perturbation, self.directions = perturbation, directions
-        self.exact_output, self.at_once, self.ends = exact_output, at_once, ends
+        self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
         self.blocks: list[int] = []
+        self.ending: list[Point] = []
+        self.unmoved: dict[str, Tensor] = {}
         self.entered: list[Entered] = []
         self.coupled = False
         self.output: outputs.Output | None = None
@@ -95,13 +99,17 @@ class ModelWatch(TorchFunctionMode):
                 raise UsedAgain(exact[0])
             self.output = self._logits = None
         kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
-        return {**self._ended, **({} if self._logits is None else {"output": self._logits})}, kept
+        moved = {name: h for name, h in self._ended.items() if carries(h)}
+        kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
+        return {**moved, **({} if self._logits is None else {"output": self._logits})}, kept
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed = {}, {}, {}
+        self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
-            index, name = key.split("/")
-            self.entered[int(index)].kept[name] = tensor
+            if key not in self.unmoved:
+                index, name = key.split("/")
+                self.entered[int(index)].kept[name] = tensor
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -194,11 +202,12 @@ class ModelWatch(TorchFunctionMode):
     def _move(self, tensor: Tensor, point: Point) -> Tensor:
         del self._waiting[id(tensor)]
         point.place(primal(tensor))
-        moved = tensor
-        if len(self.directions):
+        moved, ends = tensor, self.ends(point)
+        if len(self.directions) and not (ends and self.still_ends):
             point.draw(primal(tensor))
             moved = self._inject(tensor, point.tangent(self._pick))
-        if self.ends(point):
+        if ends:
+            self.ending.append(point)
             self._ended[f"block {len(self._ended)}"] = moved
             moved = primal(moved)
         return self._stand(tensor, moved)
