@@ -194,7 +194,7 @@ def test_what_has_no_closed_form_is_not_taken_for_one(function: Any, target: Ten
     assert outputs.bind(function, (Z, target), options) is None
 
 
-def test_errors_of_an_output_in_low_precision_are_not_rounded() -> None:
+def test_errors_of_outputs_of_low_precision_are_in_float32() -> None:
     z = rows(6, 3, dtype=torch.bfloat16)
     known = outputs.bind(F.cross_entropy, (z, LABELS), {})
     assert known is not None

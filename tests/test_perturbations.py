@@ -64,14 +64,11 @@ MODELS += ["batch norm eval", "group norm", "embedding", "padded embedding", "at
 MODELS += ["tagged words", "one example", "loss an example", "frozen", "gru"]
 
 
-def parts(name: str, law: fg.Law, perturb: fg.Perturbation) -> list[Part]:
-    """Twelve estimates of 64 tangents each, against backpropagation: the model as a whole, and each tensor."""
-    model, loss = named(name).build()
+def against_backpropagation(model: nn.Module, loss: Loss, method: fg.Estimator, pairs: int = 6) -> list[Part]:
+    """Pairs of estimates against the exact gradient: the model as a whole, and each tensor."""
     exact, generator, objective = true_gradient(model, loss), seeded(5), Objective(loss, model)
-    method = fg.ForwardGradient(tangents=64, law=law, perturb=perturb)
-    assert method.unbiased
     moments = Moments(list(exact), list(exact.values()))
-    for _ in range(6):
+    for _ in range(pairs):
         with torch.no_grad():
             moments.add(*(list(method.estimate(objective, generator, {})[1].values()) for _ in range(2)))
     return moments.parts()
@@ -80,14 +77,16 @@ def parts(name: str, law: fg.Law, perturb: fg.Perturbation) -> list[Part]:
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
 def test_unbiased(name: str, perturb: fg.Perturbation) -> None:
-    for part in parts(name, fg.Gaussian(), perturb):
+    method = fg.ForwardGradient(64, perturb=perturb)
+    assert method.unbiased
+    for part in against_backpropagation(*named(name).build(), method):
         assert part.z < 4.5, part
 
 
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
 @pytest.mark.parametrize("law", [fg.Rademacher(), fg.Sphere()], ids=lambda law: law.name)
 def test_unbiased_under_other_laws(law: fg.Law, perturb: fg.Perturbation) -> None:
-    assert parts("cnn", law, perturb)[0].z < 4.5
+    assert against_backpropagation(*named("cnn").build(), fg.ForwardGradient(64, law=law, perturb=perturb))[0].z < 4.5
 
 
 # Moments -----------------------------------------------------------------------------------------------------------------------------
@@ -297,11 +296,30 @@ class Looked(nn.Module):
 def test_unbiased_where_words_of_padding_pass_a_relu_and_a_pool(perturb: fg.Perturbation) -> None:
     torch.manual_seed(0)
     model, x = Looked().double(), torch.tensor([[0, 1, 3, 2], [2, 2, 4, 2], [5, 2, 2, 6]])
-    exact, generator, objective = true_gradient(model, classify(x)), seeded(5), Objective(classify(x), model)
-    assert not exact["table"][2].any()
-    moments = Moments(list(exact), list(exact.values()))
-    for _ in range(6):
-        with torch.no_grad():
-            moments.add(*(list(fg.ForwardGradient(64, perturb=perturb).estimate(objective, generator, {})[1].values()) for _ in range(2)))
-    for part in moments.parts():
+    assert not true_gradient(model, classify(x))["table"][2].any()
+    for part in against_backpropagation(model, classify(x), fg.ForwardGradient(64, perturb=perturb)):
+        assert part.z < 4.5, part
+
+
+class Placed(nn.Module):
+    """Words of a sentence and their places, which are the same for every sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, 4), nn.Embedding(3, 4)
+        self.middle, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, words: Tensor) -> Tensor:
+        h = self.words(words) + self.places(torch.arange(3))
+        return self.out(self.middle(h.tanh()).tanh().mean(1))
+
+
+@pytest.mark.parametrize("sentences", [3, 6])
+@pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
+def test_unbiased_where_the_rows_of_an_embedding_are_places_and_not_examples(perturb: fg.Perturbation, sentences: int) -> None:
+    """As many sentences as places, or a multiple of them: no count tells that the rows are not examples."""
+    torch.manual_seed(0)
+    model, words = Placed().double().requires_grad_(False), torch.randint(7, (sentences, 3), generator=seeded(1))
+    model.places.requires_grad_()  # alone, so that its own gradient is not lost in the noise of the others
+    for part in against_backpropagation(model, classify(words), fg.ForwardGradient(64, perturb=perturb), pairs=20):
         assert part.z < 4.5, part

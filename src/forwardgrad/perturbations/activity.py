@@ -65,6 +65,7 @@ class Point(Entered):
     def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
         super().__init__()
         self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows
+        self.apart = layer.apart
         self.kept["x"] = x
         self.tail: list[Callable[[Tensor], Tensor]] = []  # from the error at the place back to the layer's output, last one first
         self.rectified = self.moved = self.exact = False

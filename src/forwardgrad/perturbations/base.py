@@ -45,6 +45,8 @@ class Entered(ABC):
     """
 
     rows: int = 1
+    apart: bool = True
+    """Whether its rows are the examples of the loss."""
     in_weights: ClassVar[bool] = True
     """Whether its directions are changes of weights, with covariance I there."""
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 
 class Layer(ABC):
-    """One use of a layer. `names` gives the trainable parameters by role, `rows` the examples at its output's first dimension.
+    """One use of a layer. `names` gives the trainable parameters by role, `rows` the examples at its output's first dimension, and
+    `apart` whether it is sure that these are the examples of the loss.
 
     `matrix`: the weight is a matrix [fan_out, fan_in] that multiplies the input (after reshaping), so directions of rank r make sense.
     """
@@ -27,6 +28,7 @@ class Layer(ABC):
     names: dict[str, str]
     weight_shape: torch.Size
     rows: int
+    apart: bool = True
 
     def __init__(self, function: Callable[..., Tensor], call: dict[str, Any], names: dict[str, str]) -> None:
         self.function, self.call, self.names = function, call, names
@@ -184,6 +186,7 @@ class Embedding(Layer):
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.rows = x.shape[0] if x.dim() else 1
+        self.apart = x.dim() > 1  # a single row of indices may be the places in a sentence, the same for every example
         padding = self.call.get("padding_idx")
         self.padding = None if padding is None else padding % self.weight_shape[0]
         return super().run(x)

@@ -48,7 +48,7 @@ class Pass:
 
     def of(self, entered: Entered) -> Float[Tensor, "k rows"]:
         """The derivatives that belong to each example of one perturbed place."""
-        if self.rows is None or self.coupled:
+        if self.rows is None or self.coupled or not entered.apart:
             return self.derivatives.unsqueeze(1).expand(-1, entered.rows)
         return spread(self.rows, entered.rows)
 
