@@ -14,7 +14,6 @@ from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_
 from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.base import Entered
-from forwardgrad.perturbations.outputs import spread
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import Law, Rademacher, fork
 
@@ -142,17 +141,17 @@ class LearnedFeedback(Estimator):
         for point, b in feedback.items():
             sent = (error.reshape(point.rows, -1) @ b).reshape(point.shape)
             if self.use == "control-variate":
-                sent = sent + torch.einsum("kb,kbq->bq", _of(found, rows, point), point.moves().to(rows.dtype)).reshape(point.shape)
+                sent = sent + torch.einsum("kb,kbq->bq", found.share(rows, point), point.moves().to(rows.dtype)).reshape(point.shape)
             add(gradients, point.from_error(sent))
         for place in entered:
             if place not in feedback:
-                add(gradients, place.gradient(_of(found, rows, place)))
+                add(gradients, place.gradient(found.share(rows, place)))
 
     def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
         units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(signal)
         for point, b in zip(places, feedback, strict=True):
             u, count = point.moves().to(b.dtype), point.moving().sum((0, 1))
-            seen = signal.reshape(len(u), point.rows, -1)
+            seen = signal.to(b.dtype).reshape(len(u), point.rows, -1)
             learned = torch.einsum("kbc,kbq->cq", seen, u)
             if self.rule == "average":
                 b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
@@ -192,11 +191,8 @@ def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor
 
 def places_of(entered: list[Entered], terms: int) -> list[Point]:
     """The places that a feedback matrix can be learned for: those that hold each example of the batch apart."""
-    return [
-        point
-        for point in entered
-        if isinstance(point, Point) and not point.exact and point.moved and terms % point.rows == 0 and (point.rows > 1 or terms == 1)
-    ]
+    points = [place for place in entered if isinstance(place, Point) and not place.exact and place.moved and place.apart]
+    return [point for point in points if terms % point.rows == 0 and (point.rows > 1 or terms == 1)]
 
 
 def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
@@ -218,7 +214,3 @@ def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, g
 def _followed(b: Tensor, point: Point, shape: torch.Size) -> Tensor:
     """What the feedback says the output does when a place moves."""
     return (point.moves().to(b.dtype) @ b.T).reshape(shape)
-
-
-def _of(found: Pass, rows: Tensor, entered: Entered) -> Tensor:
-    return rows.sum(1, keepdim=True).expand(-1, entered.rows) if found.coupled else spread(rows, entered.rows)

@@ -95,7 +95,7 @@ class Head:
         """∂f/∂y of the head's own loss, [n, rows, classes]: the model's loss, with the target of an example at each of its rows."""
         logits = features @ self.weight.T + self.bias
         target = known.call["target"]
-        if known.formula.__name__ != "_cross_entropy" or target.is_floating_point() or target.dim() != 1:
+        if known.formula.__name__ != "_cross_entropy" or target.is_floating_point() or target.shape != features.shape[:1]:
             raise ValueError("LocalLosses needs F.cross_entropy with one class index an example: its classifiers learn those classes")
         call = {**known.call, "target": target.repeat_interleave(logits.shape[1])}
         return Output(call, known.formula).error(logits.flatten(0, -2)).reshape(logits.shape)

@@ -16,7 +16,6 @@ from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.base import Entered
-from forwardgrad.perturbations.outputs import spread
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import Law, Rademacher, fork
 
@@ -158,8 +157,7 @@ class LocalLosses(Estimator):
 
     def _add(self, gradients: dict[str, Tensor | None], found: Pass, entered: list[Entered], d: Tensor) -> None:
         for place in entered:
-            rows = d.sum(1, keepdim=True).expand(-1, place.rows) if found.coupled else spread(d, place.rows)
-            add(gradients, place.gradient(rows / self.tangents))
+            add(gradients, place.gradient(found.share(d, place) / self.tangents))
 
     def _teach(
         self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], generator: Generator

@@ -48,9 +48,13 @@ class Pass:
 
     def of(self, entered: Entered) -> Float[Tensor, "k rows"]:
         """The derivatives that belong to each example of one perturbed place."""
-        if self.rows is None or self.coupled or not entered.apart:
-            return self.derivatives.unsqueeze(1).expand(-1, entered.rows)
-        return spread(self.rows, entered.rows)
+        return self.share(self.derivatives.unsqueeze(1) if self.rows is None else self.rows, entered)
+
+    def share(self, rows: Float[Tensor, "k n"], entered: Entered) -> Float[Tensor, "k rows"]:
+        """What of n numbers, one a term of the loss, belongs to each example of one perturbed place."""
+        if rows.shape[1] == 1 or self.coupled or not entered.apart:
+            return rows.sum(1, keepdim=True).expand(-1, entered.rows)
+        return spread(rows, entered.rows)
 
     def entered_in(self, block: int) -> list[Entered]:
         """What moved in one block, without the layer whose gradient is exact."""
