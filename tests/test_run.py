@@ -52,6 +52,7 @@ def test_identity_is_stable_and_sees_every_field() -> None:
             {"seed": 1},
             {"test": False},
             {"optimizer": Optimizer("sgd", 0.5, decay=1e-5)},
+            {"precision": "bfloat16"},
         )
     ]
     assert len({run.identity for run in [RUN, *changed]}) == 1 + len(changed) == 1 + len(dataclasses.fields(Run))

@@ -26,6 +26,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 DASHES, DOTS = (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2))
 FURTHER: dict[str, dict[str, Any]] = {
     "local": {"color": "#009E73", "linestyle": "-", "marker": "^"},
+    "local-scalar": {"color": "#009E73", "linestyle": DOTS, "marker": "^"},
     "zeroth-order": {"color": "#009E73", "linestyle": DASHES, "marker": "^"},
     "feedback": {"color": "#CC79A7", "linestyle": "-", "marker": "D"},
     "feedback-average": {"color": "#CC79A7", "linestyle": DASHES, "marker": "D"},
