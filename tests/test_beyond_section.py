@@ -11,7 +11,7 @@ from tests.stored import put, record, reported, row, seeds
 
 from forwardgrad.lab import figures, recipes, report
 from forwardgrad.lab.beyond import beyond
-from forwardgrad.lab.run import Run
+from forwardgrad.lab.run import Precision, Run
 from forwardgrad.lab.store import Store, read_json, write_json
 from forwardgrad.lab.study import run_study
 
@@ -25,7 +25,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(tmp_path / "out")
 
 
-def trained(store: Store, rows: list[str], reached: Reached, **options: Any) -> None:
+def trained(store: Store, rows: list[str], reached: Reached, precision: Precision = "float32", **options: Any) -> None:
     """A study beyond the paper whose runs take 1,000 steps, all loss 0.1 and the accuracy that `reached` says."""
 
     def execute(runs: Sequence[Run]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def trained(store: Store, rows: list[str], reached: Reached, **options: Any) -> 
             write_json(path, {**(read_json(path) or {}), "forward_passes": 2000, "peak_bytes": 5_000_000})
         return {run.identity: store.result(run.identity) for run in runs}
 
-    run_study(beyond(rows, **options), store, execute, "forwardgrad reproduce beyond")
+    run_study(beyond(rows, **options).computed_in(precision), store, execute, "forwardgrad reproduce beyond")
 
 
 def by_name(**accuracies: float) -> Reached:
@@ -97,6 +97,14 @@ def test_arms_on_other_terms_are_not_compared(store: Store) -> None:
     )
     assert "it is not comparable with backpropagation (different epochs), so the goals are not decided." in text
     assert "1 of 2 arms trained for fewer epochs than the full study's (shortened: 5 of 10 epochs)" in text
+
+
+def test_arms_of_other_precision_are_not_compared(store: Store) -> None:
+    trained(store, ["nn-backprop"], by_name(backprop=0.98))
+    trained(store, ["nn-readout"], by_name(readout=0.9), precision="bfloat16")
+    found = row(reported(store), f"{NN}: every arm", NN, "last layer alone (readout)")
+    assert found["gap"] == "not comparable (different precision)"
+    assert found["learning rate"].endswith("(bfloat16, on the edge of its grid)")
 
 
 def test_a_backpropagation_still_missing_decides_nothing(store: Store) -> None:

@@ -15,7 +15,11 @@ from forwardgrad.lab.tables import NONE, Cell, Table, exact
 
 MEANING = (
     ("arm", "what supplies the gradient; below it the estimator as the command line takes it. Best test accuracy first"),
-    ("learning rate", "of Adam, annealed to zero along a cosine; the best of four on the validation split. Table I's rows: as published"),
+    (
+        "learning rate",
+        "of Adam, annealed to zero along a cosine; the best of four on the validation split. Table I's rows: as published. Below it what "
+        "layers compute in where that is not float32",
+    ),
     ("epochs", "epochs really run; 'shortened' where the full study, or the paper, trains longer"),
     (
         "test accuracy, test loss",
@@ -109,7 +113,8 @@ def _rate(arm: ArmResult) -> Cell:
     if not arm.run:
         return NONE
     edge = "lr" in chosen["at_edge"]
-    return Cell(exact(arm.run["optimizer"]["lr"]), "on the edge of its grid" if edge else "", "warn" if edge else "")
+    words = [*([arm.run["precision"]] if "precision" in arm.run else []), *(["on the edge of its grid"] if edge else [])]
+    return Cell(exact(arm.run["optimizer"]["lr"]), ", ".join(words), "warn" if edge else "")
 
 
 def _gap(arm: ArmResult, backprop: ArmResult | None) -> Cell:

@@ -111,6 +111,7 @@ class ArmResult:
             "model": self.run.get("model"),
             "epochs": self.run.get("epochs"),
             "batch size": self.run.get("batch_size"),
+            "precision": self.run.get("precision", "float32"),
             "seeds": sorted(self.seeds),
             "grid points": len(self.record.get("trials") or []),
             "tuning epochs": self.record.get("tuning_epochs"),
