@@ -63,8 +63,8 @@ class Network:
 
 
 NETWORKS: dict[ModelName, Network] = {
-    "nn": Network("NN · MNIST", "mnist", 10, tuple(METHODS)),
-    "cnn": Network("CNN · MNIST", "mnist", 10),
+    "nn": Network("NN · MNIST", "mnist", 5, tuple(METHODS)),
+    "cnn": Network("CNN · MNIST", "mnist", 5),
     "cifar-cnn": Network("CNN · CIFAR-10", "cifar10", 30, warm_up=100),
 }
 
