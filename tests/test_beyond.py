@@ -85,8 +85,8 @@ def test_calls_at_different_times_add_up_to_one_study(tmp_path: Path) -> None:
 
 
 SHORTENED = [
-    ("nn-local", 9, "shortened: 9 of 10 epochs"),
-    ("nn-local", 10, None),
+    ("nn-local", 4, "shortened: 4 of 5 epochs"),
+    ("nn-local", 5, None),
     ("nn-local", None, None),
     ("cifar-cnn-local", 10, "shortened: 10 of 30 epochs"),
 ]
