@@ -53,7 +53,7 @@ def test_an_arm_has_a_row_with_its_gap_and_what_it_took(store: Store) -> None:
     assert feedback["steps"] == "1,000 (2,000 passes)"
     assert feedback["training time"] == "2.00 s (2.00 ms a step)"
     assert feedback["peak memory"] == "5.00 MB"
-    assert (feedback["forward-only"], feedback["epochs"], feedback["outcome"]) == ("yes", "10", "finished")
+    assert (feedback["forward-only"], feedback["epochs"], feedback["outcome"]) == ("yes", "5", "finished")
     backprop = row(text, f"{NN}: every arm", NN, "backpropagation (backprop)")
     assert (backprop["gap"], backprop["forward-only"]) == ("–", "no")
 
