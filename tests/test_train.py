@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from forwardgrad import estimators
 from forwardgrad.derivative import Objective
 from forwardgrad.estimators import Backprop, Estimate, Estimator
-from forwardgrad.lab import data, models, store, train
+from forwardgrad.lab import data, evaluate, models, store, train
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream
 from forwardgrad.nesterov import Nesterov
@@ -325,7 +325,7 @@ def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: py
 def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     losses_of = train.losses_of
-    monkeypatch.setattr(train, "losses_of", lambda model, dataset, split: seen.append(split) or losses_of(model, dataset, split))
+    monkeypatch.setattr(train, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
     digits = data.load("digits", RUN.seed)
     assert train.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
     assert seen
@@ -335,7 +335,7 @@ def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: py
 def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
     losses = torch.zeros(1000, dtype=torch.float64)
     losses[::16] = 16.0  # so a mini-batch's mean is the number of such images in it
-    readings = [train._published_reading(losses, seed) for seed in range(20)]
+    readings = [evaluate.published_reading(losses, seed) for seed in range(20)]
     assert all(float(r["last16"]).is_integer() for r in readings)  # type: ignore[arg-type]
     assert len({r["last16"] for r in readings}) > 1
     assert all(r["last16_low"] == 0.0 and r["last16_high"] in (2.0, 3.0) for r in readings)  # binomial(16, 0.063)
