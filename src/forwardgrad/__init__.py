@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from forwardgrad.tangents import Orthogonal as Orthogonal
     from forwardgrad.tangents import Rademacher as Rademacher
     from forwardgrad.tangents import Sphere as Sphere
+    from forwardgrad.training_step import TrainingStep as TrainingStep
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ _HOME = {
     "Rademacher": "tangents",
     "Readout": "estimators.fixed_feedback",
     "Sphere": "tangents",
+    "TrainingStep": "training_step",
     "cap_step": "step",
     "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
