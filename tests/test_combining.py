@@ -12,9 +12,9 @@ from tests.cases import EXACT, Case, Loss, classify, convolutional, padded, perc
 from torch import Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
+from forwardgrad import outputs
 from forwardgrad.moments import Moments
-from forwardgrad.perturbations import outputs
+from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.dense import DenseUse

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective, directional_derivatives
+from forwardgrad.derivative import directional_derivatives
+from forwardgrad.objective import Objective
 
 
 def derivatives(model: nn.Module, loss: Loss, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -20,9 +20,9 @@ from tests.cases import CASES, EXACT, Case, classify, perceptron, rows, seeded, 
 from torch import Generator, Tensor
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
 from forwardgrad.memory import peak_bytes
 from forwardgrad.moments import DIRECTIONS, Interval, Moments, Part, standard, student
+from forwardgrad.objective import Objective
 
 CPU = [torch.device("cpu")]
 

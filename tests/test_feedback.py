@@ -16,8 +16,8 @@ from tests.cases import CASES, EXACT, Case, Loss, classify, perceptron, regress,
 from torch import Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
 from forwardgrad.moments import Moments, Part
+from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import fork

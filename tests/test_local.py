@@ -16,9 +16,9 @@ from tests.cases import Loss, classify, convolutional, group_norm, perceptron, r
 from torch import Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators.heads import similarity_error
 from forwardgrad.moments import Moments
+from forwardgrad.objective import Objective
 
 State = dict[str, Tensor]
 

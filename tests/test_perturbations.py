@@ -36,8 +36,8 @@ from tests.cases import (
 from torch import Generator, Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
 from forwardgrad.moments import Moments, Part
+from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.passes import Pass, perturbed_pass

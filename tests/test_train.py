@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from forwardgrad import estimators
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators import Backprop, Estimate, Estimator
 from forwardgrad.lab import data, evaluate, models, store, train
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream
 from forwardgrad.nesterov import Nesterov
+from forwardgrad.objective import Objective
 
 BACKPROP = {"name": "backprop"}
 FORWARD = {"name": "forward", "clip": 1.0}

@@ -18,8 +18,8 @@ from tests.cases import EXACT, Case, Loss, Tied, normalised, perceptron, regress
 from torch import Generator, Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators.zeroth_order import _Directions
+from forwardgrad.objective import Objective
 
 X = rows(5, 4)
 LAWS = [fg.Gaussian(), fg.Rademacher()]

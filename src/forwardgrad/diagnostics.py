@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.derivative import Objective, Point
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator, check_count
 from forwardgrad.memory import peak_bytes
 from forwardgrad.moments import Interval, Moments, Part
+from forwardgrad.objective import Objective, Point
 
 LEAST = 10  # repeats: below, no interval is worth its name
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import Objective, Point
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.objective import Objective, Point
 
 
 def estimate_grad_(

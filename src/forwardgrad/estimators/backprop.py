@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import Objective
+from forwardgrad.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.estimators.forward import add, add_exact
+from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.passes import Pass, perturbed_pass

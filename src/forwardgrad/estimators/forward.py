@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import Objective, directional_derivatives
+from forwardgrad.derivative import directional_derivatives
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.objective import Objective
+from forwardgrad.outputs import shared_out
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
 from forwardgrad.perturbations.dense import DenseUse
-from forwardgrad.perturbations.outputs import shared_out
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import Gaussian, Law, fork
 

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.derivative import Objective, Point, directional_derivatives
+from forwardgrad.derivative import directional_derivatives
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.objective import Objective, Point
 from forwardgrad.tangents import Gaussian, Law
 
 

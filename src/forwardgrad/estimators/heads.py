@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.optim.adam import adam
 
-from forwardgrad.perturbations.outputs import Output
+from forwardgrad.outputs import Output
 from forwardgrad.tangents import Law
 
 Sight = Literal["flatten", "pooled", "positions"]

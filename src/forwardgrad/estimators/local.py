@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import Objective
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.estimators.feedback import LearnedFeedback, output_of
 from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
+from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.passes import Pass, perturbed_pass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick
-from forwardgrad.perturbations.layers import Embedding, Layer, Norm
+from forwardgrad.perturbations.layers import Calls, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
 
 
@@ -76,13 +76,13 @@ class Point(Entered):
         known = function in RECTIFIERS or (function in POOLS and not kwargs.get("return_indices") and len(args) < RETURN_INDICES)
         return self.masked and known
 
-    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> Tensor:
         """Let a ReLU or max-pooling pass, and put the place behind it."""
         if function in RECTIFIERS:
             self.rectified = True
-            out: Tensor = function(*args, **kwargs)
+            out: Tensor = calls(function, *args, **kwargs)
             return out
-        out, winners = F.max_pool2d_with_indices(*args, **{**kwargs, "return_indices": True})
+        out, winners = calls(F.max_pool2d_with_indices, *args, **{**kwargs, "return_indices": True})
         call = {**dict(zip(POOLING, args, strict=False)), **kwargs}
         key, given = f"winners {len(self.tail)}", call.pop("input")
         like = given.shape, given.is_contiguous(memory_format=torch.channels_last) if given.dim() == 4 else False
@@ -106,6 +106,13 @@ class Point(Entered):
     def tangent(self, pick: Pick) -> Tensor:
         assert self.u is not None
         return self.still(pick(self.u))
+
+    def tangents(self, count: int) -> Tensor:
+        assert self.u is not None
+        return self.still(self.u)
+
+    def add_to_(self, tangents: Tensor) -> None:
+        tangents.add_(self.tangents(len(tangents)))
 
     def still(self, t: Tensor) -> Tensor:
         """The tensor with zeros where the place cannot matter."""

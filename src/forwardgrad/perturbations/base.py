@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.tangents import Law
@@ -77,6 +78,18 @@ class Sown(Entered):
     @abstractmethod
     def tangent(self, pick: Pick) -> Tensor:
         """What the layer's output moves by along one tangent."""
+
+    def tangents(self, count: int) -> Tensor:
+        """What it moves by along each of `count` tangents."""
+        if count == 1:
+            return self.tangent(lambda stack: stack[0]).unsqueeze(0)
+        each = vmap(lambda index: self.tangent(lambda stack: stack.index_select(0, index.reshape(1)).squeeze(0)))
+        moved: Tensor = each(torch.arange(count))
+        return moved
+
+    def add_to_(self, tangents: Tensor) -> None:
+        """Add that to what the output moves by already."""
+        tangents.add_(self.tangents(len(tangents)))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Calls = Callable[..., Any]
+"""Makes a call: the function, and its arguments."""
+
 
 class Layer(ABC):
     """One use of a layer. `names` gives the trainable parameters by role, `rows` the examples at its output's first dimension, and
@@ -48,9 +51,10 @@ class Layer(ABC):
     def holds(call: Mapping[str, Any]) -> bool:
         return True
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the input as the rules want to see it."""
-        return self.function(**{**self.call, "input": x}), x
+    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+        """The output, by a function that makes the calls, and the input as the rules want to see it."""
+        out: Tensor = calls(self.function, **{**self.call, "input": x})
+        return out, x
 
     @property
     def fan_out(self) -> int:
@@ -88,9 +92,9 @@ class Linear(Layer):
 
     arguments = ("input", "weight", "bias")
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
         self.rows = x.shape[0] if x.dim() > 1 else 1
-        return super().run(x)
+        return super().run(x, calls)
 
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return (x @ right) @ left.T
@@ -118,7 +122,7 @@ class Convolution(Layer):
         odd = all(size % 2 for size in weight.shape[2:])
         return padding != "same" or odd  # an even kernel pads one side more: no single number says that
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
         spatial = len(self.weight_shape) - 2
         self.groups = int(self.call.get("groups", 1))
         self.dilation = _each(self.call.get("dilation", 1), spatial)
@@ -127,7 +131,7 @@ class Convolution(Layer):
         same = [d * (size - 1) // 2 for d, size in zip(self.dilation, self.weight_shape[2:], strict=True)]
         self.padding = same if padding == "same" else [0] * spatial if padding == "valid" else _each(padding, spatial)
         self.rows = x.shape[0] if x.dim() == len(self.weight_shape) else 1
-        return super().run(x)
+        return super().run(x, calls)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return self.function(x, weight, None, self.stride, self.padding, self.dilation, groups)
@@ -184,12 +188,12 @@ class Embedding(Layer):
     def holds(call: Mapping[str, Any]) -> bool:
         return call.get("max_norm") is None and not call.get("scale_grad_by_freq") and not call.get("sparse")
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
         self.rows = x.shape[0] if x.dim() else 1
         self.apart = x.dim() > 1  # a single row of indices may be the places in a sentence, the same for every example
         padding = self.call.get("padding_idx")
         self.padding = None if padding is None else padding % self.weight_shape[0]
-        return super().run(x)
+        return super().run(x, calls)
 
     def moving(self, x: Tensor, tangent: Tensor) -> Tensor:
         """The tangent with the padding row held still."""
@@ -215,20 +219,21 @@ class Norm(Layer):
     matrix = False
     arguments: ClassVar[tuple[str, ...]] = ()
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
         weight, bias = self.call.get("weight"), self.call.get("bias")
         plain = {**self.call, "input": x, "weight": None}
         if "bias" in self.arguments:
             plain["bias"] = None
-        normal = self.function(**plain)
+        normal: Tensor = calls(self.function, **plain)
         self.rows = x.shape[0] if x.dim() > 1 else 1
         self.inner = self.inside(x)
-        return self.scaled(normal, weight, bias), normal
+        return self.scaled(normal, weight, bias, calls), normal
 
-    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Calls) -> Tensor:
         """The output with this gain and bias, in the precision that the normalisation gives."""
-        out = normal if weight is None else normal * self._spread(weight)
-        return (out if bias is None else out + self._spread(bias)).to(normal.dtype)
+        out = normal if weight is None else calls(torch.mul, normal, calls(self._spread, weight))
+        out = out if bias is None else calls(torch.add, out, calls(self._spread, bias))
+        return out if out.dtype == normal.dtype else calls(Tensor.to, out, normal.dtype)
 
     def inside(self, x: Tensor) -> list[int]:
         """The shape that makes one gain for every channel broadcast against an example."""

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forwardgrad.derivative import Objective, derivatives_under
+from forwardgrad.derivative import RandomState, derivatives_under
+from forwardgrad.objective import Objective
+from forwardgrad.outputs import Output, spread
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation
-from forwardgrad.perturbations.outputs import Output, spread
 from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
 from forwardgrad.tangents import Law
 
@@ -87,25 +88,22 @@ def perturbed_pass(
     learned: dict[Hashable, frozenset[int]] = _at_once.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
     key = getattr(objective.loss, "__code__", type(objective.loss)), repr(perturbation), exact_output  # a lambda is new at every step
     at_once = learned.get(key, frozenset())
-    while True:
+
+    def watch() -> ModelWatch:
         directions = Directions(law, seeds, device)
-        watch = ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends, still_ends=still_ends)
-        before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in _gpus(objective)]
+        return ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends, still_ends=still_ends)
+
+    random = RandomState(objective)
+    while True:
         try:
-            derived = derivatives_under(objective, watch, len(seeds), commit=commit)
+            stands, derived = derivatives_under(objective, watch, len(seeds), key, commit=commit)
             break
         except UsedAgain as found:
             at_once |= {found.index}
-            torch.set_rng_state(before[0])
-            for d, state in zip(_gpus(objective), before[1], strict=True):
-                torch.cuda.set_rng_state(state, d)
+            random.restore()
     if at_once:
         learned[key] = at_once
-    return _gathered(derived.values, derived.derivatives, watch)
-
-
-def _gpus(objective: Objective) -> list[int]:
-    return sorted({p.get_device() for p in objective.parameters.values() if p.is_cuda})
+    return _gathered(derived.values, derived.derivatives, stands)
 
 
 def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:

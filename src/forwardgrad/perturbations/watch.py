@@ -11,37 +11,23 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad.derivative import Inject, carries, primal
-from forwardgrad.perturbations import outputs
+from forwardgrad import outputs
+from forwardgrad.derivative import Evaluation, Redo
+from forwardgrad.explicit import READS
 from forwardgrad.perturbations.activity import Point
-from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
+from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Sown
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer, Norm
 
 
-class UsedAgain(Exception):
+class UsedAgain(Redo):
     """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""
 
     def __init__(self, index: int) -> None:
         self.index = index
-
-
-def _reads(name: str) -> Callable[..., Any]:
-    reader: Callable[..., Any] = getattr(Tensor, name).__get__
-    return reader
-
-
-_READS: frozenset[Callable[..., Any]] = frozenset(  # what looks at a tensor without using its values
-    [_reads(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf", "grad")]
-    + [_reads(name) for name in ("is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_cpu", "is_meta", "itemsize", "nbytes")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__]
-    + [Tensor.is_complex, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, torch.is_floating_point]
-    + [torch.is_complex, torch.numel, Tensor.__repr__]
-)
 
 
 class ModelWatch(TorchFunctionMode):
@@ -74,8 +60,8 @@ class ModelWatch(TorchFunctionMode):
         self.coupled = False
         self.output: outputs.Output | None = None
 
-    def open(self, inject: Inject, pick: Pick, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-        self._inject, self._pick = inject, pick
+    def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        self._evaluation = evaluation
         self._names = {id(p): name for name, p in parameters.items()}
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
         self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
@@ -91,15 +77,15 @@ class ModelWatch(TorchFunctionMode):
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
-            point.place(primal(tensor))
-            point.draw(primal(tensor))
+            point.place(self._evaluation.primal(tensor))
+            point.draw(self._evaluation.primal(tensor))
         if self._result is not loss:
             exact = [index for index, entered in enumerate(self.entered) if isinstance(entered, Point) and entered.exact]
             if exact:
                 raise UsedAgain(exact[0])
             self.output = self._logits = None
         kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
-        moved = {name: h for name, h in self._ended.items() if carries(h)}
+        moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
         return {**moved, **({} if self._logits is None else {"output": self._logits})}, kept
 
@@ -113,7 +99,7 @@ class ModelWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _READS:
+        if func in READS:
             return func(*args, **kwargs)
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
@@ -121,7 +107,10 @@ class ModelWatch(TorchFunctionMode):
             return self._loss(found, func, args, kwargs)
         if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
             return self._layer(layer)
-        return func(*(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
+        return self._call(func, *(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluation.call(func, args, kwargs)
 
     def _standing(self, value: Any) -> Any:
         """What a function gets in place of an argument: parameters, and outputs that wait, begin to move."""
@@ -160,7 +149,7 @@ class ModelWatch(TorchFunctionMode):
 
     def _sow(self, entered: Sown, out: Tensor) -> Tensor:
         self._enter(entered)
-        return self._inject(out, entered.tangent(self._pick)) if len(self.directions) else out
+        return self._evaluation.inject(out, entered) if len(self.directions) else out
 
     def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
         self._moving[id(tensor)] = (tensor, instead)
@@ -170,8 +159,8 @@ class ModelWatch(TorchFunctionMode):
         layer.call = {key: value if key in layer.names else self._standing(value) for key, value in layer.call.items()}
         self.coupled |= isinstance(layer, BatchNorm) and layer.couples
         given = layer.call.pop("input")
-        out, x = layer.run(given)
-        entered = self.perturbation.enter(layer, primal(x), primal(out), self.directions)
+        out, x = layer.run(given, self._call)
+        entered = self.perturbation.enter(layer, self._evaluation.primal(x), self._evaluation.primal(out), self.directions)
         if entered is None:
             return self._whole(layer, given, x)
         if isinstance(entered, Sown):
@@ -186,14 +175,14 @@ class ModelWatch(TorchFunctionMode):
         """The layer with its trained parameters moving as a whole."""
         call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
         if isinstance(layer, Norm):  # not normalised again: that would count the batch twice in running statistics
-            return layer.scaled(x, call.get("weight"), call.get("bias"))
-        out: Tensor = layer.function(**call, input=given)
+            return layer.scaled(x, call.get("weight"), call.get("bias"), self._call)
+        out: Tensor = self._call(layer.function, **call, input=given)
         return out
 
     def _pass(self, point: Point, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         before = args[0]
         del self._waiting[id(before)]
-        out = point.advance(function, args, kwargs)
+        out = point.advance(function, args, kwargs, self._call)
         if out is not before:
             self._passed[id(before)] = (weakref.ref(before), point)
         self._waiting[id(out)] = (out, point)
@@ -201,15 +190,15 @@ class ModelWatch(TorchFunctionMode):
 
     def _move(self, tensor: Tensor, point: Point) -> Tensor:
         del self._waiting[id(tensor)]
-        point.place(primal(tensor))
+        point.place(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)
         if len(self.directions) and not (ends and self.still_ends):
-            point.draw(primal(tensor))
-            moved = self._inject(tensor, point.tangent(self._pick))
+            point.draw(self._evaluation.primal(tensor))
+            moved = self._evaluation.inject(tensor, point)
         if ends:
             self.ending.append(point)
             self._ended[f"block {len(self._ended)}"] = moved
-            moved = primal(moved)
+            moved = self._evaluation.primal(moved)
         return self._stand(tensor, moved)
 
     def _loss(self, output: outputs.Output, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,7 +206,7 @@ class ModelWatch(TorchFunctionMode):
         point = self._waits(given)
         if point is not None and self.exact_output:
             del self._waiting[id(given)]
-            point.place(primal(given))
+            point.place(self._evaluation.primal(given))
             point.exact = True
             self._passed[id(given)] = (weakref.ref(given), point)
             self._logits = given
@@ -225,5 +214,5 @@ class ModelWatch(TorchFunctionMode):
             self._logits = self._standing(given)
         self.output = output
         rest = {key: self._standing(value) for key, value in output.call.items() if key != "input"}
-        self._result = function(self._logits, **rest)
+        self._result = self._call(function, self._logits, **rest)
         return self._result

@@ -26,6 +26,10 @@ class Output:
         with torch.autocast(output.device.type, enabled=False):
             return self.formula(output.to(torch.promote_types(output.dtype, torch.float32)), self.call)
 
+    def derivative(self, output: Tensor, moved: Tensor) -> Tensor:
+        """That of the loss [K] along K tangents [K, *output] of the output, summed in the precision of the error."""
+        return (self.error(output) * moved).flatten(1).sum(1)
+
 
 def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
     """With targets q (smoothed) and class weights w: e = (Σ w q) softmax(z) − w q over the number, or the weights, of the targets."""

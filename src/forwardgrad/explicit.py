@@ -1,0 +1,267 @@
+"""Forward mode in the open: K tangents travel beside each value as plain tensors, without dual numbers.
+
+An evaluation under `Explicit` sees every torch call of a model. For the calls that networks are made of it knows the derivative
+(`rules`) and works it out the cheapest way it can: the rows of values and tangents stand in one tensor (a `stack`), so that one product
+reads a weight once for all of them, and the K tangents share the primal pass without `vmap`. Any other call is handed to torch's dual
+numbers by itself.
+
+What it cannot follow, it refuses (`Unfollowed`): writing in place where a view may look on, for one. What passes by it unseen (a scripted
+module, a custom autograd function) is found by comparing with the plain way, whenever a model takes a path of calls not compared before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import jvp, vmap
+from torch.overrides import TorchFunctionMode
+
+from forwardgrad.rules import RULES, Track
+
+
+class Unfollowed(Exception):
+    """The explicit way does not know how tangents go on from here; the plain way does."""
+
+
+def _reads(name: str) -> Callable[..., Any]:
+    reader: Callable[..., Any] = getattr(Tensor, name).__get__
+    return reader
+
+
+READS: frozenset[Callable[..., Any]] = frozenset(  # what looks at a tensor without using its values
+    [_reads(name) for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad", "is_leaf", "grad")]
+    + [_reads(name) for name in ("is_sparse", "is_nested", "is_quantized", "is_mkldnn", "is_cpu", "is_meta", "itemsize", "nbytes")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.__len__]
+    + [Tensor.is_complex, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, torch.is_floating_point]
+    + [torch.is_complex, torch.numel, Tensor.__repr__]
+)
+_DROPS: frozenset[Any] = frozenset(
+    [Tensor.detach, torch.detach, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__float__, Tensor.__int__]
+    + [_reads("data")]
+)
+"""What gives values without tangents, in every kind of forward mode."""
+
+
+class Explicit(TorchFunctionMode):
+    """One evaluation with `count` tangents; `moving` gives those of parameters, [K, *shape], by the id of the tensor that stands for it."""
+
+    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None) -> None:
+        super().__init__()
+        self.count = count
+        self.moving = dict(moving or {})
+        self._calls: list[Any] = []
+        self._level: ExitStack | None = None
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._end()
+
+    @contextmanager
+    def begun(self) -> Iterator[Explicit]:
+        """For a watch that stands at every call itself, and passes them on to `call`."""
+        try:
+            yield self
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Leave torch's forward mode, if a call needed it."""
+        if self._level is not None:
+            self._level.close()
+            self._level = None
+
+    @property
+    def path(self) -> int:
+        """The calls with something that moved, in order, as one number."""
+        return hash(tuple(self._calls))
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in READS:
+            return func(*args, **(kwargs or {}))
+        return self.call(func, args, kwargs or {})
+
+    def track(self, tensor: Tensor) -> Track | None:
+        """How a tensor moves in this evaluation, None where it does not."""
+        found: Track | None = tensor.__dict__.get("_forwardgrad_track")
+        if found is not None and found.owner is self:
+            return found
+        if self.moving and (tangents := self.moving.get(id(tensor))) is not None:
+            return Track(self, tangents)
+        return None
+
+    def tangents(self, tensor: Tensor) -> Tensor | None:
+        """[K, *shape], or None where the tensor does not move."""
+        found = self.track(tensor)
+        return None if found is None else found.tangents
+
+    def derivative(self, tensor: Tensor) -> Tensor:
+        """[K, *shape], zero where the tensor does not move."""
+        found = self.tangents(tensor)
+        return tensor.new_zeros((self.count, *tensor.shape)) if found is None else found
+
+    def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor:
+        """Let a tensor move. `stack` [1 + K, *shape] holds its values and tangents behind them; `fresh`: nothing else sees either."""
+        tensor.__dict__["_forwardgrad_track"] = Track(self, tangents, stack, fresh)
+        return tensor
+
+    # What stands in for torch's own forward mode: see `derivative.Plain`.
+
+    def carries(self, tensor: Tensor) -> bool:
+        return self.track(tensor) is not None
+
+    def primal(self, tensor: Tensor) -> Tensor:
+        return tensor if self.track(tensor) is None else tensor.detach()
+
+    def inject(self, tensor: Tensor, source: Any) -> Tensor:
+        """The tensor with what `source` moves it by added to how it moves already."""
+        track = self.track(tensor)
+        if track is None:
+            return self.attach(tensor.detach(), source.tangents(self.count).to(tensor.dtype), fresh=True)
+        if track.fresh:
+            source.add_to_(track.tangents)
+            return tensor
+        return self.attach(tensor.detach(), track.tangents + source.tangents(self.count).to(tensor.dtype), fresh=True)
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call, moving as its arguments make it."""
+        if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
+            return func(*args, **kwargs)
+        self._calls.append(func)
+        if func in _DROPS:
+            return func(*args, **kwargs)
+        if (rule := RULES.get(func)) is not None:
+            result = rule(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return self._by_duals(func, args, kwargs)
+
+    def _moves(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return self.track(value) is not None
+        if isinstance(value, (tuple, list)):
+            return any(self._moves(item) for item in value)
+        return isinstance(value, dict) and any(self._moves(item) for item in value.values())
+
+    def _by_duals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call by torch's forward mode."""
+        name = getattr(func, "__name__", "")
+        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None or kwargs.get("inplace"):
+            raise Unfollowed(f"{name} writes into a tensor in place")
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        self._gather((args, kwargs), found)
+        if self.count == 1:
+            if self._level is None:
+                self._level = ExitStack()
+                self._level.enter_context(forward_ad.dual_level())
+            duals = {key: forward_ad.make_dual(value, tangents[0]) for key, (value, tangents) in found.items()}
+            return self._taken(func(*_exchanged(args, duals), **_exchanged(kwargs, duals)), self._seen(found))
+        keys = list(found)
+
+        shape: list[Any] = []
+
+        def along(*tangents: Tensor) -> Any:
+            def flat(*values: Tensor) -> Any:
+                given = dict(zip(keys, values, strict=True))
+                result = func(*_exchanged(args, given), **_exchanged(kwargs, given))
+                shape[:] = [result]
+                real = [leaf for leaf in _leaves(result) if leaf.is_floating_point() or leaf.is_complex()]
+                return tuple(real), [leaf for leaf in _leaves(result) if not (leaf.is_floating_point() or leaf.is_complex())]
+
+            return jvp(flat, tuple(value for value, _ in found.values()), tangents, has_aux=True)
+
+        each: Any = vmap(along, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
+        outs, moved, rest = each(*(tangents for _, tangents in found.values()))
+        return _rebuilt(shape[0], self._attached(outs, moved, found), iter(rest))
+
+    def _attached(self, outs: Any, moved: Any, found: dict[int, tuple[Tensor, Tensor]]) -> Any:
+        seen = self._seen(found)
+        return iter([self._apart(out, tangents, seen) for out, tangents in zip(outs, moved, strict=True)])
+
+    def _seen(self, found: dict[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """The memory of what went into a call, and whose it is."""
+        return {_memory(part): value for value, tangents in found.values() for part in (value, tangents)}
+
+    def _apart(self, out: Tensor, tangents: Tensor, seen: dict[int, Tensor]) -> Tensor:
+        """A result, which nothing else sees unless it is a view of what went in."""
+        fresh = True
+        for memory in (_memory(out), _memory(tangents)):
+            if memory in seen:
+                fresh = False
+                if (track := self.track(seen[memory])) is not None:
+                    track.fresh = False
+        return self.attach(out, tangents, fresh=fresh)
+
+    def _gather(self, value: Any, found: dict[int, tuple[Tensor, Tensor]]) -> None:
+        if isinstance(value, Tensor):
+            if (track := self.track(value)) is not None:
+                found[id(value)] = value, track.tangents
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                self._gather(item, found)
+        elif isinstance(value, dict):
+            for item in value.values():
+                self._gather(item, found)
+
+    def _taken(self, value: Any, seen: dict[int, Tensor]) -> Any:
+        """Dual numbers as values and tangents apart."""
+        if isinstance(value, Tensor):
+            primal, tangent = forward_ad.unpack_dual(value)
+            return primal if tangent is None else self._apart(primal, _plain(tangent).unsqueeze(0), seen)
+        if isinstance(value, (tuple, list)):
+            items = [self._taken(item, seen) for item in value]
+            return type(value)(items) if type(value) in (tuple, list) else _named(value, items)
+        if isinstance(value, dict):
+            return {key: self._taken(item, seen) for key, item in value.items()}
+        return value
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+_IN_PLACE |= {"__setitem__", "__set__"}
+
+
+def _plain(tangent: Tensor) -> Tensor:
+    return tangent if not tangent._is_zerotensor() else torch.zeros_like(tangent)
+
+
+def _named(like: Any, items: list[Any]) -> Any:
+    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)  # torch's own return types take one sequence
+
+
+def _exchanged(value: Any, instead: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return instead.get(id(value), value)
+    if isinstance(value, (tuple, list)):
+        items = [_exchanged(item, instead) for item in value]
+        return type(value)(items) if type(value) in (tuple, list) else _named(value, items)
+    if isinstance(value, dict):
+        return {key: _exchanged(item, instead) for key, item in value.items()}
+    return value
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _rebuilt(like: Any, real: Any, rest: Any) -> Any:
+    """A result of the structure of `like` with the tensors of `real` and `rest` in it."""
+    if isinstance(like, Tensor):
+        return next(real) if like.is_floating_point() or like.is_complex() else next(rest)
+    if isinstance(like, (tuple, list)):
+        items = [_rebuilt(item, real, rest) for item in like]
+        return type(like)(items) if type(like) in (tuple, list) else _named(like, items)
+    if isinstance(like, dict):
+        return {key: _rebuilt(item, real, rest) for key, item in like.items()}
+    return like

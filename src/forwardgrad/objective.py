@@ -1,0 +1,135 @@
+"""What is trained, and the loss as a function of it: a module with its parameters and buffers exchanged, or plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Point = nn.Module | Tensor | Sequence[Tensor]
+"""Where a loss is evaluated: a module, one tensor, or several tensors."""
+
+
+class _Evaluation(nn.Module):
+    """The loss of a model as a module, so that `functional_call` can exchange the model's parameters under any loss function."""
+
+    def __init__(self, loss: Callable[..., Tensor], model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_of = loss
+
+    def forward(self) -> tuple[Any, dict[str, Tensor]]:
+        loss = self.loss_of(self.model)
+        return loss, {place.name: place.tensor for place in _places(self, "_buffers")}  # read again: a model may put a new one there
+
+
+class _Place(NamedTuple):
+    """Where a module keeps a tensor; a module or tensor that is reached under several names has one place for each module alone."""
+
+    name: str
+    module: nn.Module
+    key: str
+    tensor: Tensor
+
+
+def _places(root: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterator[_Place]:
+    for prefix, module in root.named_modules():
+        for key, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                yield _Place(f"{prefix}.{key}" if prefix else key, module, key, tensor)
+
+
+class Objective:
+    """A loss as a function of the tensors it is trained by.
+
+    `loss` takes what `at` is: the module, the tensor, or the tensors as separate arguments; it returns a tensor of one element, or of
+    one element an example, whose mean is then the loss.
+    `parameters` are the live tensors with `requires_grad=True`, by name; tied weights appear once.
+
+    Raises TypeError or ValueError where there is nothing to train, or something that cannot be trained.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], at: Point) -> None:
+        if not callable(loss):
+            raise TypeError(
+                f"the loss must be a function of the model, such as `lambda model: loss_fn(model(x), y)`, not a {type(loss).__name__}"
+            )
+        self.loss, self.at = loss, at
+        self._module = _Evaluation(loss, at) if isinstance(at, nn.Module) else None
+        self._tensors = {} if self._module else _named(at)
+        named = dict(at.named_parameters(prefix="model")) if isinstance(at, nn.Module) else self._tensors
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("nothing to train: no parameter has requires_grad=True")
+        for name, p in self.parameters.items():
+            if not p.is_leaf:
+                raise ValueError(f"{name} is the result of a computation, not a leaf: its .grad would never be used")
+            if not p.is_floating_point():
+                raise TypeError(f"{name} is {p.dtype}: forward gradients need real floating-point parameters")
+
+    @property
+    def buffered(self) -> bool:
+        """Whether an evaluation may leave something in buffers."""
+        return self._module is not None and next(_places(self._module, "_buffers"), None) is not None
+
+    def live(self) -> Tensor:
+        """The loss of the live tensors: an ordinary forward pass, recorded for reverse mode if the caller's context says so."""
+        return scalar(self.as_it_is())
+
+    def as_it_is(self) -> Any:
+        """As `live`, with whatever the loss function returned."""
+        return self.loss(self.at) if self._module else self.loss(*self._tensors.values())
+
+    def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
+        loss, buffers = self.raw(parameters)
+        return scalar(loss), buffers
+
+    def raw(self, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """As `with_`, with whatever the loss function returned."""
+        if self._module is None:
+            return self.loss(*(parameters.get(name, t) for name, t in self._tensors.items())), {}
+        instead = {id(p): parameters[name] for name, p in self.parameters.items()}  # tied weights: one tensor in several places
+        for place in _places(self._module, "_buffers"):
+            instead.setdefault(id(place.tensor), place.tensor.clone())
+        places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
+        state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
+        result: tuple[Any, dict[str, Tensor]] = functional_call(self._module, state, (), tie_weights=False)
+        return result
+
+    def commit(self, buffers: Mapping[str, Tensor]) -> None:
+        """Make these buffers the model's own."""
+        for place in _places(self._module, "_buffers") if self._module else ():
+            if 0 in place.tensor.stride():  # an expanded constant cannot be written to, but may have been replaced
+                place.module._buffers[place.key] = buffers[place.name]
+            else:
+                place.tensor.copy_(buffers[place.name])
+
+
+def _named(at: object) -> dict[str, Tensor]:
+    tensors = [at] if isinstance(at, Tensor) else at
+    if not isinstance(tensors, Sequence) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(f"expected a module, a tensor, or a list or tuple of tensors to train, not {type(at).__name__}")
+    if len({id(t) for t in tensors}) < len(tensors):
+        raise ValueError("the same tensor was given twice: its two derivatives could not be told apart")
+    return {f"tensor {index}": t for index, t in enumerate(tensors)}
+
+
+def scalar(loss: Any) -> Tensor:
+    each = per_example(loss)
+    return each.mean() if each.dim() else each  # a loss of whole numbers has no mean, and its own error
+
+
+def per_example(loss: Any) -> Tensor:
+    """The loss as one number, or one number an example."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss must return a tensor, not {type(loss).__name__}")
+    if loss.numel() == 0 or (loss.numel() > 1 and loss.dim() > 1):
+        raise ValueError(
+            f"the loss must have one element, or one an example, not shape {tuple(loss.shape)}: reduce it with mean() or sum()"
+        )
+    if loss.is_complex():
+        raise TypeError("the loss is complex: take its real part or its absolute value")
+    return loss.reshape(()) if loss.numel() == 1 and loss.dim() else loss
