@@ -149,6 +149,7 @@ class _Outcome(Generic[W]):
     derived: Derived
     buffers: dict[str, Tensor]
     path: Hashable = None
+    low: bool = False  # whether some of it was computed in low precision
 
 
 def directional_derivatives(
@@ -169,7 +170,7 @@ def directional_derivatives(
             loss = scalar(loss)
             if not evaluation.carries(loss):
                 raise RuntimeError(_DROPPED)
-        return _Outcome(None, Derived({"loss": loss}, {"loss": evaluation.derivative(loss)}), buffers, evaluation.path)
+        return _Outcome(None, Derived({"loss": loss}, {"loss": evaluation.derivative(loss)}), buffers, evaluation.path, evaluation.low)
 
     def plain() -> _Outcome[None]:
         def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -191,7 +192,8 @@ def directional_derivatives(
         return _Outcome(None, Derived({"loss": loss}, {"loss": derivatives}), buffers)
 
     found = _either(objective, explicit, plain, "dense", commit).derived
-    return found.values["loss"], found.derivatives["loss"]
+    loss = found.values["loss"]
+    return loss, found.derivatives["loss"].to(loss.dtype)
 
 
 def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, key: Hashable, *, commit: bool = True) -> tuple[V, Derived]:
@@ -217,7 +219,7 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
             values, kept = closed(stands, evaluation, loss)
             derivatives = {name: evaluation.derivative(t) for name, t in values.items()} if count else {}
         stands.keep(kept)
-        return _Outcome(stands, Derived(values, derivatives), buffers, evaluation.path)
+        return _Outcome(stands, Derived(values, derivatives), buffers, evaluation.path, evaluation.low)
 
     def plain() -> _Outcome[V]:
         stands, primals = watch(), {name: p.detach() for name, p in objective.parameters.items()}
@@ -300,10 +302,7 @@ def _checked(random: RandomState, explicit: Callable[[], _Outcome[W]], plain: Ca
         found = explicit()
     except Redo:
         raise
-    except Exception as problem:
-        import os, traceback
-        if os.environ.get("FGDBG"): traceback.print_exc()
-        # the plain way decides whether something is wrong with the model, or only with following it
+    except Exception:  # the plain way decides whether something is wrong with the model, or only with following it
         random.restore()
         other = plain()
         known.plain = True
@@ -312,20 +311,19 @@ def _checked(random: RandomState, explicit: Callable[[], _Outcome[W]], plain: Ca
         return found
     random.restore()
     other = plain()
-    known.plain = not _agree(found.derived, other.derived)
+    known.plain = not _agree(found.derived, other.derived, found.low)
     known.paths.add(found.path)
     return other if known.plain else found
 
 
-def _agree(one: Derived, other: Derived) -> bool:
+def _agree(one: Derived, other: Derived, low: bool) -> bool:
     """Whether two evaluations differ by no more than rounding: of all that was derived, the largest is compared, relative to its norm."""
     if one.derivatives.keys() != other.derivatives.keys():
         return False
     name = max(other.derivatives, key=lambda name: other.derivatives[name].numel())
     found, exact = (d.derivatives[name].double() for d in (one, other))
-    dtype = other.values[name].dtype
-    low = dtype.itemsize < 4 or torch.is_autocast_enabled(other.values[name].device.type)
-    return bool((found - exact).norm() <= (0.25 if low else 1e-3) * exact.norm() + torch.finfo(dtype).eps)
+    eps = torch.finfo(other.values[name].dtype).eps
+    return bool((found - exact).norm() <= (0.25 if low or eps > 1e-3 else 1e-3) * exact.norm() + eps)
 
 
 class RandomState:

@@ -41,8 +41,17 @@ READS: frozenset[Callable[..., Any]] = frozenset(  # what looks at a tensor with
     + [torch.is_complex, torch.numel, Tensor.__repr__]
 )
 _DROPS: frozenset[Any] = frozenset(
-    [Tensor.detach, torch.detach, Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__float__, Tensor.__int__]
-    + [_reads("data")]
+    (
+        torch.detach,
+        Tensor.detach,
+        Tensor.item,
+        Tensor.tolist,
+        Tensor.numpy,
+        Tensor.__bool__,
+        Tensor.__float__,
+        Tensor.__int__,
+        _reads("data"),
+    )
 )
 """What gives values without tangents, in every kind of forward mode."""
 
@@ -55,6 +64,7 @@ class Explicit(TorchFunctionMode):
         self.count = count
         self.moving = dict(moving or {})
         self._calls: list[Any] = []
+        self.low = False  # whether a call was made in low precision
         self._level: ExitStack | None = None
 
     def __exit__(self, *exception: Any) -> None:
@@ -132,6 +142,7 @@ class Explicit(TorchFunctionMode):
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
             return func(*args, **kwargs)
         self._calls.append(func)
+        self.low = self.low or any(isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type) for value in args[:1])
         if func in _DROPS:
             return func(*args, **kwargs)
         if (rule := RULES.get(func)) is not None:

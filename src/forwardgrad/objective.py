@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class Objective:
             if not p.is_floating_point():
                 raise TypeError(f"{name} is {p.dtype}: forward gradients need real floating-point parameters")
 
-    @property
+    @cached_property
     def buffered(self) -> bool:
         """Whether an evaluation may leave something in buffers."""
         return self._module is not None and next(_places(self._module, "_buffers"), None) is not None

@@ -49,10 +49,6 @@ def _bound(names: tuple[str, ...], args: Call, kwargs: dict[str, Any]) -> dict[s
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
 def _linear(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
     call = _bound(("input", "weight", "bias"), args, kwargs)
     x, weight, bias = call["input"], call["weight"], call.get("bias")
@@ -63,7 +59,7 @@ def _linear(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[st
     stack = None
     if track is None:
         out, moved = F.linear(x, weight, bias), None
-    elif e.count * x.numel() > _WORTH_STACKING * weight.numel():
+    elif torch.is_autocast_enabled(x.device.type) or e.count * x.numel() > _WORTH_STACKING * weight.numel():
         out, moved = F.linear(x, weight, bias), F.linear(track.tangents, weight)
     else:
         rows = track.stack if track.stack is not None else torch.cat([x.unsqueeze(0), track.tangents])
@@ -80,7 +76,7 @@ def _linear(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[st
     return e.attach(out, moved, stack, fresh=True)
 
 
-_WORTH_STACKING = 4  # copying this many times the weight's numbers costs more than reading the weight twice
+_WORTH_STACKING = 4  # copying this many times the weight's numbers costs more than reading it twice; in low precision a bias belongs inside
 
 
 def _added(moved: Tensor | None, x: Tensor, v: Tensor, shift: Tensor | None) -> Tensor:

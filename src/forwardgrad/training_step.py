@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.gradient import estimate_grad_
+from forwardgrad.objective import Objective
 
 
 class TrainingStep:
@@ -49,6 +50,8 @@ class TrainingStep:
 
     def __call__(self, *batch: Any) -> Estimate:
         """Take one step on a batch."""
+        if _descends(self.optimizer):
+            return self._descend(batch)
         record: list[Estimate] = []
 
         def closure() -> Tensor:  # an optimizer may look ahead: it moves the parameters, and then asks
@@ -61,3 +64,34 @@ class TrainingStep:
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
         return record[-1]
+
+    def _descend(self, batch: tuple[Any, ...]) -> Estimate:
+        """A step of plain gradient descent: each part of the estimate moves its parameter as it is made, and no gradient is held."""
+        with torch.inference_mode(False), torch.no_grad():
+            objective = Objective(lambda model: self.loss(model, *batch), self.model)
+            record, parts = self.estimator.parts(objective, self.generator, self.state)
+            groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+            shrunk = set[int]()
+            for name, part in parts:
+                p = objective.parameters[name]
+                if (group := groups.get(id(p))) is None:
+                    continue
+                if group["weight_decay"] and id(p) not in shrunk:
+                    shrunk.add(id(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                if isinstance(part, Tensor):
+                    p.add_(part, alpha=-group["lr"]) if isinstance(group["lr"], float) else p.sub_(part * group["lr"])
+                else:
+                    part.add_to_(p, -group["lr"])
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks whether the optimizer was there before it
+        return record
+
+
+def _descends(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is θ ← θ(1 − γλ) − γĝ and nothing else, which can be taken part by part."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return (
+        type(optimizer) is torch.optim.SGD
+        and not hooks
+        and not any(group["momentum"] or group["maximize"] or group["differentiable"] for group in optimizer.param_groups)
+    )

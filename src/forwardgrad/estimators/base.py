@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from forwardgrad.factored import Gradient
 from forwardgrad.objective import Objective
 
 
@@ -56,6 +57,16 @@ class Estimator(ABC):
 
         `state` is what a stateful estimator remembers: it fills an empty one and updates a filled one in place; others leave it alone.
         """
+
+    def parts(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, Iterator[tuple[str, Gradient]]]:
+        """As `estimate`, in parts by parameter that add up to it: each is made when it is asked for, so that not all have to be held.
+
+        None of them depends on the parameters any more, so a part may be taken off its parameter before the next one is asked for.
+        """
+        record, gradients = self.estimate(objective, generator, state)
+        return record, ((name, gradient) for name, gradient in gradients.items() if gradient is not None)
 
 
 def needed(generator: Generator | None) -> Generator:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from forwardgrad.derivative import directional_derivatives
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.factored import Gradient, dense
 from forwardgrad.objective import Objective
 from forwardgrad.outputs import shared_out
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
@@ -132,6 +133,24 @@ class ForwardGradient(Estimator):
             self._remember(state, gradients)
         return Estimate(found.loss, torch.cat(derivatives), self.tangents + len(derivatives)), gradients
 
+    def parts(
+        self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
+    ) -> tuple[Estimate, Iterator[tuple[str, Gradient]]]:
+        if self.control_variate is not None or (self.chunk_size or self.tangents) < self.tangents:  # what comes later needs all of it
+            return super().parts(objective, generator, state)
+        (found,) = self._passes(objective, needed(generator))
+        return Estimate(found.loss, found.derivatives, self.tangents + 1), self._parts_of(found)
+
+    def _parts_of(self, found: Pass) -> Iterator[tuple[str, Gradient]]:
+        exact = found.exact
+        with torch.autocast(found.loss.device.type, enabled=False):
+            weights = self._weights(found, {})
+            for entered, weight in zip(found.entered, weights, strict=True):
+                if entered not in exact:
+                    yield from entered.gradient(weight).items()
+            for point in exact:
+                yield from point.from_error(found.error).items()
+
     def _passes(self, objective: Objective, generator: Generator) -> Iterator[Pass]:
         """One pass a chunk of tangents; the last one leaves its buffers and random state behind."""
         size = self.chunk_size or self.tangents
@@ -160,8 +179,12 @@ class ForwardGradient(Estimator):
                 d = d - torch.stack([part.sum(1) for part in inner]).sum(0).unsqueeze(1)
             elif inner:
                 d = d - torch.stack([shared_out(part, entered.rows) for part in inner]).sum(0)
-            weights.append((d if self.clip is None else d.clamp(-self.clip, self.clip)) / self.tangents)
+            weights.append(self._averaged(d))
         return weights
+
+    def _averaged(self, d: Tensor) -> Tensor:
+        d = d if self.clip is None else d.clamp(-self.clip, self.clip)
+        return d if self.tangents == 1 else d / self.tangents
 
     def _predicted(self, objective: Objective, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.control_variate is None:
@@ -193,7 +216,7 @@ def add_exact(gradients: dict[str, Tensor | None], found: Pass) -> None:
         add(gradients, point.from_error(found.error))
 
 
-def add(gradients: dict[str, Tensor | None], parts: dict[str, Tensor]) -> None:
+def add(gradients: dict[str, Tensor | None], parts: Mapping[str, Gradient]) -> None:
     for name, part in parts.items():
         so_far = gradients.get(name)
-        gradients[name] = part if so_far is None else so_far.add_(part)
+        gradients[name] = dense(part) if so_far is None else so_far.add_(dense(part))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.tangents import Law
 
@@ -20,22 +21,45 @@ Pick = Callable[[Tensor], Tensor]
 
 
 class Directions:
-    """K streams of random numbers of one law, one a tangent: K drawn at once are the same bits as K drawn one after the other."""
+    """K directions of one law, each of which follows from a seed, place by place.
+
+    Every place has random numbers of its own, so they can be drawn again when they are needed a second time, and need not be held.
+    """
 
     def __init__(self, law: Law, seeds: list[int], device: torch.device) -> None:
-        self.law = law
-        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.law, self._seeds, self._stream = law, seeds, torch.Generator(device)
+        self._places = 0
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._seeds)
+
+    def plan(self, shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
+        """What draws a stack [K, *shape] with the dtype and device of `like`: the same bits at every call."""
+        place, dtype, device = self._places, like.dtype, like.device
+        self._places += 1
+
+        def drawn() -> Tensor:
+            stack = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
+            for tangent, seed in zip(stack.unbind(), self._seeds, strict=True):
+                self.law.fill_([tangent], self._stream.manual_seed(_mixed(seed, place)))
+            return stack.to(device)
+
+        return drawn
 
     def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A stack [K, *shape] with the dtype and device of `like`."""
-        device = self._streams[0].device if self._streams else like.device
-        stack = torch.empty((len(self), *shape), dtype=like.dtype, device=device)
-        for tangent, stream in zip(stack.unbind(), self._streams, strict=True):
-            self.law.fill_([tangent], stream)
-        return stack.to(like.device)
+        return self.plan(shape, like)()
+
+
+def _mixed(seed: int, place: int) -> int:
+    """A seed for one place: the finaliser of a 64-bit hash, in which every bit of the result depends on all of both numbers."""
+    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & _MASK
+    return (z ^ z >> 31) & _MASK >> 1
+
+
+_MASK = 2**64 - 1
 
 
 class Entered(ABC):
@@ -55,7 +79,7 @@ class Entered(ABC):
         self.kept: dict[str, Tensor] = {}
 
     @abstractmethod
-    def gradient(self, weights: Float[Tensor, "k rows"]) -> dict[str, Tensor]:
+    def gradient(self, weights: Float[Tensor, "k rows"]) -> Mapping[str, Gradient]:
         """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name."""
 
     @abstractmethod

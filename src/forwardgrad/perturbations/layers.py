@@ -74,6 +74,13 @@ class Layer(ABC):
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The output's tangent along left @ right.T, with left [fan_out, r] and right [fan_in, r]."""
 
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
+        """The output's tangents [K, *out] along K such directions and those of the bias, added in place to how it moved already."""
+        each = [self.respond(x, a, b) for a, b in zip(left, right, strict=True)]
+        each = each if bias is None else [t + self.shift(out, b) for t, b in zip(each, bias, strict=True)]
+        along = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+        return along.to(out.dtype) if moved is None else moved.add_(along)
+
     @abstractmethod
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The output's tangent where example b moves along the outer product of left[b] and right[b]."""
@@ -98,6 +105,12 @@ class Linear(Layer):
 
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return (x @ right) @ left.T
+
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
+        count, rank = len(left), left.shape[2]
+        along = x.reshape(-1, self.fan_in) @ right.transpose(0, 1).reshape(self.fan_in, -1)
+        along = along.view(-1, count, rank).transpose(0, 1)
+        return _outer(along, left, bias, moved, out.numel() // self.fan_out, out).view(count, *out.shape)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         along = torch.bmm(x.reshape(self.rows, -1, self.fan_in), right.unsqueeze(2))
@@ -147,6 +160,26 @@ class Convolution(Layer):
         else:
             tangent = torch.einsum("...grs,gmr->...gms", along.flatten(len(lead) + 2), left).unflatten(-1, along.shape[len(lead) + 2 :])
         return tangent.flatten(len(lead), len(lead) + 1)
+
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
+        count, last = len(left), out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
+        if left.shape[2] > 1 or self.groups > 1 or out.dim() != len(self.weight_shape) or not last:
+            return super().respond_all(x, out, left, right, bias, moved)
+        along = self._taps(x, right.squeeze(2)).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1)
+        before = None if moved is None else moved.permute(0, 1, 3, 4, 2)
+        found = _outer(along, left, bias, before, out.numel() // self.fan_out, out)
+        return found.view(count, len(out), *out.shape[2:], -1).permute(0, 1, 4, 2, 3)
+
+    def _taps(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """The convolution of images with K kernels [K, fan_in]: a product for all taps at once, and a sum of what they give, shifted.
+
+        A convolution to so few channels wastes most of what a processor computes with.
+        """
+        count, size = len(kernels), self.weight_shape[2:]
+        taps = kernels.view(count, -1, math.prod(size)).transpose(1, 2).reshape(-1, self.weight_shape[1])
+        each = x.permute(0, 2, 3, 1) @ taps.T
+        places = torch.eye(math.prod(size), dtype=each.dtype, device=x.device).view(1, -1, *size).repeat(count, 1, 1, 1)
+        return self._convolve(each.permute(0, 3, 1, 2), places.to(memory_format=torch.channels_last), count)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         batched = x.reshape(self.rows, *x.shape[-len(self.weight_shape) + 1 :])
@@ -305,6 +338,19 @@ class BatchNorm(GroupNorm):
     def couples(self) -> bool:
         """Whether the statistics of the batch tie its examples together."""
         return bool(self.call.get("training"))
+
+
+def _outer(along: Tensor, left: Tensor, bias: Tensor | None, moved: Tensor | None, rows: int, like: Tensor) -> Tensor:
+    """along [K, N, r] times left [K, m, r], and a bias [K, m]: [K, N, m], added in place to `moved`, whose last dimension is m."""
+    if bias is not None:  # one product for both
+        along, left = F.pad(along, (0, 1), value=1.0), torch.cat([left, bias.unsqueeze(2)], dim=2)
+    left = left.to(like.dtype)  # in-place products are not cast by autocast
+    if moved is None:
+        return along.to(like.dtype) @ left.mT
+    moved = moved.reshape(len(left), rows, -1)
+    for k in range(len(left)):
+        moved[k].addmm_(along[k].to(like.dtype), left[k].T)
+    return moved
 
 
 def _each(value: Any, count: int) -> list[int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from forwardgrad.factored import Factored, Gradient
 from forwardgrad.perturbations.base import Directions, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Layer
 
@@ -46,60 +48,86 @@ class LowRank(Perturbation):
 
 
 class LowRankUse(Sown):
-    """One use of a layer, with a direction of rank r for the whole batch."""
+    """One use of a layer, with a direction of rank r for the whole batch. Its factors are drawn again when the gradient is asked for."""
 
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int) -> None:
         super().__init__()
-        self.layer, self.x, self.out = layer, x, out
-        self.left = self.right = self.bias = None
-        if "weight" in layer.names:
-            self.left = directions.draw((layer.fan_out, rank), layer.like)
-            self.right = directions.draw((layer.fan_in, rank), layer.like) / rank**0.5
-        if "bias" in layer.names:
-            self.bias = directions.draw((layer.fan_out,), layer.like)
+        self.layer, self.x, self.out, self.rank = layer, x, out, rank
+        self._sizes = [
+            layer.fan_out * rank if "weight" in layer.names else 0,
+            layer.fan_in * rank if "weight" in layer.names else 0,
+            layer.fan_out if "bias" in layer.names else 0,
+        ]
+        self._drawn = directions.plan((sum(self._sizes),), layer.like)
+
+    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """left [K, m, r] and right [K, n, r] of the weight, and the direction [K, m] of the bias; None of what is not trained."""
+        left, right, bias = self._drawn().split(self._sizes, dim=1)
+        moves, shifts = self._sizes[0] > 0, self._sizes[2] > 0
+        shape = (len(left), -1, self.rank)
+        scaled = right if self.rank == 1 else right / self.rank**0.5
+        return left.reshape(shape) if moves else None, scaled.reshape(shape) if moves else None, bias if shifts else None
 
     def tangent(self, pick: Pick) -> Tensor:
+        left, right, bias = self.factors()
         moved: Tensor | None = None
-        if self.left is not None and self.right is not None:
-            moved = self.layer.respond(self.x, pick(self.left), pick(self.right))
-        if self.bias is not None:
-            shift = self.layer.shift(self.out, pick(self.bias))
+        if left is not None and right is not None:
+            moved = self.layer.respond(self.x, pick(left), pick(right))
+        if bias is not None:
+            shift = self.layer.shift(self.out, pick(bias))
             moved = shift.expand_as(self.out) if moved is None else moved + shift
         del self.x, self.out  # nothing of the pass is kept
         assert moved is not None
         return moved
 
-    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        shared, names, found = weights.sum(1), self.layer.names, {}
-        if self.left is not None and self.right is not None:
-            left, right = (t.transpose(0, 1).flatten(1) for t in (self._weighted(shared), self.right))
-            found[names["weight"]] = (left @ right.T).reshape(self.layer.weight_shape)
-        if self.bias is not None:
-            found[names["bias"]] = shared.to(self.bias.dtype) @ self.bias
+    def tangents(self, count: int) -> Tensor:
+        return self._responded(None)
+
+    def add_to_(self, tangents: Tensor) -> None:
+        self._responded(tangents)
+
+    def _responded(self, moved: Tensor | None) -> Tensor:
+        left, right, bias = self.factors()
+        if left is None or right is None:
+            assert bias is not None
+            shift = torch.stack([self.layer.shift(self.out, b) for b in bias])
+            found = shift.expand(len(bias), *self.out.shape).clone() if moved is None else moved.add_(shift)
+        else:
+            found = self.layer.respond_all(self.x, self.out, left, right, bias, moved)
+        del self.x, self.out
         return found
 
-    def _weighted(self, weights: Tensor) -> Tensor:
-        assert self.left is not None
-        return self.left * weights.to(self.left.dtype)[:, None, None]
+    def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
+        left, right, bias = self.factors()
+        shared, names = weights.sum(1), self.layer.names
+        found: dict[str, Gradient] = {}
+        if left is not None and right is not None:
+            weighed, right = (t.transpose(0, 1).flatten(1) for t in (left * shared.to(left.dtype)[:, None, None], right))
+            found[names["weight"]] = Factored(weighed, right, self.layer.weight_shape)
+        if bias is not None:
+            found[names["bias"]] = shared.to(bias.dtype) @ bias
+        return found
 
     @property
     def names(self) -> list[str]:
         return list(self.layer.names.values())
 
     def gram(self) -> Tensor:
+        left, right, bias = self.factors()
         total: Tensor | float = 0.0
-        if self.left is not None and self.right is not None:
-            a, b = (torch.einsum("kir,lis->klrs", t, t) for t in (self.left, self.right))
+        if left is not None and right is not None:
+            a, b = (torch.einsum("kir,lis->klrs", t, t) for t in (left, right))
             total = (a * b).sum((2, 3))
-        if self.bias is not None:
-            total = total + self.bias @ self.bias.T
+        if bias is not None:
+            total = total + bias @ bias.T
         return torch.as_tensor(total).unsqueeze(2)
 
     def inner(self, other: dict[str, Tensor]) -> Tensor:
+        left, right, bias = self.factors()
         total: Tensor | float = 0.0
-        if self.left is not None and self.right is not None:
+        if left is not None and right is not None:
             matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)
-            total = (self.left * (matrix @ self.right)).sum((1, 2))
-        if self.bias is not None:
-            total = total + self.bias @ other[self.layer.names["bias"]]
+            total = (left * (matrix @ right)).sum((1, 2))
+        if bias is not None:
+            total = total + bias @ other[self.layer.names["bias"]]
         return torch.as_tensor(total).unsqueeze(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,14 +26,14 @@ _at_once: WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[int]]] = WeakKey
 class Pass:
     """What one evaluation found out, all of it plain tensors.
 
-    `loss` is one number; `derivatives` [k] those of the loss; `rows` [k, n] the part of each of the n loss terms, None where they cannot
-    be told apart. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved. `ended` are the
+    `loss` is one number; `derivatives` [k] those of the loss; `terms` [k, n] the part of each of n losses, where the loss was not one
+    number. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved. `ended` are the
     places where blocks end, with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
     """
 
     loss: Float[Tensor, ""]
     derivatives: Float[Tensor, " k"]
-    rows: Float[Tensor, "k n"] | None
+    terms: Float[Tensor, "k n"] | None
     entered: list[Entered]
     coupled: bool
     known: Output | None
@@ -41,14 +42,24 @@ class Pass:
     blocks: tuple[int, ...] = ()
     ended: tuple[tuple[Point, Tensor, Tensor | None], ...] = ()
 
-    @property
+    @cached_property
     def error(self) -> Tensor:
         assert self.known is not None
         assert self.output is not None
         return self.known.error(self.output)
 
+    @cached_property
+    def rows(self) -> Float[Tensor, "k n"] | None:
+        """The part of each of the n terms of the loss in its derivatives, None where they cannot be told apart."""
+        if self.known is None or self.moved is None:
+            return self.terms
+        parts = self.error * self.moved
+        return parts.flatten(min(2, parts.dim() - 1)).sum(2) if parts.dim() > 2 else parts.sum(1, keepdim=True)
+
     def of(self, entered: Entered) -> Float[Tensor, "k rows"]:
         """The derivatives that belong to each example of one perturbed place."""
+        if entered.rows == 1:
+            return self.derivatives.unsqueeze(1)
         return self.share(self.derivatives.unsqueeze(1) if self.rows is None else self.rows, entered)
 
     def share(self, rows: Float[Tensor, "k n"], entered: Entered) -> Float[Tensor, "k rows"]:
@@ -107,16 +118,14 @@ def perturbed_pass(
 
 
 def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
-    loss, output, rows, moved = values["loss"], values.get("output"), None, derivatives.get("output")
+    loss, terms, moved = values["loss"], None, derivatives.get("output") if watch.output is not None else None
     total = derivatives.get("loss", loss.new_empty(0))
     if total.dim() > 1:
-        rows = total / total.shape[1]
-        total = total.mean(1)
-    if moved is not None and watch.output is not None and output is not None:
-        error = watch.output.error(output)
-        rows = (error * moved).flatten(min(2, moved.dim() - 1)).sum(2) if output.dim() > 1 else (error * moved).sum(1, keepdim=True)
+        terms = total / total.shape[1]
+        loss, total = loss.mean(), total.mean(1)
     names = [f"block {index}" for index in range(len(watch.ending))]
     ended = tuple(
         (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
     )
-    return Pass(loss.mean(), total, rows, watch.entered, watch.coupled, watch.output, output, moved, tuple(watch.blocks), ended)
+    output = values.get("output")
+    return Pass(loss, total, terms, watch.entered, watch.coupled, watch.output, output, moved, tuple(watch.blocks), ended)

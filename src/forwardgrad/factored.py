@@ -1,0 +1,44 @@
+"""Gradients of low rank: two thin matrices where the weight is a wide one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The gradient left @ right.T of a weight of `shape`, whose first dimension is the rows of that matrix."""
+
+    left: Float[Tensor, "m r"]
+    right: Float[Tensor, "n r"]
+    shape: torch.Size
+
+    def dense(self) -> Tensor:
+        if self.left.shape[1] == 1:  # element by element, a compiler can put it where it is used
+            return (self.left * self.right.T).reshape(self.shape)
+        return (self.left @ self.right.T).reshape(self.shape)
+
+    def add_to_(self, weight: Tensor, scale: float | Tensor) -> None:
+        """weight += scale · left @ right.T in place, without making that matrix; `scale` may lie on the device, and is not waited for."""
+        left, right = self.left * scale, self.right
+        if weight.is_contiguous():
+            matrix = weight.view(len(left), -1)
+        elif weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+            matrix = weight.permute(0, 2, 3, 1).view(len(left), -1)
+            right = right.view(*self.shape[1:], -1).permute(1, 2, 0, 3).reshape(right.shape)
+        else:
+            weight.add_((left @ right.T).reshape(self.shape))
+            return
+        matrix.addmm_(left, right.T)
+
+
+Gradient = Tensor | Factored
+
+
+def dense(gradient: Gradient) -> Tensor:
+    """The gradient as a tensor of the shape of its weight."""
+    return gradient if isinstance(gradient, Tensor) else gradient.dense()
