@@ -205,8 +205,8 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
 
     def closed(stands: V, evaluation: Evaluation, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         outputs, kept = stands.close(loss)
-        each = per_example(loss)
-        outputs = {"loss": each if each is loss else evaluation.call(per_example, (loss,), {}), **outputs}
+        per_example(loss)  # says what is wrong with it
+        outputs = {"loss": evaluation.call(per_example, (loss,), {}) if loss.dim() else loss, **outputs}
         if count and not stands.silent and not evaluation.carries(outputs["loss"]):
             raise RuntimeError(_DROPPED)
         return outputs, kept

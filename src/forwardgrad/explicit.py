@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ class Explicit(TorchFunctionMode):
     def tangents(self, tensor: Tensor) -> Tensor | None:
         """[K, *shape], or None where the tensor does not move."""
         found = self.track(tensor)
-        return None if found is None else found.tangents
+        return None if found is None else found.of(tensor)
 
     def derivative(self, tensor: Tensor) -> Tensor:
         """[K, *shape], zero where the tensor does not move."""
@@ -117,6 +118,16 @@ class Explicit(TorchFunctionMode):
     def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor:
         """Let a tensor move. `stack` [1 + K, *shape] holds its values and tangents behind them; `fresh`: nothing else sees either."""
         tensor.__dict__["_forwardgrad_track"] = Track(self, tangents, stack, fresh)
+        return tensor
+
+    def follow(self, tensor: Tensor, behind: Tensor) -> Tensor:
+        """Let a ReLU move as the tensor behind it does, where it is not zero; worked out when it is asked for."""
+        source = self.track(behind)
+        assert source is not None
+        track = Track(self, None, fresh=True)
+        track.behind = source, ref(behind)
+        source.lent += 1
+        tensor.__dict__["_forwardgrad_track"] = track
         return tensor
 
     # What stands in for torch's own forward mode: see `derivative.Plain`.
@@ -132,10 +143,10 @@ class Explicit(TorchFunctionMode):
         track = self.track(tensor)
         if track is None:
             return self.attach(tensor.detach(), source.tangents(self.count).to(tensor.dtype), fresh=True)
-        if track.fresh:
-            source.add_to_(track.tangents)
+        if track.fresh and not track.lent:
+            source.add_to_(track.of(tensor))
             return tensor
-        return self.attach(tensor.detach(), track.tangents + source.tangents(self.count).to(tensor.dtype), fresh=True)
+        return self.attach(tensor.detach(), track.of(tensor) + source.tangents(self.count).to(tensor.dtype), fresh=True)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, moving as its arguments make it."""
@@ -210,7 +221,7 @@ class Explicit(TorchFunctionMode):
     def _gather(self, value: Any, found: dict[int, tuple[Tensor, Tensor]]) -> None:
         if isinstance(value, Tensor):
             if (track := self.track(value)) is not None:
-                found[id(value)] = value, track.tangents
+                found[id(value)] = value, track.of(value)
         elif isinstance(value, (tuple, list)):
             for item in value:
                 self._gather(item, found)

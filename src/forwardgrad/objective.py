@@ -133,4 +133,4 @@ def per_example(loss: Any) -> Tensor:
         )
     if loss.is_complex():
         raise TypeError("the loss is complex: take its real part or its absolute value")
-    return loss.reshape(()) if loss.numel() == 1 and loss.dim() else loss
+    return loss.reshape(()) if loss.numel() == 1 else loss

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,34 @@ Call = tuple[Any, ...]
 
 
 class Track:
-    """How a tensor moves: K tangents [K, *shape]; the `stack` [1 + K, *shape] in which it stands before them, if there is one."""
+    """How a tensor moves: K tangents [K, *shape]; the `stack` [1 + K, *shape] in which it stands before them, if there is one.
 
-    __slots__ = ("fresh", "owner", "stack", "tangents")
+    `fresh` says that nothing else sees either. Where a tensor is a ReLU, its tangents may still be those `behind` it, to be set to zero
+    where it is zero: whoever needs them first does that, in place if the tensor behind is gone by then, and max-pooling only for its winners.
+    """
 
-    def __init__(self, owner: object, tangents: Tensor, stack: Tensor | None = None, fresh: bool = False) -> None:
-        self.owner, self.tangents, self.stack, self.fresh = owner, tangents, stack, fresh
+    __slots__ = ("_tangents", "behind", "fresh", "lent", "owner", "stack")
+
+    def __init__(self, owner: object, tangents: Tensor | None, stack: Tensor | None = None, fresh: bool = False) -> None:
+        self.owner, self._tangents, self.stack, self.fresh = owner, tangents, stack, fresh
+        self.behind: tuple[Track, ref[Tensor]] | None = None
+        self.lent = 0  # tensors that have this one behind them
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tangents, for the tensor that this is the track of."""
+        if self._tangents is None:
+            assert self.behind is not None
+            track, alive = self.behind
+            t = track.of(tensor)
+            into = t if alive() is None and track.fresh and track.lent == 1 else torch.empty_like(t)
+            self._tangents = _rectified(t, tensor, into)
+            self.behind = None
+        return self._tangents
+
+
+def _rectified(t: Tensor, values: Tensor, into: Tensor) -> Tensor:
+    """Tangents with zeros where a ReLU is zero."""
+    return torch.ops.aten.threshold_backward.grad_input(t, values, 0, grad_input=into)  # type: ignore[no-any-return]
 
 
 class Evaluation(Protocol):
@@ -43,6 +66,8 @@ class Evaluation(Protocol):
     def tangents(self, tensor: Tensor) -> Tensor | None: ...
 
     def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor: ...
+
+    def follow(self, tensor: Tensor, behind: Tensor) -> Tensor: ...
 
 
 def _bound(names: tuple[str, ...], args: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +85,9 @@ def _linear(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[st
     if track is None:
         out, moved = F.linear(x, weight, bias), None
     elif torch.is_autocast_enabled(x.device.type) or e.count * x.numel() > _WORTH_STACKING * weight.numel():
-        out, moved = F.linear(x, weight, bias), F.linear(track.tangents, weight)
+        out, moved = F.linear(x, weight, bias), F.linear(track.of(x), weight)
     else:
-        rows = track.stack if track.stack is not None else torch.cat([x.unsqueeze(0), track.tangents])
+        rows = track.stack if track.stack is not None else torch.cat([x.unsqueeze(0), track.of(x)])
         stack = torch.mm(rows.reshape(-1, rows.shape[-1]), weight.t()).view(*rows.shape[:-1], -1)
         out, moved = stack[0], stack[1:]
         if bias is not None:
@@ -117,20 +142,17 @@ def _relu(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str,
     x = args[0] if args else kwargs["input"]
     track = e.track(x)
     assert track is not None
-    kernel = torch.ops.aten.threshold_backward
-    if func in _RELUS_IN_PLACE or kwargs.get("inplace") or (func is F.relu and len(args) > 1 and args[1]):
-        if not track.fresh:
+    if func in _RELUS_IN_PLACE or kwargs.get("inplace"):
+        if not track.fresh or track.lent:
             return NotImplemented
         F.relu_(x)
-        kernel.grad_input(track.tangents, x, 0, grad_input=track.tangents)
+        _rectified(track.of(x), x, track.of(x))
         return x
     if x.dim() > 2 and track.stack is None:
-        out = torch.relu(x)
-        return e.attach(out, kernel(track.tangents, out, 0), fresh=True)
+        return e.follow(torch.relu(x), x)
     stack = torch.empty((1 + e.count, *x.shape), dtype=x.dtype, device=x.device)
     out = torch.clamp_min(x, 0, out=stack[0])
-    kernel.grad_input(track.tangents, out, 0, grad_input=stack[1:])
-    return e.attach(out, stack[1:], stack, fresh=True)
+    return e.attach(out, _rectified(track.of(x), out, stack[1:]), stack, fresh=True)
 
 
 _RELUS_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
@@ -156,10 +178,12 @@ def _max_pool(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[
     if x.dim() != 4:
         return NotImplemented
     out, winners = F.max_pool2d_with_indices(**call)
-    tangents = e.tangents(x)
-    assert tangents is not None
+    track = e.track(x)
+    assert track is not None
+    early = track.behind is not None  # the winner of a ReLU is positive or moves nothing: that can be seen behind the pool
+    tangents = track.behind[0].of(x) if track.behind is not None else track.of(x)
     moved = torch.stack([_at(t, winners) for t in tangents]) if e.count > 1 else _at(tangents[0], winners).unsqueeze(0)
-    e.attach(out, moved, fresh=True)
+    e.attach(out, _rectified(moved, out, moved) if early else moved, fresh=True)
     return (out, winners) if both else out
 
 
@@ -179,7 +203,7 @@ def _shape(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str
     out = func(*args, **kwargs)
     if out.dtype != x.dtype:  # view() can also mean that
         return NotImplemented
-    moved = track.tangents.reshape(e.count, *out.shape)
+    moved = track.of(x).reshape(e.count, *out.shape)
     track.fresh = False  # the result may be a view of it
     return e.attach(out, moved, track.stack if out.shape == x.shape else None)
 
@@ -201,11 +225,12 @@ def _add_in_place(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: d
         return NotImplemented
     x, y = args
     track, there = e.track(x), e.tangents(y) if isinstance(y, Tensor) else None
-    if track is None or not track.fresh:
+    if track is None or not track.fresh or track.lent or track.behind:
         return NotImplemented
     func(x, y)
     if there is not None:
-        track.tangents.add_(there.reshape(e.count, *[1] * (track.tangents.dim() - there.dim()), *there.shape[1:]))
+        here = track.of(x)
+        here.add_(there.reshape(e.count, *[1] * (here.dim() - there.dim()), *there.shape[1:]))
     return x
 
 

@@ -74,10 +74,15 @@ class Layer(ABC):
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """The output's tangent along left @ right.T, with left [fan_out, r] and right [fan_in, r]."""
 
-    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
-        """The output's tangents [K, *out] along K such directions and those of the bias, added in place to how it moved already."""
-        each = [self.respond(x, a, b) for a, b in zip(left, right, strict=True)]
-        each = each if bias is None else [t + self.shift(out, b) for t, b in zip(each, bias, strict=True)]
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, moved: Tensor | None) -> Tensor:
+        """The output's tangents [K, *out] along K directions of rank r, added in place to how it moved already.
+
+        A last column of `left` [K, m, r + 1] that has no partner in `right` [K, n, r] is the direction of the bias.
+        """
+        rank = right.shape[2]
+        each = [self.respond(x, a[:, :rank], b) for a, b in zip(left, right, strict=True)]
+        if left.shape[2] > rank:
+            each = [t + self.shift(out, a[:, rank]) for t, a in zip(each, left, strict=True)]
         along = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
         return along.to(out.dtype) if moved is None else moved.add_(along)
 
@@ -106,11 +111,11 @@ class Linear(Layer):
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return (x @ right) @ left.T
 
-    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
-        count, rank = len(left), left.shape[2]
-        along = x.reshape(-1, self.fan_in) @ right.transpose(0, 1).reshape(self.fan_in, -1)
-        along = along.view(-1, count, rank).transpose(0, 1)
-        return _outer(along, left, bias, moved, out.numel() // self.fan_out, out).view(count, *out.shape)
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, moved: Tensor | None) -> Tensor:
+        count = len(left)
+        along = x.reshape(-1, self.fan_in) @ (right[0] if count == 1 else right.transpose(0, 1).flatten(1))
+        along = along.unsqueeze(0) if count == 1 else along.unflatten(1, (count, -1)).transpose(0, 1)
+        return _outer(along, left, moved, out).view(count, *out.shape)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         along = torch.bmm(x.reshape(self.rows, -1, self.fan_in), right.unsqueeze(2))
@@ -161,14 +166,23 @@ class Convolution(Layer):
             tangent = torch.einsum("...grs,gmr->...gms", along.flatten(len(lead) + 2), left).unflatten(-1, along.shape[len(lead) + 2 :])
         return tangent.flatten(len(lead), len(lead) + 1)
 
-    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, moved: Tensor | None) -> Tensor:
-        count, last = len(left), out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)
-        if left.shape[2] > 1 or self.groups > 1 or out.dim() != len(self.weight_shape) or not last:
-            return super().respond_all(x, out, left, right, bias, moved)
-        along = self._taps(x, right.squeeze(2)).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1)
-        before = None if moved is None else moved.permute(0, 1, 3, 4, 2)
-        found = _outer(along, left, bias, before, out.numel() // self.fan_out, out)
-        return found.view(count, len(out), *out.shape[2:], -1).permute(0, 1, 4, 2, 3)
+    def respond_all(self, x: Tensor, out: Tensor, left: Tensor, right: Tensor, moved: Tensor | None) -> Tensor:
+        count, spatial = len(left), len(self.weight_shape) - 2
+        if right.shape[2] > 1 or self.groups > 1 or out.dim() != len(self.weight_shape):
+            return super().respond_all(x, out, left, right, moved)
+        if spatial == 2 and out.is_contiguous(memory_format=torch.channels_last):
+            along = self._along(x, right).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1)
+            found = _outer(along, left, None if moved is None else moved.permute(0, 1, 3, 4, 2), out)
+            return found.view(count, len(out), *out.shape[2:], -1).permute(0, 1, 4, 2, 3)
+        along, columns = self._along(x, right), left.view(*left.shape, *[1] * spatial)
+        each = [_scaled(along[:, k : k + 1], columns[k], None if moved is None else moved[k]) for k in range(count)]
+        return moved if moved is not None else torch.stack(each).to(out.dtype)
+
+    def _along(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """The convolution of a batch with K kernels [K, fan_in, 1]."""
+        if len(self.weight_shape) == 4 and self.weight_shape[1] >= _MANY_CHANNELS:
+            return self._taps(x, kernels.squeeze(2))
+        return self._convolve(x, kernels.view(-1, *self.weight_shape[1:]), 1)
 
     def _taps(self, x: Tensor, kernels: Tensor) -> Tensor:
         """The convolution of images with K kernels [K, fan_in]: a product for all taps at once, and a sum of what they give, shifted.
@@ -340,17 +354,28 @@ class BatchNorm(GroupNorm):
         return bool(self.call.get("training"))
 
 
-def _outer(along: Tensor, left: Tensor, bias: Tensor | None, moved: Tensor | None, rows: int, like: Tensor) -> Tensor:
-    """along [K, N, r] times left [K, m, r], and a bias [K, m]: [K, N, m], added in place to `moved`, whose last dimension is m."""
-    if bias is not None:  # one product for both
-        along, left = F.pad(along, (0, 1), value=1.0), torch.cat([left, bias.unsqueeze(2)], dim=2)
-    left = left.to(like.dtype)  # in-place products are not cast by autocast
+_MANY_CHANNELS = 16  # from here on all taps in one product are faster than a convolution to one channel
+
+
+def _outer(along: Tensor, left: Tensor, moved: Tensor | None, like: Tensor) -> Tensor:
+    """along [K, N, r] times left [K, m, r or r + 1]: [K, N, m], added in place to `moved` [K, ..., m]; a last column meets ones."""
+    if left.shape[2] > along.shape[2]:
+        along = F.pad(along, (0, 1), value=1.0)
+    along, left = along.to(like.dtype), left.to(like.dtype)  # in-place products are not cast by autocast
     if moved is None:
-        return along.to(like.dtype) @ left.mT
-    moved = moved.reshape(len(left), rows, -1)
+        return along[0].mm(left[0].T).unsqueeze(0) if len(left) == 1 else along @ left.mT
+    moved = moved.reshape(len(left), -1, left.shape[1])
     for k in range(len(left)):
-        moved[k].addmm_(along[k].to(like.dtype), left[k].T)
+        moved[k].addmm_(along[k], left[k].T)
     return moved
+
+
+def _scaled(along: Tensor, columns: Tensor, moved: Tensor | None) -> Tensor:
+    """along [N, 1, ...] times the first of the columns [m, 1 or 2, ...], and the second, added in place to `moved` [N, m, ...]."""
+    if moved is not None:
+        moved.addcmul_(along.to(moved.dtype), columns[:, 0].to(moved.dtype))
+        return moved if columns.shape[1] == 1 else moved.add_(columns[:, 1])
+    return along * columns[:, 0] if columns.shape[1] == 1 else torch.addcmul(columns[:, 1], along.to(columns.dtype), columns[:, 0])
 
 
 def _each(value: Any, count: int) -> list[int]:

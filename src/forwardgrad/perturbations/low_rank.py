@@ -48,28 +48,33 @@ class LowRank(Perturbation):
 
 
 class LowRankUse(Sown):
-    """One use of a layer, with a direction of rank r for the whole batch. Its factors are drawn again when the gradient is asked for."""
+    """One use of a layer, with a direction of rank r for the whole batch. Its factors are drawn again when the gradient is asked for.
+
+    The direction of the bias stands beside A as one more column, so that one product moves the output by both.
+    """
 
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int) -> None:
         super().__init__()
-        self.layer, self.x, self.out, self.rank = layer, x, out, rank
-        self._sizes = [
-            layer.fan_out * rank if "weight" in layer.names else 0,
-            layer.fan_in * rank if "weight" in layer.names else 0,
-            layer.fan_out if "bias" in layer.names else 0,
-        ]
-        self._drawn = directions.plan((sum(self._sizes),), layer.like)
+        self.layer, self.x, self.out = layer, x, out
+        self.rank, self.shifts = rank if "weight" in layer.names else 0, "bias" in layer.names
+        self._drawn = directions.plan((layer.fan_out * (self.rank + self.shifts) + layer.fan_in * self.rank,), layer.like)
 
-    def factors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """left [K, m, r] and right [K, n, r] of the weight, and the direction [K, m] of the bias; None of what is not trained."""
-        left, right, bias = self._drawn().split(self._sizes, dim=1)
-        moves, shifts = self._sizes[0] > 0, self._sizes[2] > 0
-        shape = (len(left), -1, self.rank)
-        scaled = right if self.rank == 1 else right / self.rank**0.5
-        return left.reshape(shape) if moves else None, scaled.reshape(shape) if moves else None, bias if shifts else None
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and the bias's direction as its last column [K, m, r + 1], and B [K, n, r], over the root of r."""
+        numbers = self._drawn()
+        columns = self.rank + self.shifts
+        left = numbers[:, : self.layer.fan_out * columns].view(len(numbers), -1, columns)
+        right = numbers[:, left[0].numel() :].view(len(numbers), -1, self.rank) if self.rank else left[:, :0]
+        return left, right if self.rank < 2 else right / self.rank**0.5
+
+    def separate(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A, B, and the bias's direction [K, m]: None of what is not trained."""
+        left, right = self.factors()
+        bias = left[:, :, -1] if self.shifts else None
+        return (left[:, :, : self.rank], right, bias) if self.rank else (None, None, bias)
 
     def tangent(self, pick: Pick) -> Tensor:
-        left, right, bias = self.factors()
+        left, right, bias = self.separate()
         moved: Tensor | None = None
         if left is not None and right is not None:
             moved = self.layer.respond(self.x, pick(left), pick(right))
@@ -87,25 +92,24 @@ class LowRankUse(Sown):
         self._responded(tangents)
 
     def _responded(self, moved: Tensor | None) -> Tensor:
-        left, right, bias = self.factors()
-        if left is None or right is None:
-            assert bias is not None
-            shift = torch.stack([self.layer.shift(self.out, b) for b in bias])
-            found = shift.expand(len(bias), *self.out.shape).clone() if moved is None else moved.add_(shift)
+        left, right = self.factors()
+        if self.rank:
+            found = self.layer.respond_all(self.x, self.out, left, right, moved)
         else:
-            found = self.layer.respond_all(self.x, self.out, left, right, bias, moved)
+            shift = torch.stack([self.layer.shift(self.out, b) for b in left.squeeze(2)])
+            found = shift.expand(len(left), *self.out.shape).clone() if moved is None else moved.add_(shift)
         del self.x, self.out
         return found
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
-        left, right, bias = self.factors()
-        shared, names = weights.sum(1), self.layer.names
+        left, right = self.factors()
+        left = left * weights.sum(1).to(left.dtype)[:, None, None]
         found: dict[str, Gradient] = {}
-        if left is not None and right is not None:
-            weighed, right = (t.transpose(0, 1).flatten(1) for t in (left * shared.to(left.dtype)[:, None, None], right))
-            found[names["weight"]] = Factored(weighed, right, self.layer.weight_shape)
-        if bias is not None:
-            found[names["bias"]] = shared.to(bias.dtype) @ bias
+        if self.rank:
+            each = [t[0] if len(t) == 1 else t.transpose(0, 1).flatten(1) for t in (left[:, :, : self.rank], right)]
+            found[self.layer.names["weight"]] = Factored(each[0], each[1], self.layer.weight_shape)
+        if self.shifts:
+            found[self.layer.names["bias"]] = left[0, :, -1] if len(left) == 1 else left[:, :, -1].sum(0)
         return found
 
     @property
@@ -113,7 +117,7 @@ class LowRankUse(Sown):
         return list(self.layer.names.values())
 
     def gram(self) -> Tensor:
-        left, right, bias = self.factors()
+        left, right, bias = self.separate()
         total: Tensor | float = 0.0
         if left is not None and right is not None:
             a, b = (torch.einsum("kir,lis->klrs", t, t) for t in (left, right))
@@ -123,7 +127,7 @@ class LowRankUse(Sown):
         return torch.as_tensor(total).unsqueeze(2)
 
     def inner(self, other: dict[str, Tensor]) -> Tensor:
-        left, right, bias = self.factors()
+        left, right, bias = self.separate()
         total: Tensor | float = 0.0
         if left is not None and right is not None:
             matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)
