@@ -1,4 +1,4 @@
-"""Gradients of low rank: two thin matrices where the weight is a wide one."""
+"""Gradients that are more than they are made of: two thin matrices where the weight is wide, a direction and how far to go along it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,22 @@ class Factored:
         matrix.addmm_(left, right.T)
 
 
-Gradient = Tensor | Factored
+@dataclass(frozen=True)
+class Along:
+    """The gradient length · direction, of one number and a tensor of the shape of the weight that is not needed afterwards."""
+
+    direction: Tensor
+    length: Float[Tensor, ""]
+
+    def dense(self) -> Tensor:
+        return self.direction.mul_(self.length)
+
+    def add_to_(self, weight: Tensor, scale: float | Tensor) -> None:
+        """weight += scale · length · direction in place, in one go; the device is not waited for."""
+        weight.addcmul_(self.direction, (self.length * scale).to(weight.dtype))
+
+
+Gradient = Tensor | Factored | Along
 
 
 def dense(gradient: Gradient) -> Tensor:

@@ -29,7 +29,8 @@ class Track:
     """How a tensor moves: K tangents [K, *shape]; the `stack` [1 + K, *shape] in which it stands before them, if there is one.
 
     `fresh` says that nothing else sees either. Where a tensor is a ReLU, its tangents may still be those `behind` it, to be set to zero
-    where it is zero: whoever needs them first does that, in place if the tensor behind is gone by then, and max-pooling only for its winners.
+    where it is zero: whoever needs them first does that, in place if the tensor behind is gone by then, and max-pooling only for its
+    winners.
     """
 
     __slots__ = ("_tangents", "behind", "fresh", "lent", "owner", "stack")

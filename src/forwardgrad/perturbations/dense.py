@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from forwardgrad.factored import Along, Gradient
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Layer
 
@@ -41,10 +43,10 @@ class DenseUse(Sown):
     def tangent(self, pick: Pick) -> Tensor:
         return pick(self.v)
 
-    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        """A single tangent is scaled in place, sparing a copy of the parameters: the directions are gone afterwards."""
+    def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
+        """A single tangent is used up, sparing a copy of the parameters: the directions are gone afterwards."""
         shared = weights.sum(1).to(self.v.dtype)
-        return {self.name: self.v[0].mul_(shared[0]) if len(self.v) == 1 else torch.tensordot(shared, self.v, dims=1)}
+        return {self.name: Along(self.v[0], shared[0]) if len(self.v) == 1 else torch.tensordot(shared, self.v, dims=1)}
 
     @property
     def names(self) -> list[str]:
