@@ -195,3 +195,21 @@ def test_laws_have_names_and_are_values() -> None:
     assert [law.name for law in fg.LAWS] == ["gaussian", "rademacher", "sphere", "orthogonal"]
     assert fg.Gaussian() == fg.Gaussian() != fg.Sphere()
     assert len({hash(fg.Gaussian()), hash(fg.Gaussian())}) == 1
+
+
+@pytest.mark.parametrize("law", [fg.Gaussian(), fg.Sphere()], ids=lambda law: law.name)
+def test_many_numbers_are_the_same_bits_on_any_number_of_cores(law: fg.Law) -> None:
+    """And normal: mean and fourth moment of 5 million within 4.5 standard errors, no block like another."""
+    like, threads = {"w": torch.empty(5_000_000)}, torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(law.draw(like, 1, seeded(8))["w"][0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    v, n = found[0].double(), 5_000_000
+    assert abs(v.mean()) < 4.5 / math.sqrt(n)
+    assert abs((v**4).mean() - 3) < 4.5 * math.sqrt(96 / n)
+    assert len({float(block[0]) for block in found[0].split(2**20)}) == 5

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -82,7 +84,7 @@ class Gaussian(Law):
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
-            part.normal_(generator=generator)
+            _normal_(part, generator)
 
     def _moment(self, n: int) -> float:
         return n + 2
@@ -112,7 +114,7 @@ class Sphere(Law):
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         wide = [part if part.dtype.itemsize >= 4 else part.float() for part in tangent]  # a norm of many weights needs the digits
         for part in wide:
-            part.normal_(generator=generator)
+            _normal_(part, generator)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in wide]))
         scale = math.sqrt(sum(part.numel() for part in tangent)) / norm
         for part, z in zip(tangent, wide, strict=True):
@@ -174,6 +176,41 @@ def fork(generator: Generator, count: int) -> list[int]:
     generator.set_offset(offset + 4)  # the least a draw moves it by
     digests = (hashlib.sha256(f"{generator.initial_seed()}/{offset}/{index}".encode()).digest() for index in range(count))
     return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+
+
+_MANY, _BLOCK = 2**22, 2**20  # numbers from which several threads are worth it (those of torch wait for work in a loop), and of a block
+
+
+def _normal_(part: Tensor, generator: Generator) -> None:
+    """Fill with standard normal numbers: where they are many, in blocks with generators of their own, so that all cores can draw.
+
+    A generator of the processor draws on one core. The blocks do not depend on the number of cores, and so neither do the bits.
+    """
+    if generator.device.type != "cpu" or part.numel() < _MANY or not part.is_contiguous():
+        part.normal_(generator=generator)
+        return
+    blocks = part.view(-1).split(_BLOCK)
+    seeds = fork(generator, len(blocks))
+    share = -(-len(blocks) // torch.get_num_threads())
+
+    def fill(start: int) -> None:
+        stream = Generator()
+        for block, seed in zip(blocks[start : start + share], seeds[start : start + share], strict=True):
+            block.normal_(generator=stream.manual_seed(seed))
+
+    others = [_threads().submit(fill, start) for start in range(share, len(blocks), share)]
+    fill(0)
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="forwardgrad")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not outlive a fork
 
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:
