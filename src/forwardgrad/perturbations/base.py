@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forwardgrad.draws import drawn
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.tangents import Law
 
@@ -23,18 +24,21 @@ class Directions:
 
     def __init__(self, law: Law, seeds: list[int], device: torch.device) -> None:
         self.law = law
-        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._streams: list[torch.Generator] = drawn(lambda: [torch.Generator(device).manual_seed(seed) for seed in seeds])
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A stack [K, *shape] with the dtype and device of `like`."""
-        device = self._streams[0].device if self._streams else like.device
-        stack = torch.empty((len(self), *shape), dtype=like.dtype, device=device)
+        dtype, device = like.dtype, like.device
+        return drawn(lambda: self._stack(shape, dtype, device))
+
+    def _stack(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        stack = torch.empty((len(self), *shape), dtype=dtype, device=self._streams[0].device if self._streams else device)
         for tangent, stream in zip(stack.unbind(), self._streams, strict=True):
             self.law.fill_([tangent], stream)
-        return stack.to(like.device)
+        return stack.to(device)
 
 
 class Entered(ABC):
