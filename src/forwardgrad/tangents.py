@@ -19,6 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from forwardgrad.draws import drawn
+
 _WORD = 64  # random bits per int64
 
 
@@ -40,10 +42,13 @@ class Law(ABC):
         The bits are made on the generator's device and moved where a parameter lives elsewhere, so a CPU generator gives a model
         on any device the same directions.
         """
-        drawn = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items()}
+        return drawn(lambda: self._draw(like, count, generator))
+
+    def _draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+        made = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items()}
         for index in range(count):
-            self.fill_([tangent[index] for tangent in drawn.values()], generator)
-        return {name: tangent.to(like[name].device) for name, tangent in drawn.items()}
+            self.fill_([tangent[index] for tangent in made.values()], generator)
+        return {name: tangent.to(like[name].device) for name, tangent in made.items()}
 
     def chunks(self, like: Mapping[str, Tensor], count: int, size: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
         """The tangents of one draw of `count`, at most `size` at a time; those of a joint law are all held until the last chunk."""
@@ -51,9 +56,9 @@ class Law(ABC):
         if not self.joint or len(starts) == 1:
             yield from (self.draw(like, min(size, count - start), generator) for start in starts)
             return
-        drawn = self.draw(like, count, generator)
+        made = self.draw(like, count, generator)
         for start in starts:  # cloned, since a chunk may be written to and outlives the others
-            yield {name: tangent[start : start + size].clone() for name, tangent in drawn.items()}
+            yield {name: tangent[start : start + size].clone() for name, tangent in made.items()}
 
     @abstractmethod
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
@@ -142,7 +147,7 @@ class Orthogonal(Law):
     name: ClassVar[str] = "orthogonal"
     joint: ClassVar[bool] = True
 
-    def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+    def _draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         sizes = [p.numel() for p in like.values()]
         n = sum(sizes)
         if count > n:
@@ -150,14 +155,14 @@ class Orthogonal(Law):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in like.values()) else torch.float32
         q, r = torch.linalg.qr(torch.randn(count, n, dtype=dtype, device=generator.device, generator=generator).mT)
         rows = (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).mT * math.sqrt(n)
-        drawn = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=p.device) for name, p in like.items()}
-        for tangent, part in zip(drawn.values(), rows.split(sizes, dim=1), strict=True):
+        made = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=p.device) for name, p in like.items()}
+        for tangent, part in zip(made.values(), rows.split(sizes, dim=1), strict=True):
             tangent.copy_(part.reshape(tangent.shape))
-        return drawn
+        return made
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
-        drawn = self.draw({str(index): part for index, part in enumerate(tangent)}, 1, generator)
-        for part, v in zip(tangent, drawn.values(), strict=True):
+        made = self._draw({str(index): part for index, part in enumerate(tangent)}, 1, generator)
+        for part, v in zip(tangent, made.values(), strict=True):
             part.copy_(v[0])
 
     def second_moment(self, n: int, tangents: int = 1) -> float:
@@ -169,6 +174,10 @@ class Orthogonal(Law):
 
 def fork(generator: Generator, count: int) -> list[int]:
     """Seeds of `count` streams that follow from the generator's state, which moves on; a generator on a GPU is not waited for."""
+    return drawn(lambda: _seeds(generator, count))
+
+
+def _seeds(generator: Generator, count: int) -> list[int]:
     if generator.device.type == "cpu":
         seeds: list[int] = torch.randint(2**63 - 1, (count,), generator=generator).tolist()
         return seeds

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 
+from forwardgrad.engines.pieces import Batch, Pieces
 from forwardgrad.estimators.base import Estimate, Estimator
-from forwardgrad.gradient import estimate_grad_
-from forwardgrad.objective import Objective
+
+if TYPE_CHECKING:
+    from forwardgrad.engines.graphs import Engine
+
+EngineName = Literal["eager", "compile", "graph"]
 
 
-class TrainingStep:
-    """One call a step: `zero_grad`, `estimate_grad_` and `optimizer.step` together.
+class TrainingStep(Pieces):
+    """One call a step: `zero_grad`, `estimate_grad_` and `optimizer.step` together, on request as one compiled or captured graph.
 
     Formula, bias and variance: those of the estimator. Cost: its forward passes and the optimizer's move.
 
@@ -25,8 +29,22 @@ class TrainingStep:
         estimator: the method.
         generator: where directions are drawn from; Backprop needs none.
         state: what an estimator remembers from step to step, kept beside the model by the caller; a new one if left out.
+        engine: "eager"; "compile": one function made by torch's compiler; "graph": one captured CUDA graph.
 
     Calling it with a batch, `step(x, y)`, takes a step and returns the record of `estimate_grad_`.
+
+    A graph stands for Python that no longer runs. It is made in the first step of its kind (in seconds, if compiled): another shape of
+    batch, mode of a module, precision of autocast or set of trained parameters has a graph of its own, up to 8. What the loss reads
+    besides the model and the batch stays what it was in that step, but for the values of tensors: give what changes as part of the
+    batch. Learning rates may change at any time. Directions are the bits of the eager step and leave the generator as it does. Before a
+    graph is used its loss, derivatives, gradient (or the parameters' moves), buffers and state are compared with those of the eager
+    step: their norms have to agree to 1e-4 in float32, 1e-8 in float64 and 5e-2 where anything is computed in half precision (with
+    `ZerothOrder` plus the rounding of its differences). Where there is no graph to be had, or it differs, one warning says why and
+    steps are eager.
+    `torch.optim.SGD` without momentum or weight decay moves inside the graph, and `.grad` is empty after the step; other optimizers are
+    handed the gradient (with "graph" they too are captured where they are `capturable` and their learning rate is a tensor).
+
+    Raises ValueError for an unknown engine.
 
     >>> model, generator = torch.nn.Linear(2, 1), torch.Generator().manual_seed(0)
     >>> from forwardgrad import Backprop
@@ -44,54 +62,22 @@ class TrainingStep:
         *,
         generator: Generator | None = None,
         state: dict[str, Tensor] | None = None,
+        engine: EngineName = "eager",
     ) -> None:
-        self.loss, self.model, self.optimizer, self.estimator = loss, model, optimizer, estimator
-        self.generator, self.state = generator, {} if state is None else state
+        if engine not in get_args(EngineName):
+            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(EngineName))}")
+        super().__init__(loss, model, optimizer, estimator, generator, {} if state is None else state)
+        self.engine = engine
+        self._take: Callable[[Batch], Estimate] = self.plainly if engine == "eager" else _engine(self, engine).take
 
     def __call__(self, *batch: Any) -> Estimate:
         """Take one step on a batch."""
-        if _descends(self.optimizer):
-            return self._descend(batch)
-        record: list[Estimate] = []
-
-        def closure() -> Tensor:  # an optimizer may look ahead: it moves the parameters, and then asks
-            self.optimizer.zero_grad()
-            found = estimate_grad_(
-                lambda model: self.loss(model, *batch), self.model, self.estimator, generator=self.generator, state=self.state
-            )
-            record.append(found)
-            return found.loss
-
-        self.optimizer.step(closure)  # type: ignore[arg-type]
-        return record[-1]
-
-    def _descend(self, batch: tuple[Any, ...]) -> Estimate:
-        """A step of plain gradient descent: each part of the estimate moves its parameter as it is made, and no gradient is held."""
-        with torch.inference_mode(False), torch.no_grad():
-            objective = Objective(lambda model: self.loss(model, *batch), self.model)
-            record, parts = self.estimator.parts(objective, self.generator, self.state)
-            groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-            shrunk = set[int]()
-            for name, part in parts:
-                p = objective.parameters[name]
-                if (group := groups.get(id(p))) is None:
-                    continue
-                if group["weight_decay"] and id(p) not in shrunk:
-                    shrunk.add(id(p))
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                if isinstance(part, Tensor):
-                    p.add_(part, alpha=-group["lr"]) if isinstance(group["lr"], float) else p.sub_(part * group["lr"])
-                else:
-                    part.add_to_(p, -group["lr"])
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks whether the optimizer was there before it
-        return record
+        return self._take(batch)
 
 
-def _descends(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is θ ← θ(1 − γλ) − γĝ and nothing else, which can be taken part by part."""
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return (
-        type(optimizer) is torch.optim.SGD
-        and not hooks
-        and not any(group["momentum"] or group["maximize"] or group["differentiable"] for group in optimizer.param_groups)
-    )
+def _engine(pieces: Pieces, name: EngineName) -> Engine:
+    """Loaded here, since tracing takes a second to load that an eager step need not wait for."""
+    from forwardgrad.engines.captured import Captured
+    from forwardgrad.engines.compiled import Compiled
+
+    return Compiled(pieces) if name == "compile" else Captured(pieces)

@@ -102,7 +102,7 @@ class LearnedFeedback(Estimator):
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, type(self).__name__)
             entered = [place for place in found.entered if place not in found.exact]
-            ready = int(step) >= self.warm_up
+            ready = self.warm_up == 0 or int(step) >= self.warm_up
             self.teach(gradients if ready else None, found, entered, error, moved, state)
             if ready:
                 add_exact(gradients, found)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.optim.adam import adam
 
+from forwardgrad.draws import drawn
 from forwardgrad.outputs import Output
 from forwardgrad.tangents import Law
 
@@ -107,9 +108,8 @@ class Head:
         squared distance to R shrinks by 1 − n/(n + w + 1) a step. With n = w/MOVES that follows R closely enough from its first step on.
         """
         width = self.weight.shape[1]
-        u = torch.empty(-(width // -MOVES), width, dtype=error.dtype, device=generator.device)
-        law.fill_([u], generator)
-        u = u.to(error.device)
+        dtype, device = error.dtype, error.device
+        u = drawn(lambda: _moves(width, dtype, device, law, generator))
         residual = u @ self.weight.T - u @ self.feedback.T
         self.feedback.add_(residual.T @ u, alpha=1 / (sum(u.shape) + 1))
         return error @ self.feedback
@@ -125,6 +125,7 @@ class Head:
             [],
             list(self.steps),
             amsgrad=False,
+            capturable=torch.compiler.is_compiling(),  # then the count of steps stays a tensor, and bits differ
             beta1=0.9,
             beta2=0.999,
             lr=rate,
@@ -132,6 +133,12 @@ class Head:
             eps=1e-8,
             maximize=False,
         )
+
+
+def _moves(width: int, dtype: torch.dtype, device: torch.device, law: Law, generator: Generator) -> Tensor:
+    u = torch.empty(-(width // -MOVES), width, dtype=dtype, device=generator.device)
+    law.fill_([u], generator)
+    return u.to(device)
 
 
 def similarity_error(h: Float[Tensor, "n ..."], target: Float[Tensor, " n"]) -> Tensor:

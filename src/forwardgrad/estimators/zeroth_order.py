@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from forwardgrad.draws import drawn
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.objective import Objective
 from forwardgrad.tangents import Gaussian, Law
@@ -100,13 +101,17 @@ class _Directions:
         self.objective, self.law = objective, law
         self.live = {name: p.detach() for name, p in objective.parameters.items()}
         self.generator = Generator(generator.device)
-        self.seeds = [dict(zip(self.live, seeds, strict=True)) for seeds in _seeds(generator, count, len(self.live))]
+        self.seeds = drawn(lambda: _seeds(generator, count, len(self.live)))
+        self.places = {name: index for index, name in enumerate(self.live)}
 
     def part(self, tangent: int, name: str) -> Tensor:
         """What a direction has for one parameter: the same bits at every call."""
+        return drawn(lambda: self._part(tangent, name), once=(tangent, name))
+
+    def _part(self, tangent: int, name: str) -> Tensor:
         p = self.live[name]
         v = torch.empty(p.shape, dtype=p.dtype, device=self.generator.device)
-        self.law.fill_([v], self.generator.manual_seed(self.seeds[tangent][name]))
+        self.law.fill_([v], self.generator.manual_seed(self.seeds[tangent][self.places[name]]))
         return v.to(p.device)
 
     def evaluate(self, tangent: int, step: float, used: set[str]) -> tuple[Tensor, dict[str, Tensor]]:

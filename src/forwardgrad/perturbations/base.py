@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from forwardgrad.draws import drawn
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.tangents import Law
@@ -38,13 +39,13 @@ class Directions:
         place, dtype, device = self._places, like.dtype, like.device
         self._places += 1
 
-        def drawn() -> Tensor:
-            stack = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
-            for tangent, seed in zip(stack.unbind(), self._seeds, strict=True):
+        def stack() -> Tensor:
+            numbers = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
+            for tangent, seed in zip(numbers.unbind(), self._seeds, strict=True):
                 self.law.fill_([tangent], self._stream.manual_seed(_mixed(seed, place)))
-            return stack.to(device)
+            return numbers.to(device)
 
-        return drawn
+        return lambda: drawn(stack, once=(id(self._seeds), place))
 
     def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A stack [K, *shape] with the dtype and device of `like`."""

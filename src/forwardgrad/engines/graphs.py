@@ -1,0 +1,170 @@
+"""What the engines that make a graph of a step share: when a graph is made, when it may be used, and when there is none to be had."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from forwardgrad.draws import Plan, planned
+from forwardgrad.engines.pieces import Batch, Pieces, Snapshot, Survey
+from forwardgrad.estimators.base import Estimate
+from forwardgrad.trace import Untraceable
+
+MOST = 8  # graphs that a step may have: one for every shape of batch and setting of the model
+TRIES = 3  # steps in which a graph is compared with the eager step before it is given up: d may be near zero by chance
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+Run = Callable[[Survey], Estimate]
+
+
+class Engine(ABC):
+    """Takes the first step with a new kind of batch eagerly, makes a graph of it, and lets the graph take the following ones.
+
+    The graph is compared with the eager step on the same numbers before it is used: the loss, the derivatives, all of the gradient or of
+    the parameters' moves, the buffers and the state, each by its norm, have to agree to TOLERANCE of the least precise type computed in.
+    Where there is no graph to be had, one warning says why, and steps are eager.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+        self._runs: dict[Hashable, Run] = {}
+        self._tries: dict[Hashable, int] = {}
+        self._given_up = self._warned = False
+
+    @abstractmethod
+    def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
+        """The graph of a step, with the optimizer's move if `moves`, and the least precise type in it."""
+
+    @abstractmethod
+    def _moves(self) -> bool:
+        """Whether the optimizer's move can be in the graph."""
+
+    def take(self, batch: Batch) -> Estimate:
+        """A whole step."""
+        if self._given_up:
+            return self.pieces.plainly(batch)
+        if self._moves():
+            return self._part(batch, self.pieces.plainly, moves=True)
+        return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
+
+    def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
+        survey = Survey(self.pieces, batch)
+        key = moves, survey.key, self._pinned(survey)
+        if (run := self._runs.get(key)) is not None:
+            with _plain():
+                return run(survey)
+        if survey.hooked:
+            self._give_up("a module has hooks, which a graph would not call")
+        elif len(self._runs) >= MOST:
+            self._warn(f"there are {MOST} graphs already, and this batch or setting of the model is another kind")
+        else:
+            return self._first(key, survey, batch, eager, moves)
+        return eager(batch)
+
+    def _pinned(self, survey: Survey) -> Hashable:
+        """What a graph depends on besides the key of a survey."""
+        return None
+
+    def _first(self, key: Hashable, survey: Survey, batch: Batch, eager: Callable[[Batch], Estimate], moves: bool) -> Estimate:
+        """Take the step eagerly, and make a graph of it in passing; whatever becomes of that, the eager step is what counts."""
+        before = Snapshot(survey)
+        with planned() as plan:
+            record = eager(batch)
+        later = Survey(self.pieces, batch)
+        after = Snapshot(later)
+        try:
+            if (moves, later.key, self._pinned(later)) != key:  # a state was filled, or a buffer took another form: the next step will do
+                self._try(key, Untraceable("the state of the estimator or the model is of another form after every step"))
+                return record
+            before.restore()
+            with warnings.catch_warnings(), _plain():
+                warnings.simplefilter("ignore")
+                run, lowest = self._build(survey, batch, plan, moves)
+                before.restore()
+                found = run(survey)
+            self._compare(record, found, before, after, moves, TOLERANCE.get(lowest, 1e-4))
+            self._runs[key] = run
+        except Different as reason:
+            self._try(key, reason)
+        except Untraceable as reason:
+            self._give_up(str(reason))
+        except Exception as reason:  # a compiler's errors are of many kinds
+            self._give_up(f"{type(reason).__name__}: {str(reason).strip().splitlines()[0] if str(reason).strip() else 'no reason given'}")
+        finally:
+            after.restore()
+        return record
+
+    def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, tolerance: float) -> None:
+        """Raise Different where what the graph just did is not what the eager step did."""
+        now = Snapshot(Survey(self.pieces, ()))
+        precision = torch.finfo(record.loss.dtype).eps
+        # a difference of losses over a small step has their rounding in it, many times over
+        blown = precision * float(record.loss.abs()) / getattr(self.pieces.estimator, "epsilon", math.inf)
+        _close("the loss", [found.loss], [record.loss], tolerance, tolerance)
+        _close("the derivatives", [found.derivatives], [record.derivatives], tolerance, 8 * blown)
+        scale = float(torch.linalg.vector_norm(record.derivatives.double())) if record.derivatives.numel() else 0.0
+        relative = tolerance + (8 * blown / scale if scale else 0.0)
+        end = len(now.tensors)
+        if not moves:
+            one, other = ([g for _, g in shot.gradients if g is not None] for shot in (now, after))
+            _close("the gradient", one, other, relative)
+        for index, (start, value, got) in enumerate(zip(before.values[:end], after.values[:end], now.values, strict=True)):
+            if not value.is_floating_point():
+                if not torch.equal(value, got):
+                    raise Different("a counter of the model or the state differs from the eager step's")
+                continue
+            wide = torch.promote_types(value.dtype, torch.float32)
+            rounding = 4 * torch.finfo(value.dtype).eps * _norm([value])
+            what = "the parameters" if isinstance(now.tensors[index], torch.nn.Parameter) else "what the step remembers"
+            _close(what, [got.to(wide) - start.to(wide)], [value.to(wide) - start.to(wide)], relative, rounding)
+        if self.pieces.generator is not None and not torch.equal(after.generator, now.generator):  # type: ignore[arg-type]
+            raise Different("the generator is in another state than after the eager step")
+
+    def _try(self, key: Hashable, reason: Exception) -> None:
+        self._tries[key] = self._tries.get(key, 0) + 1
+        if self._tries[key] >= TRIES:
+            self._give_up(str(reason))
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"engine={self.name!r} falls back to eager steps: {reason}", stacklevel=5)
+
+
+class Different(Exception):
+    """How a graph differs from the eager step, as the end of a sentence."""
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t.double())) ** 2 for t in tensors))
+
+
+def _close(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], relative: float, absolute: float = 0.0) -> None:
+    if len(found) != len(wanted):
+        raise Different(f"{what} has other parts than the eager step's")
+    size, off = _norm(wanted), _norm([one.double() - other.double() for one, other in zip(found, wanted, strict=True)])
+    if not off <= relative * size + absolute:
+        raise Different(f"{what} differs from the eager step's by {off:.1e} of {size:.1e}, more than {relative:.0e} of it")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Nothing is recorded for a backward pass, and no autocast beyond what is written into a graph."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield

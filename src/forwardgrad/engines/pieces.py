@@ -1,0 +1,185 @@
+"""What a step of training is made of, and every tensor that it reads or writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.gradient import estimate_grad_
+from forwardgrad.objective import Objective
+
+Batch = tuple[Any, ...]
+_SIMPLE = (bool, int, float, str, tuple, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Pieces:
+    """A loss, a model, its optimizer, an estimator, a generator and a state: all of a step but the batch."""
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        estimator: Estimator,
+        generator: Generator | None,
+        state: dict[str, Tensor],
+    ) -> None:
+        self.loss, self.model, self.optimizer, self.estimator = loss, model, optimizer, estimator
+        self.generator, self.state = generator, state
+
+    def gradient(self, batch: Batch) -> Estimate:
+        """Fill `.grad` as the eager step does."""
+        self.optimizer.zero_grad()
+        return estimate_grad_(self._on(batch), self.model, self.estimator, generator=self.generator, state=self.state)
+
+    def _on(self, batch: Batch) -> Callable[[nn.Module], Tensor]:
+        """The loss on a batch: one function for all, since what is learned of a model is remembered by the code of its loss."""
+        return lambda model: self.loss(model, *batch)
+
+    def plainly(self, batch: Batch, gradient: Callable[[Batch], Estimate] | None = None) -> Estimate:
+        """The eager step, or one whose gradient comes from elsewhere."""
+        if gradient is None and _descends(self.optimizer):
+            return self._descend(batch)
+        record: list[Estimate] = []
+
+        def closure() -> Tensor:  # an optimizer may look ahead: it moves the parameters, and then asks
+            record.append((gradient or self.gradient)(batch))
+            return record[-1].loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return record[-1]
+
+    def _descend(self, batch: Batch) -> Estimate:
+        """A step of plain gradient descent: each part of the estimate moves its parameter as it is made, and no gradient is held."""
+        self.optimizer.zero_grad()
+        with torch.inference_mode(False), torch.no_grad():
+            objective = Objective(self._on(batch), self.model)
+            record, parts = self.estimator.parts(objective, self.generator, self.state)
+            groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+            shrunk = set[int]()
+            for name, part in parts:
+                p = objective.parameters[name]
+                if (group := groups.get(id(p))) is None:
+                    continue
+                if group["weight_decay"] and id(p) not in shrunk:
+                    shrunk.add(id(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                if isinstance(part, Tensor):
+                    p.add_(part, alpha=-group["lr"]) if isinstance(group["lr"], float) else p.sub_(part * group["lr"])
+                else:
+                    part.add_to_(p, -group["lr"])
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a schedule asks whether the optimizer was there before it
+        return record
+
+
+def _descends(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is θ ← θ(1 − γλ) − γĝ and nothing else, which can be taken part by part."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return (
+        type(optimizer) is torch.optim.SGD
+        and not hooks
+        and not any(group["momentum"] or group["maximize"] or group["differentiable"] for group in optimizer.param_groups)
+    )
+
+
+class Survey:
+    """The tensors of a step with one batch, each once: parameters, buffers, state and batch.
+
+    `key` tells whether a graph that was made for one survey is right for another: all that a step depends on besides values of tensors
+    and what its functions read from elsewhere.
+    """
+
+    def __init__(self, pieces: Pieces, batch: Batch) -> None:
+        self.pieces = pieces
+        self._numbers: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.trained: list[Tensor] = []
+        self.hooked = False
+        key = (*self._model(), *self._state(), *self._batch(batch), *_settings())
+        self.key: Hashable = (pieces.loss, pieces.estimator, key)
+
+    def _model(self) -> Iterator[Hashable]:
+        for module in self.pieces.model.modules():
+            yield tuple((name, value) for name, value in vars(module).items() if type(value) in _SIMPLE and _hashable(value))
+            self.hooked |= any(getattr(module, kind) for kind in _HOOKS)
+            before = len(self.tensors)
+            yield tuple(map(self._place, module._parameters.values()))
+            self.trained += [p for p in self.tensors[before:] if p.requires_grad]
+            yield tuple(map(self._place, module._buffers.values()))
+        self.beside = len(self.tensors)  # where those of the model end
+
+    def _state(self) -> Iterator[Hashable]:
+        yield tuple((name, self._place(tensor)) for name, tensor in self.pieces.state.items())
+        self.given = len(self.tensors)  # where the batch begins
+
+    def _batch(self, batch: Batch) -> Iterator[Hashable]:
+        for leaf in tree_leaves(batch):
+            yield self._place(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf if _hashable(leaf) else repr(leaf))
+
+    def _place(self, tensor: Tensor | None) -> Hashable:
+        """What a tensor is like, or its number if it was there before."""
+        if tensor is None:
+            return None
+        if (number := self._numbers.get(id(tensor))) is not None:
+            return number
+        self._numbers[id(tensor)] = len(self.tensors)
+        self.tensors.append(tensor)
+        return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _settings() -> Iterator[Hashable]:
+    """What of torch's global state a forward pass depends on."""
+    for device in ("cpu", "cuda"):
+        yield torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    yield torch.get_default_dtype()
+
+
+def slots(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimizer remembers, as far as it is tensors."""
+    return [slot for kept in optimizer.state.values() for slot in kept.values() if isinstance(slot, Tensor)]
+
+
+class Snapshot:
+    """All that a step changes, as it is now."""
+
+    def __init__(self, survey: Survey) -> None:
+        pieces = survey.pieces
+        self._pieces = pieces
+        self.tensors, self.values = survey.tensors, [t.detach().clone() for t in survey.tensors]
+        self._slots = [(slot, slot.clone()) for slot in slots(pieces.optimizer)]
+        self._state = dict(pieces.state)
+        self.gradients = [(p, p.grad) for p in survey.trained]
+        self.generator = None if pieces.generator is None else pieces.generator.get_state()
+        self._global = torch.get_rng_state()
+        self._global_gpu = {gpu: torch.cuda.get_rng_state(gpu) for gpu in {t.get_device() for t in survey.tensors if t.is_cuda}}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in zip(self.tensors, self.values, strict=True):
+            if 0 not in tensor.stride():  # an expanded constant
+                tensor.copy_(value)
+        for slot, value in self._slots:
+            slot.copy_(value)
+        self._pieces.state.clear()
+        self._pieces.state.update(self._state)
+        for p, gradient in self.gradients:
+            p.grad = gradient
+        if self.generator is not None and self._pieces.generator is not None:
+            self._pieces.generator.set_state(self.generator)
+        torch.set_rng_state(self._global)
+        for gpu, state in self._global_gpu.items():
+            torch.cuda.set_rng_state(state, gpu)

@@ -1,0 +1,157 @@
+"""A step of training as a graph of plain tensor operations: forward mode, vmap, watches and Python are gone, what they did remains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+Step = Callable[[], Sequence[Tensor | None]]
+
+
+class Untraceable(Exception):
+    """Why a step cannot be a graph, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The graph of a step. It takes the inputs and then the `constants`, computes without writing to anything, writes what the step
+    changed in place, and returns what the step returned.
+
+    `random`: whether it draws from the global generators. `lowest`: the least precise type that it computes in.
+    """
+
+    graph: GraphModule
+    constants: list[Tensor]
+    random: bool
+    lowest: torch.dtype
+
+
+def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
+    """The graph of what `step` does with the inputs, which it has to know of itself; it is run twice on the way, and writes to them.
+
+    Raises Untraceable where what the step does depends on the values of tensors; and whatever the step raises.
+    """
+    with torch.no_grad():
+        try:
+            with _is_compiling():
+                graph = make_fx(lambda *_: list(step()))(*inputs)
+        except RuntimeError as error:
+            if "value out of a tracing tensor" in str(error):
+                raise Untraceable("a value is read off a tensor on the way (.item(), bool(), a Python branch)") from error
+            raise
+        constants = _lift_constants(graph)
+        for node in graph.graph.nodes:
+            _check(node)
+        with without_autocast():  # what it did is in the graph
+            functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
+    _simplify(functional)
+    types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
+    lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+    return Traced(functional, constants, any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes), lowest)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, operations compute in the precision of what they are given."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def _is_compiling() -> Iterator[None]:
+    """Inside, torch's optimizers keep their count of steps a tensor instead of reading it (`torch.compiler.is_compiling()`)."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def _lift_constants(graph: GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that the step reads from elsewhere, such as the weights of a loss: they may be written to later."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[int, tuple[Tensor, Node]] = {}
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        tensor = getattr(graph, node.target)
+        if id(tensor) not in lifted:
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"constant_{len(lifted)}")
+            lifted[id(tensor)] = tensor, last
+        node.replace_all_uses_with(lifted[id(tensor)][1])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return [tensor for tensor, _ in lifted.values()]
+
+
+def _check(node: Node) -> None:
+    if node.target is aten.index.Tensor:  # by whole numbers it is harmless
+        indices: Any = node.args[1]
+        if any((value := _value(index)) is not None and value.dtype in (torch.bool, torch.uint8) for index in indices):
+            raise Untraceable("a shape depends on the values of a tensor (indexing with a mask)")
+    elif _tagged(node, torch.Tag.dynamic_output_shape) or _tagged(node, torch.Tag.data_dependent_output):
+        raise Untraceable(f"a shape or value depends on the values of a tensor ({node.target})")
+
+
+def _tagged(node: Node, tag: torch.Tag) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
+
+
+def _value(node: Any) -> Tensor | None:
+    """A tensor without numbers, of the shape and type of a node's result."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+_KEEP_ZERO = {
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.permute.default, aten.t.default),
+    *(aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.select.int, aten.slice.Tensor),
+    *(aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default),
+}
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.convolution.default}
+
+
+def _simplify(graph: GraphModule) -> None:
+    """Leave out products with the tangent of what does not move, which forward mode writes down as zeros, and let a product of a column
+    and a row be one of elements, which the compiler makes part of what uses it: the update of a rank-one step is one pass."""
+    zeros: set[Node] = set()
+    for node in list(graph.graph.nodes):
+        operands = [arg for arg in node.args if isinstance(arg, Node)]
+        if node.target in _ZEROS or (node.target in _KEEP_ZERO and operands[0] in zeros):
+            zeros.add(node)
+        elif node.target in _PRODUCTS and any(arg in zeros for arg in node.args[:2]) and (out := _value(node)) is not None:
+            if node.target is aten.convolution.default and node.args[2] is not None:
+                continue
+            with graph.graph.inserting_before(node):
+                like: dict[str, Any] = {"dtype": out.dtype, "device": out.device}
+                zero = graph.graph.call_function(aten.zeros.default, (list(out.shape),), like)
+            zero.meta = dict(node.meta)
+            node.replace_all_uses_with(zero)
+            zeros.add(zero)
+        elif node.target is aten.add.Tensor and len(operands) == 2 and zeros & set(operands):
+            other = operands[1] if operands[0] in zeros else operands[0]
+            scaled = other is operands[1] and node.kwargs.get("alpha", 1) != 1
+            if not scaled and _same_kind(_value(other), _value(node)):
+                node.replace_all_uses_with(other)
+        elif node.target is aten.mm.default and (left := _value(node.args[0])) is not None and left.shape[1] == 1:
+            node.target = aten.mul.Tensor
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _same_kind(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
