@@ -91,11 +91,6 @@ def drawn(make: Callable[[], Made], once: Hashable = None) -> Made:
     return made
 
 
-def written_down() -> bool:
-    """Whether calls are being written down for a compiler, which puts element-wise work together and cannot see into products."""
-    return isinstance(_at_work.get(), Handed)
-
-
 @contextmanager
 def planned() -> Iterator[Plan]:
     """Note what is drawn inside."""

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forwardgrad.draws import written_down
-
 Calls = Callable[..., Any]
 """Makes a call: the function, and its arguments."""
 
@@ -361,7 +359,7 @@ _MANY_CHANNELS = 16  # from here on all taps in one product are faster than a co
 
 def _outer(along: Tensor, left: Tensor, moved: Tensor | None, like: Tensor) -> Tensor:
     """along [K, N, r] times left [K, m, r or r + 1]: [K, N, m], added in place to `moved` [K, ..., m]; a last column meets ones."""
-    if along.shape[2] == 1 and written_down():
+    if along.shape[2] == 1 and torch.compiler.is_compiling():  # which puts element-wise work together, and cannot see into products
         found = along * left[:, None, :, 0] if left.shape[2] == 1 else along * left[:, None, :, 0] + left[:, None, :, 1]
         return found.to(like.dtype) if moved is None else moved.add_(found.view(moved.shape))
     if left.shape[2] > along.shape[2]:
