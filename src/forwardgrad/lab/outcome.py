@@ -54,8 +54,11 @@ def say(state: State, total: int, folder: Path) -> None:
     store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()})
 
 
-def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: str | None) -> dict[str, Any]:
-    """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs."""
+def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: str | None, replicas: int | None = None) -> dict[str, Any]:
+    """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs.
+
+    `replicas` is how many runs shared the seconds, where they were trained as one program.
+    """
     validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
     test = None
     if run.test:
@@ -85,6 +88,7 @@ def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: 
         "validation_loss": finite(validation[0]),
         "validation_accuracy": validation[1],
         "test": test,
+        **({"replicas": replicas} if replicas else {}),
     }
     store.write_json(folder / "result.json", result)
     for name in ("checkpoint.pt", "status.json"):
