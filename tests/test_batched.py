@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from forwardgrad.lab import batched, data, outcome, store, train
+from forwardgrad.lab import batched, cli, data, outcome, store, train
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execute import Place, execute
 from forwardgrad.lab.progress import Progress
@@ -237,3 +239,32 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(batched, "_Batch", full)
     with pytest.raises(UserError, match=r"too small for 4 runs at once: use --no-batched"):
         batched.train(runs, here)
+
+
+def test_the_command_batches_and_the_report_says_that_time_was_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "tune --data digits --model logistic --lr 0.01,0.003 --epochs 1 --tuning-epochs 1 --seeds 2 --batched --out"
+    monkeypatch.setattr(sys, "argv", ["forwardgrad", *words.split(), str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code, capsys.readouterr().err
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/result.json")]
+    assert [result["replicas"] for result in results] == [2, 2, 2, 2]
+    assert sorted(result["test"] is None for result in results) == [False, False, True, True]
+    assert "shared by 2 runs at once" in (tmp_path / "report.md").read_text()
+
+
+def test_the_benchmark_runs() -> None:
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "batched_runs.py"
+    words = ("--model", "logistic", "--runs", "1,3", "--rounds", "2", "--optimizer", "nesterov")
+    found = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert [line.split(" ms")[0].rsplit(maxsplit=1)[0].strip() for line in found.stdout.splitlines()[2:]] == [
+        "one alone",
+        "1 batched",
+        "3 batched",
+    ]
+    wrong = subprocess.run([sys.executable, script, "--device", "cuda:99"], capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2
+    assert "no GPU for --device cuda:99" in wrong.stderr
