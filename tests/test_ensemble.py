@@ -189,6 +189,35 @@ def test_directions_have_the_bits_of_the_single_run(perturb: fg.Perturbation) ->
         assert all(torch.equal(one, other) for one, other in zip(laws[0].seen[seed], drawn, strict=True))
 
 
+class Switching(nn.Module):
+    """For tests: a model that runs one layer, or two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.inner, self.last = True, nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(x)) if self.deep else x)
+
+
+@pytest.mark.parametrize("perturb", [fg.LowRank(), fg.Activity()], ids=lambda p: p.name)
+def test_a_model_that_changes_its_course_is_followed(perturb: fg.Perturbation) -> None:
+    estimator = fg.ForwardGradient(2, perturb=perturb)
+    models, singles = replicas(Switching, torch.float64), replicas(Switching, torch.float64)
+    ensemble = fg.Ensemble(models)
+    generators, own = ([Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
+    for (x, y), deep in zip(examples(5, torch.float64, 5)[:4], (True, False, False, True), strict=True):
+        for model in (*models, *singles):
+            model.deep = deep  # type: ignore[assignment]
+            model.zero_grad()
+        fg.estimate_grads_(loss, ensemble, (x, y), estimator, generators=generators)
+        for index, single in enumerate(singles):
+            fg.estimate_grad_(lambda m, i=index: loss(m, x[i], y[i]), single, estimator, generator=own[index])  # noqa: B023
+            for p, q in zip(models[index].parameters(), single.parameters(), strict=True):
+                assert (p.grad is None) == (q.grad is None)
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("estimator", ["backprop", "dense", "low-rank-3", "activity-exact"])
 def test_a_replica_that_leaves_the_numbers_changes_no_bit_of_the_others(estimator: str, optimizer: str) -> None:

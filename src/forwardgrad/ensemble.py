@@ -79,6 +79,7 @@ class Ensemble:
                     tensors[name].data = stack[index]
         self._places = [[tensor.data_ptr() for tensor in live.values()] for live in self._live]
         self._at_once: dict[Hashable, frozenset[int]] = {}  # as in perturbed_pass: what was learned of the model's structure
+        self._drawn: dict[Hashable, tuple[_Drawn, ...]] = {}  # and what it asks for when it is perturbed
 
     def __len__(self) -> int:
         return len(self.models)
@@ -160,21 +161,57 @@ class _Replica(Objective):
         self.left = {name: buffers[f"model.{name}"] for name in self._buffers}
 
 
-class _ReplicasDirections(Directions):
-    """The streams of all replicas; inside vmap a draw is that of one replica and one tangent."""
+class _Drawn(NamedTuple):
+    """What a draw was asked for."""
 
-    def __init__(self, law: Law, seeds: list[list[int]], device: torch.device, replica: Tensor, tangent: Tensor) -> None:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Unexpected(Exception):
+    """An evaluation asked for other draws than the one before with batches of this shape."""
+
+
+class _Streams(Directions):
+    """The streams of all replicas and tangents. What is drawn inside vmap costs ten times as much, so what the last evaluation asked for
+    is drawn beforehand: the same draws in the same order, hence the same bits."""
+
+    def __init__(self, law: Law, seeds: list[list[int]], device: torch.device, expected: Sequence[_Drawn]) -> None:
         super().__init__(law, [seed for row in seeds for seed in row], device)
-        self._index = (replica * len(seeds[0]) + tangent).reshape(1)
+        self.tangents, self.asked = len(seeds[0]), 0
+        self.draws, self._stacks = list(expected), [self._fill(wanted) for wanted in expected]
+        self._all_known = bool(expected)
+
+    def _fill(self, wanted: _Drawn) -> Tensor:
+        stack = torch.empty((len(self._streams), *wanted.shape), dtype=wanted.dtype, device=self._streams[0].device)
+        for part, stream in zip(stack.unbind(), self._streams, strict=True):
+            self.law.fill_([part], stream)
+        return stack.to(wanted.device)
+
+    def next(self, wanted: _Drawn) -> Tensor:
+        """The next draw of every stream, [replicas · tangents, *shape]."""
+        place, self.asked = self.asked, self.asked + 1
+        if self._all_known:
+            if place >= len(self.draws) or self.draws[place] != wanted:
+                raise _Unexpected
+            return self._stacks[place]
+        self.draws.append(wanted)
+        return self._fill(wanted)
+
+
+class _ReplicasDirections(Directions):
+    """The directions of one replica and one tangent, as they are known inside vmap."""
+
+    def __init__(self, streams: _Streams, replica: Tensor, tangent: Tensor) -> None:
+        self.law, self._streams_of_all = streams.law, streams
+        self._index = (replica * streams.tangents + tangent).reshape(1)
 
     def __len__(self) -> int:
         return 1
 
     def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        stack = torch.empty((len(self._streams), *shape), dtype=like.dtype, device=self._streams[0].device)
-        for part, stream in zip(stack.unbind(), self._streams, strict=True):
-            self.law.fill_([part], stream)
-        return stack.to(like.device).index_select(0, self._index)
+        return self._streams_of_all.next(_Drawn(tuple(shape), like.dtype, like.device)).index_select(0, self._index)
 
 
 class _Found(NamedTuple):
@@ -253,12 +290,13 @@ class _Program:
     def _perturbed(self, estimator: ForwardGradient, count: int, generators: list[Generator], *, first: bool) -> _Found:
         """Any other perturbation: directions are drawn where layers are met, and each tangent gives a gradient of its own."""
         seeds, device = [fork(generator, count) for generator in generators], generators[0].device
-        learned = self.ensemble._at_once
+        learned, drawn = self.ensemble._at_once, self.ensemble._drawn
         key = getattr(self.loss, "__code__", type(self.loss)), repr(estimator.perturb), estimator.exact_output
+        shaped = key, count, tuple(t.shape for t in self.batch)
 
         def one(objective: _Replica, replica: Tensor) -> _Found:
             def along(tangent: Named) -> _Along:
-                directions = _ReplicasDirections(estimator.law, seeds, device, replica, tangent["index"])
+                directions = _ReplicasDirections(streams, replica, tangent["index"])
                 at_once = learned.get(key, frozenset())
                 watch = ModelWatch(estimator.perturb, directions, exact_output=estimator.exact_output, at_once=at_once)
                 derived = derivatives_under(objective, watch, 1)
@@ -277,11 +315,17 @@ class _Program:
 
         replicas = torch.arange(len(generators), device=self.batch[0].device)
         while True:
+            streams = _Streams(estimator.law, seeds, device, drawn.get(shaped, ()))
             try:
                 found: _Found = self._each(one, {"replica": replicas})
-                return found
             except UsedAgain as used:
                 learned[key] = learned.get(key, frozenset()) | {used.index}
+                drawn.pop(shaped, None)
+            except _Unexpected:
+                drawn.pop(shaped, None)
+            else:
+                drawn[shaped] = tuple(streams.draws)
+                return found
 
     def _each(self, one: Callable[..., Any], given: dict[str, Any]) -> Any:
         """`one` for every replica, as one program."""
