@@ -45,7 +45,7 @@ def test_a_network_learns_in_bfloat16(tmp_path: Path, images: data.Dataset, meth
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, images: data.Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
-    run, say, kills = made(method, epochs=3), train._say, [4]
+    run, say, kills = made(method, epochs=3), train.say, [4]
     train.train(run, tmp_path / "undisturbed")
 
     def killed(state: Any, *rest: Any) -> None:
@@ -54,7 +54,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
             kills.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_say", killed)
+    monkeypatch.setattr(train, "say", killed)
     with pytest.raises(KeyboardInterrupt):
         train.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
     train.train(run, tmp_path / "killed", checkpoint_seconds=0.0)

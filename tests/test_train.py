@@ -15,9 +15,10 @@ from torch import Generator, Tensor
 
 from forwardgrad import estimators
 from forwardgrad.estimators import Backprop, Estimate, Estimator
-from forwardgrad.lab import data, evaluate, models, store, train
+from forwardgrad.lab import data, evaluate, models, outcome, store, train
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Optimizer, Run, stream
+from forwardgrad.lab.state import begin, build_optimizer, build_schedule
 from forwardgrad.nesterov import Nesterov
 from forwardgrad.objective import Objective
 
@@ -27,7 +28,7 @@ RUN = Run("digits", "logistic", BACKPROP, Optimizer("sgd", 0.5, decay=1e-3, mome
 UNTIMED = {"seconds"}
 
 
-def outcome(folder: Path) -> tuple[Any, ...]:
+def left_behind(folder: Path) -> tuple[Any, ...]:
     """Everything a run leaves behind, but for the time it took."""
     result = json.loads((folder / "result.json").read_text())
     evaluations = store.read_table(folder / "evaluations.csv")
@@ -90,8 +91,8 @@ def test_an_estimator_remembers_from_step_to_step_and_its_passes_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remembering: dict[str, Any]
 ) -> None:
     states = []
-    finish = train._finish
-    monkeypatch.setattr(train, "_finish", lambda run, dataset, state, *rest: states.append(state) or finish(run, dataset, state, *rest))
+    finish = train.finish
+    monkeypatch.setattr(train, "finish", lambda run, dataset, state, *rest: states.append(state) or finish(run, dataset, state, *rest))
     result = train.train(dataclasses.replace(RUN, estimator=remembering), tmp_path)
     assert int(states[0].memory["count"]) == result["steps"] == 51
     assert set(states[0].memory) == {"count", "model.1.weight", "model.1.bias"}
@@ -124,7 +125,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     monkeypatch.setattr(train, "FIRST_EVALUATIONS", (7,))  # other interruptions of the loop must not matter either
     train.train(run, tmp_path / "reference")
 
-    say, kills = train._say, iter([7, 17, 51])
+    say, kills = train.say, iter([7, 17, 51])
     kill_at = next(kills)
 
     def killed(state: Any, *rest: Any) -> None:
@@ -134,7 +135,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
             kill_at = next(kills, 10**9)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_say", killed)
+    monkeypatch.setattr(train, "say", killed)
     interruptions = 0
     while not (tmp_path / "killed" / "result.json").exists():
         try:
@@ -142,8 +143,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
         except KeyboardInterrupt:
             interruptions += 1
     assert interruptions == 3
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "reference")
-    assert outcome(tmp_path / "undisturbed")[2] == outcome(tmp_path / "reference")[2]
+    assert left_behind(tmp_path / "killed") == left_behind(tmp_path / "reference")
+    assert left_behind(tmp_path / "undisturbed")[2] == left_behind(tmp_path / "reference")[2]
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
         "environment.json",
         "evaluations.csv",
@@ -204,8 +205,8 @@ def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name:
 
 def test_annealing_ends_at_zero_and_starts_at_the_rate() -> None:
     model = models.build("logistic", (1, 8, 8), 10)
-    optimizer = train.build_optimizer(Optimizer("sgd", 0.5, anneal=True), model)
-    schedule = train.build_schedule(Optimizer("sgd", 0.5, anneal=True), optimizer, 4)
+    optimizer = build_optimizer(Optimizer("sgd", 0.5, anneal=True), model)
+    schedule = build_schedule(Optimizer("sgd", 0.5, anneal=True), optimizer, 4)
     rates = []
     for _ in range(5):
         rates.append(schedule.get_last_lr()[0])
@@ -246,7 +247,7 @@ def test_watching_the_memory_changes_nothing_else(tmp_path: Path, monkeypatch: p
     peak = watched.pop("peak_bytes")
     assert watched.keys() == plain.keys()
     assert all(watched[name] == plain[name] for name in plain if name not in UNTIMED)
-    assert outcome(tmp_path / "watched")[1:] == outcome(tmp_path / "plain")[1:]
+    assert left_behind(tmp_path / "watched")[1:] == left_behind(tmp_path / "plain")[1:]
     held = 4 * (3 * plain["parameters"] + 10 * 64)  # parameters, Adam's two moments, the feedback matrix of the hidden layer
     assert held < peak < 3 * held
 
@@ -269,11 +270,11 @@ def test_the_watched_step_counts_as_long_as_those_before(tmp_path: Path, monkeyp
 
 def test_a_checkpoint_of_the_time_before_the_walk_is_read(tmp_path: Path) -> None:
     digits = data.load("digits", 0)
-    state = train._begin(RUN, digits, torch.device("cpu"))
+    state = begin(RUN, digits, torch.device("cpu"))
     train._advance(RUN, digits, state, 5)
     content = torch.load(io.BytesIO(state.dump()), weights_only=True)
     torch.save({name: value for name, value in content.items() if name not in ("walk", "derivatives")}, tmp_path / "checkpoint.pt")
-    other = train._begin(RUN, digits, torch.device("cpu"))
+    other = begin(RUN, digits, torch.device("cpu"))
     other.load(tmp_path / "checkpoint.pt")
     assert other.step == 5
     assert torch.equal(other.losses, state.losses)
@@ -314,18 +315,17 @@ def test_a_run_that_explodes_is_a_result(tmp_path: Path) -> None:
 
 
 def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "STUCK_STEPS", 50)
-    monkeypatch.setattr(train, "STUCK_FACTOR", 0.01)
+    monkeypatch.setattr(outcome, "STUCK_STEPS", 50)
+    monkeypatch.setattr(outcome, "STUCK_FACTOR", 0.01)
     result = train.train(dataclasses.replace(RUN, epochs=20), tmp_path)
-    assert result["status"] == "diverged"
+    assert (result["status"], result["diverged_at"]) == ("diverged", 100)  # the first look after 50 steps
     assert result["reason"] == f"the loss stayed above {0.01 * math.log(10):.1f} for 50 steps"
-    assert result["diverged_at"] == 100  # the first look after 50 steps
 
 
 def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    losses_of = train.losses_of
-    monkeypatch.setattr(train, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
+    losses_of = outcome.losses_of
+    monkeypatch.setattr(outcome, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
     digits = data.load("digits", RUN.seed)
     assert train.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
     assert seen
@@ -345,7 +345,7 @@ def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
 def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
     digits = data.load("digits", 0)
-    state = train._begin(run, digits, torch.device("cpu"))
+    state = begin(run, digits, torch.device("cpu"))
     train._advance(run, digits, state, 1)
 
     def waits(*_: Any, **__: Any) -> None:

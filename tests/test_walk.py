@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forwardgrad.lab import store, train, walk
+from forwardgrad.lab import models, state, store, train, walk
 from forwardgrad.lab.run import Optimizer, Run
 
 SGD = Optimizer("sgd", 0.02)
@@ -45,9 +45,9 @@ def test_growth_is_its_formula() -> None:
 
 def test_rates_are_those_of_training() -> None:
     options = Optimizer("sgd", 0.5, decay=0.1, anneal=True)
-    model = train.models.build("logistic", (1, 8, 8), 10)
-    optimizer = train.build_optimizer(options, model)
-    schedule = train.build_schedule(options, optimizer, 5)
+    model = models.build("logistic", (1, 8, 8), 10)
+    optimizer = state.build_optimizer(options, model)
+    schedule = state.build_schedule(options, optimizer, 5)
     wanted = []
     for _ in range(5):
         wanted.append(schedule.get_last_lr()[0])

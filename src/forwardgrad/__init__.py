@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from forwardgrad.diagnostics import Quality as Quality
     from forwardgrad.diagnostics import quality as quality
+    from forwardgrad.ensemble import Ensemble as Ensemble
     from forwardgrad.estimators import ESTIMATORS as ESTIMATORS
     from forwardgrad.estimators.backprop import Backprop as Backprop
     from forwardgrad.estimators.base import Estimate as Estimate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.local import LocalLosses as LocalLosses
     from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
+    from forwardgrad.gradient import estimate_grads_ as estimate_grads_
     from forwardgrad.nesterov import Nesterov as Nesterov
     from forwardgrad.perturbations import PERTURBATIONS as PERTURBATIONS
     from forwardgrad.perturbations import Activity as Activity
@@ -48,6 +50,7 @@ _HOME = {
     "Backprop": "estimators.backprop",
     "Cheapest": "perturbations",
     "Dense": "perturbations",
+    "Ensemble": "ensemble",
     "Estimate": "estimators.base",
     "Estimator": "estimators.base",
     "FixedFeedback": "estimators.fixed_feedback",
@@ -70,6 +73,7 @@ _HOME = {
     "cap_step": "step",
     "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
+    "estimate_grads_": "gradient",
     "quality": "diagnostics",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604

@@ -1,12 +1,13 @@
-"""One call in place of `loss.backward()`: the only place that writes `.grad`."""
+"""One call in place of `loss.backward()`, for one model or for many replicas: the only place that writes `.grad`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
+from forwardgrad.ensemble import Ensemble
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.forward import ForwardGradient
 from forwardgrad.objective import Objective, Point
@@ -54,10 +55,61 @@ def estimate_grad_(
         record, gradients = chosen.estimate(objective, generator, {} if state is None else state)
         for name, parameter in objective.parameters.items():
             gradient = gradients[name]
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient.to(parameter.dtype)  # a layer under autocast has its own in a lower precision
-            else:
-                parameter.grad.add_(gradient)
+            if gradient is not None:
+                _add(parameter, gradient)
     return record
+
+
+def estimate_grads_(
+    loss: Callable[..., Tensor],
+    ensemble: Ensemble,
+    batch: Sequence[Tensor],
+    estimator: Estimator | None = None,
+    *,
+    generators: Sequence[Generator] | None = None,
+) -> Estimate:
+    """`estimate_grad_` for every replica of an ensemble, as one program: adds to the `.grad` of each model's parameters.
+
+    Every replica gets what `estimate_grad_` would give it alone: the same directions, the same numbers up to the rounding of a batched
+    matrix product. A replica whose numbers are not finite disturbs no other.
+
+    Args:
+        loss: a function `loss(model, *batch)` of one replica and its batch: `lambda model, x, y: loss_fn(model(x), y)`.
+        ensemble: the replicas.
+        batch: tensors [replicas, ...], each replica's own examples; `expand` one batch for all.
+        estimator: Backprop, or a ForwardGradient without a control variate (combine="projection" with Dense alone); `ForwardGradient()`
+            if left out.
+        generators: where each replica's directions are drawn from, one for every replica. Backprop needs none.
+
+    Returns the record of `estimate_grad_` with replicas as the first dimension of `loss` and `derivatives`; `forward_passes` are those of
+    one replica.
+
+    Raises ValueError for an estimator without a batched form, a batch of another size or missing generators; RuntimeError where the
+    model draws random numbers as it runs (dropout), since replicas would share them; and what vmap raises for operators it cannot batch.
+
+    >>> models = [torch.nn.Linear(2, 1) for _ in range(3)]
+    >>> generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    >>> record = estimate_grads_(lambda m, x: m(x).square().mean(), Ensemble(models), [torch.ones(3, 5, 2)], generators=generators)
+    >>> record.loss.shape, record.derivatives.shape, models[2].weight.grad.shape
+    (torch.Size([3]), torch.Size([3, 1]), torch.Size([1, 2]))
+    """
+    chosen = ForwardGradient() if estimator is None else estimator
+    if not isinstance(chosen, Estimator):
+        raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
+    records = []
+    with torch.inference_mode(False), torch.no_grad():
+        for part in ensemble.estimates(loss, batch, chosen, generators):
+            records.append(part.estimate)
+            live = ensemble.live(part.replicas)
+            for name, stack in part.gradients.items():
+                for own, gradient in zip(live, stack.unbind(), strict=True):
+                    _add(own[name.removeprefix("model.")], gradient)
+    loss_of, derivatives = (torch.cat([getattr(record, field) for record in records]) for field in ("loss", "derivatives"))
+    return Estimate(loss_of, derivatives, records[0].forward_passes)
+
+
+def _add(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)  # a layer under autocast has its own in a lower precision
+    else:
+        parameter.grad.add_(gradient)

@@ -42,7 +42,7 @@ def _cross_entropy(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
     if indexed:
         used = target != call.get("ignore_index", -100)
         labels = torch.where(used, target, 0)
-        wanted = torch.zeros_like(logits).scatter_(axis, labels.unsqueeze(axis), 1)
+        wanted = torch.zeros_like(logits).scatter(axis, labels.unsqueeze(axis), 1.0)
     else:
         wanted = target.to(logits.dtype)
     wanted = wanted * (1 - smoothing) + smoothing / classes

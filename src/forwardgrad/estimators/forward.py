@@ -124,7 +124,7 @@ class ForwardGradient(Estimator):
             uses = _uses(found)
             predicted = {name: b for name, b in predicted.items() if uses[name]}  # nothing else takes back what it adds
             with torch.autocast(found.loss.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
-                add_parts(gradients, found, self._weights(found, predicted))
+                add_parts(gradients, found, self.weights_of(found, predicted))
                 if not derivatives:  # every pass knows the same exact gradient
                     add_exact(gradients, found)
             derivatives.append(found.derivatives)
@@ -144,7 +144,7 @@ class ForwardGradient(Estimator):
     def _parts_of(self, found: Pass) -> Iterator[tuple[str, Gradient]]:
         exact = found.exact
         with torch.autocast(found.loss.device.type, enabled=False):
-            weights = self._weights(found, {})
+            weights = self.weights_of(found, {})
             for entered, weight in zip(found.entered, weights, strict=True):
                 if entered not in exact:
                     yield from entered.gradient(weight).items()
@@ -164,7 +164,7 @@ class ForwardGradient(Estimator):
             seeds, last = fork(generator, count), index == len(counts)
             yield perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, exact_output=self.exact_output, commit=last)
 
-    def _weights(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
+    def weights_of(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
         """What each direction of each example is multiplied by, place by place."""
         if self.combine == "projection":
             gram = torch.stack([entered.gram() for entered in found.entered]).sum(0).squeeze(2)

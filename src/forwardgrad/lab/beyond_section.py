@@ -150,7 +150,7 @@ def _time(arm: ArmResult, name_device: bool) -> Cell:
     if seconds is None:
         return NONE
     where = sorted({str(run.environment.get("device", "unknown")) for run in arm.done}) if name_device else []
-    return Cell(tables.duration(seconds), ", ".join((f"{tables.per_step(arm).text} a step", *where)))
+    return Cell(tables.duration(seconds), ", ".join(filter(None, (f"{tables.per_step(arm).text} a step", arm.shared, *where))))
 
 
 def _memory(arm: ArmResult) -> Cell:

@@ -36,6 +36,10 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda or cuda:N.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at the same time, dividing the processor's cores.")]
+Batched = Annotated[
+    bool | None,
+    typer.Option("--batched/--no-batched", help="Train runs that differ in seed and rates alone as one program. [default: on a GPU only]"),
+]
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
 Data = Annotated[DataName, typer.Option(help="Data set.")]
 Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]
@@ -148,6 +152,7 @@ def tune(
     data_dir: DataDir = None,
     out: Out = Path("results"),
     jobs: Jobs = 1,
+    batched: Batched = None,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
@@ -162,7 +167,7 @@ def tune(
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
-    _report(_run_study(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs))
+    _report(_run_study(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs, batched))
 
 
 @app.command()
@@ -180,6 +185,7 @@ def reproduce(
     data_dir: DataDir = None,
     out: Out = Path("results"),
     jobs: Jobs = 1,
+    batched: Batched = None,
 ) -> None:
     """Run the paper's Table I, its figures, the comparison of Baydin et al., or a study beyond the paper, and write the report.
 
@@ -198,7 +204,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = _run_study(study.computed_in(precision), out, device, data_dir, jobs)
+    store = _run_study(study.computed_in(precision), out, device, data_dir, jobs, batched)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
@@ -327,7 +333,7 @@ def _counts(text: str, option: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> Store:
+def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None) -> Store:
     """Run what is not finished of a study, under the live display; returns the store it is in."""
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.environment import device as check_device
@@ -335,7 +341,7 @@ def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs
     from forwardgrad.lab.progress import Progress
 
     check_device(device)
-    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs)
+    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched)
     progress.say(study.title)
     run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
     return store

@@ -1,4 +1,4 @@
-"""Map runs over this process or a pool of processes; what is finished is not repeated, what is unfinished goes on."""
+"""Map runs over this process or a pool of processes, alone or batched; what is finished is not repeated, what is unfinished goes on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ from forwardgrad.lab.store import Store, sweep
 
 @dataclass(frozen=True)
 class Place:
-    """Where runs are executed: the device, the data folder, and how many runs at a time share the processor's cores."""
+    """Where runs are executed: the device, the data folder, and how many runs at a time share the processor's cores.
+
+    `batched`: whether runs that differ in seed and optimizer's numbers alone are trained as one program; None for on a GPU only.
+    """
 
     device: str = "cpu"
     data_dir: Path | None = None
     jobs: int = 1
+    batched: bool | None = None
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -39,36 +43,52 @@ def execute(runs: Sequence[Run], store: Store, place: Place, progress: Progress)
     results = {key: result for key in todo if (result := store.result(key)) is not None}
     waiting = [run for key, run in todo.items() if key not in results]
     with progress.over(store, [run.identity for run in waiting], done=len(results)):
+        units = _units(waiting, store, place)
         if place.jobs == 1:
-            results |= {run.identity: _one(run, store, place) for run in waiting}
-        elif waiting:
-            results |= _pooled(waiting, store, place)
-    return results
+            for unit in units:
+                results |= _together(unit, store, place)
+        elif units:
+            results |= _pooled(units, store, place)
+    return {key: results[key] for key in todo}
 
 
-def _one(run: Run, store: Store, place: Place) -> dict[str, Any]:
+def _units(runs: list[Run], store: Store, place: Place) -> list[tuple[Run, ...]]:
+    """What one process does at a time: a run, or several as one program."""
+    if not (place.device.startswith("cuda") if place.batched is None else place.batched):
+        return [(run,) for run in runs]
+    from forwardgrad.lab.batched import plan
+
+    return plan(runs, store)
+
+
+def _together(unit: tuple[Run, ...], store: Store, place: Place) -> dict[str, dict[str, Any]]:
+    if len(unit) > 1:
+        from forwardgrad.lab import batched
+
+        return batched.train(unit, store, device=place.device, data_dir=place.data_dir)
     from forwardgrad.lab.train import train
 
-    return train(run, store.folder(run.identity), device=place.device, data_dir=place.data_dir)
+    (run,) = unit
+    return {run.identity: train(run, store.folder(run.identity), device=place.device, data_dir=place.data_dir)}
 
 
-def _pooled(runs: Sequence[Run], store: Store, place: Place) -> dict[str, dict[str, Any]]:
+def _pooled(units: list[tuple[Run, ...]], store: Store, place: Place) -> dict[str, dict[str, Any]]:
     threads = max(1, (os.cpu_count() or 1) // place.jobs)
-    pool = ProcessPoolExecutor(min(place.jobs, len(runs)), get_context("spawn"), initializer=_start_worker, initargs=(threads,))
-    pending: dict[Future[dict[str, Any]], str] = {pool.submit(_one, run, store, place): run.identity for run in runs}
+    pool = ProcessPoolExecutor(min(place.jobs, len(units)), get_context("spawn"), initializer=_start_worker, initargs=(threads,))
+    pending: set[Future[dict[str, dict[str, Any]]]] = {pool.submit(_together, unit, store, place) for unit in units}
     results: dict[str, dict[str, Any]] = {}
     try:
         while pending:
-            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
-                results[pending.pop(future)] = future.result()
+                results |= future.result()
     except BrokenProcessPool as error:
         raise UserError("a worker process was killed (out of memory?): run the same command again to go on, with fewer --jobs") from error
     except BaseException:
         for process in list((pool._processes or {}).values()):  # a run only ends at its end: waiting for it would ignore Ctrl-C
             process.terminate()
             process.join()
-        for run in runs:
+        for run in (run for unit in units for run in unit):
             sweep(store.folder(run.identity))
         raise
     finally:

@@ -41,6 +41,11 @@ class Done:
     def seconds_per_step(self) -> float:
         return float(self.result["seconds"]) / max(1, int(self.result["steps"]))
 
+    @property
+    def replicas(self) -> int:
+        """How many runs shared its seconds as one program."""
+        return int(self.result.get("replicas", 1))
+
     @functools.cached_property
     def evaluations(self) -> dict[str, list[float]]:
         return _columns(self.folder / "evaluations.csv", ("step", "epoch", "seconds", "validation_loss", "validation_accuracy"))
@@ -93,6 +98,12 @@ class ArmResult:
     @property
     def progress(self) -> str:
         return f"unfinished ({len(self.done)} of {self.planned} runs)"
+
+    @property
+    def shared(self) -> str:
+        """Who shared the seconds of its runs, empty where nobody did: such times say nothing of a run alone."""
+        most = max((done.replicas for done in self.done), default=1)
+        return f"shared by {most} runs at once" if most > 1 else ""
 
     @property
     def shortened(self) -> str | None:

@@ -8,6 +8,8 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     walk.csv            the parameters' norm over that before the first step, and the relative step, every 100 steps
                     losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
                     result.json         written last: a folder that has it is finished
+OUT/batches/<identity>/batch.json       the runs that are trained as one program, until all of them have a result
+                       checkpoint.pt    the state that all of them go on from
 OUT/studies/<name>.json                 which runs belong to which arm of a comparison
 """
 
@@ -91,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def damaged(path: Path, why: object) -> UserError:
     """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
-    if path.parent.parent.name == "runs":
+    if path.parent.parent.name in ("runs", "batches"):
         return UserError(f"{path} is damaged ({why}): delete the folder {path.parent} to run it again")
     return UserError(f"{path} is damaged ({why}): delete this file and run its command again; finished runs are kept")
 
@@ -176,7 +178,7 @@ RESULT = {
     "validation_accuracy": NUMBER,
     "test": (dict, type(None)),
 }
-LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE}  # what the first stored runs did not count
+LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE, "replicas": int}  # what not every run has
 TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {

@@ -250,7 +250,8 @@ def outcome(arm: ArmResult) -> Cell:
 
 
 def per_step(arm: ArmResult) -> Cell:
-    return estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
+    cell = estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
+    return Cell(cell.text, "; ".join(filter(None, (cell.sub, arm.shared))), cell.tone)
 
 
 def _to(target: float) -> Callable[[ArmResult], Cell]:
@@ -260,7 +261,7 @@ def _to(target: float) -> Callable[[ArmResult], Cell]:
         among = f"{hits} of {len(steps)} runs" if 0 < hits < len(steps) else ""
         if not math.isfinite(stats.median(steps)):
             return Cell("not reached", f"except in {among}" if among else "", "quiet")
-        return Cell(f"{stats.median(steps):,.0f} steps", duration(stats.median(seconds)) + (f", {among}" if among else ""))
+        return Cell(f"{stats.median(steps):,.0f} steps", ", ".join(filter(None, (duration(stats.median(seconds)), arm.shared, among))))
 
     return make
 

@@ -114,10 +114,11 @@ def perturbed_pass(
             random.restore()
     if at_once:
         learned[key] = at_once
-    return _gathered(derived.values, derived.derivatives, stands)
+    return gathered(derived.values, derived.derivatives, stands)
 
 
-def _gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
+def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
+    """What a watch saw and what was derived, together."""
     loss, terms, moved = values["loss"], None, derivatives.get("output") if watch.output is not None else None
     total = derivatives.get("loss", loss.new_empty(0))
     if total.dim() > 1:
