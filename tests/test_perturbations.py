@@ -286,7 +286,7 @@ def test_activities_follow_the_errors_of_backpropagation_and_move_where_they_mat
         elif any(isinstance(m, nn.ReLU) for m in model[start:place]):
             matters = outs[place] > 0
         assert torch.equal(moves != 0, matters.expand_as(moves))
-        for parameter, g in point.from_error(error).items():
+        for parameter, g in ((name, dense(part)) for name, part in point.from_error(error).items()):
             torch.testing.assert_close(g, model.get_parameter(parameter.removeprefix("model.")).grad, rtol=1e-10, atol=1e-12)
     if len(points) == len(found.entered):
         torch.testing.assert_close(found.derivatives, total, rtol=1e-10, atol=1e-12)

@@ -17,6 +17,9 @@ class Factored:
     right: Float[Tensor, "n r"]
     shape: torch.Size
 
+    def to(self, dtype: torch.dtype) -> Factored:
+        return Factored(self.left.to(dtype), self.right.to(dtype), self.shape)
+
     def dense(self) -> Tensor:
         if self.left.shape[1] == 1:  # element by element, a compiler can put it where it is used
             return (self.left * self.right.T).reshape(self.shape)

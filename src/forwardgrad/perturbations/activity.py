@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick
 from forwardgrad.perturbations.layers import Calls, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
@@ -131,7 +132,7 @@ class Point(Entered):
         assert self.u is not None
         return self.still(self.u).reshape(len(self.u), self.rows, -1)
 
-    def from_error(self, error: Tensor) -> dict[str, Tensor]:
+    def from_error(self, error: Tensor) -> dict[str, Gradient]:
         """Gradients by parameter name from the error at the place, of its shape; each in the precision of its parameter."""
         x = self.kept["x"]
         error = self.still(error.to(x.dtype) if x.is_floating_point() else error)
@@ -140,7 +141,7 @@ class Point(Entered):
         found = self.layer.local(x, error)
         return {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
 
-    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+    def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         assert self.u is not None
         u = self.u.to(self.layer.like.dtype)
         rows = [] if self.rows == 1 else [self.rows]  # one row may be an example without a dimension of the batch

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forwardgrad.factored import Factored
+
 Calls = Callable[..., Any]
 """Makes a call: the function, and its arguments."""
 
@@ -95,7 +97,7 @@ class Layer(ABC):
         """A bias [m], or one for every example [rows, m], in a shape that can be added to the output."""
 
     @abstractmethod
-    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+    def local(self, x: Tensor, error: Tensor) -> Mapping[str, Tensor | Factored]:
         """Gradients by role from the error ∂f/∂output and the layer's own input."""
 
 
@@ -124,9 +126,9 @@ class Linear(Layer):
     def shift(self, out: Tensor, bias: Tensor) -> Tensor:
         return bias if bias.dim() == 1 else bias.reshape(*[self.rows, *[1] * out.dim()][: out.dim() - 1], out.shape[-1])
 
-    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+    def local(self, x: Tensor, error: Tensor) -> Mapping[str, Tensor | Factored]:
         flat = error.reshape(-1, self.fan_out)
-        return {"weight": flat.T @ x.reshape(-1, self.fan_in), "bias": flat.sum(0)}
+        return {"weight": Factored(flat.T, x.reshape(-1, self.fan_in).T, self.weight_shape), "bias": flat.sum(0)}
 
 
 class Convolution(Layer):

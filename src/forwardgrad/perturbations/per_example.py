@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from forwardgrad.factored import Factored, Gradient
 from forwardgrad.perturbations.activity import Activity
 from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Embedding, Layer, Norm
@@ -65,11 +67,12 @@ class PerExampleUse(Sown):
         assert moved is not None
         return moved
 
-    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
-        found, names = {}, self.layer.names
+    def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
+        found: dict[str, Gradient] = {}
+        names = self.layer.names
         if self.left is not None and self.right is not None:
             scaled = self.left * weights.to(self.left.dtype).unsqueeze(2)
-            found[names["weight"]] = (scaled.flatten(0, 1).T @ self.right.flatten(0, 1)).reshape(self.layer.weight_shape)
+            found[names["weight"]] = Factored(scaled.flatten(0, 1).T, self.right.flatten(0, 1).T, self.layer.weight_shape)
         if self.bias is not None:
             found[names["bias"]] = torch.einsum("kb,kbm->m", weights.to(self.bias.dtype), self.bias)
         return found
