@@ -91,12 +91,12 @@ class Objective:
 
     def live(self) -> Tensor:
         """The loss of the live tensors: an ordinary forward pass, recorded for reverse mode if the caller's context says so."""
-        return _scalar(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
+        return _scalar(self.precise(self.loss(self.at) if self._module else self.loss(*self._tensors.values())))
 
     def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
         loss, buffers = self.raw(parameters)
-        return _scalar(loss), buffers
+        return _scalar(self.precise(loss)), buffers
 
     def raw(self, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """As `with_`, with whatever the loss function returned."""
@@ -109,6 +109,12 @@ class Objective:
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
         result: tuple[Any, dict[str, Tensor]] = functional_call(self._module, state, (), tie_weights=False)
         return result
+
+    def precise(self, loss: Any) -> Any:
+        """What the loss function returned in no less than the parameters' precision: autocast may have left it, and d, in 8 or 11 bits."""
+        most = max((p.dtype for p in self.parameters.values()), key=lambda dtype: dtype.itemsize)
+        lacks = isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < min(most.itemsize, 4)
+        return loss.to(most) if lacks else loss
 
     def commit(self, buffers: Mapping[str, Tensor]) -> None:
         """Make these buffers the model's own."""
@@ -220,7 +226,7 @@ def derivatives_under(objective: Objective, watch: Watch, count: int, *, commit:
         with watch.open(inject, pick, primals):
             loss, buffers = objective.raw(primals)
         outputs, kept = watch.close(loss)
-        outputs = {"loss": _per_example(loss), **outputs}
+        outputs = {"loss": _per_example(objective.precise(loss)), **outputs}
         if count and not watch.silent and not carries(outputs["loss"]):
             raise RuntimeError(_DROPPED)
         return outputs, (kept, buffers)

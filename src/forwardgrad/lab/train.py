@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.estimators import Estimator, from_config
-from forwardgrad.gradient import estimate_grad_
+from forwardgrad.estimators import from_config
 from forwardgrad.lab import data, environment, models, store
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.evaluate import finite, losses_of, published_reading, summary
@@ -30,6 +29,7 @@ from forwardgrad.lab.run import Optimizer, Run, stream, to_json
 from forwardgrad.memory import peak_bytes
 from forwardgrad.nesterov import Nesterov
 from forwardgrad.step import cap_step
+from forwardgrad.training_step import TrainingStep
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
 STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
@@ -47,13 +47,12 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    estimator: Estimator
+    take: TrainingStep
     generator: torch.Generator
     losses: Tensor
     derivatives: Tensor  # of every step: root mean square over its tangents, before any clip; NaN where there are none
     start: float  # the parameters' norm before the first step
     resident: int  # bytes on the GPU before the model was there
-    memory: dict[str, Tensor] = field(default_factory=dict)  # what the estimator keeps from step to step
     step: int = 0
     seconds: float = 0.0
     passes: int = 0
@@ -75,7 +74,7 @@ class _State:
             "losses": self.losses[: self.step].clone(),
             "derivatives": self.derivatives[: self.step].clone(),
             "walk": self.walk,
-            "memory": {name: (kept.device.type == "cpu", kept) for name, kept in self.memory.items()},
+            "memory": {name: (kept.device.type == "cpu", kept) for name, kept in self.take.state.items()},
             **{name: getattr(self, name) for name in COUNTED},
         }
         buffer = io.BytesIO()
@@ -94,7 +93,8 @@ class _State:
         if "walk" in content:  # checkpoints were without these once
             self.derivatives[: self.step] = content["derivatives"].to(self.losses.device)
             self.walk = content["walk"]
-        self.memory = {name: kept if at_home else kept.to(self.losses.device) for name, (at_home, kept) in content["memory"].items()}
+        memory = content["memory"].items()
+        self.take.state.update({name: kept if at_home else kept.to(self.losses.device) for name, (at_home, kept) in memory})
 
 
 def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
@@ -140,7 +140,16 @@ def _begin(run: Run, dataset: data.Dataset, on: torch.device) -> _State:
     generator = torch.Generator(on).manual_seed(stream(run.seed, "directions"))
     start = _norm(model.parameters())
     losses, derivatives = torch.zeros(steps, device=on), torch.full((steps,), math.nan, device=on)
-    return _State(model, optimizer, schedule, estimator, generator, losses, derivatives, start, resident)
+    take = TrainingStep(_loss(run), model, optimizer, estimator, generator=generator, engine=run.engine)
+    return _State(model, optimizer, schedule, take, generator, losses, derivatives, start, resident)
+
+
+def _loss(run: Run) -> Callable[..., Tensor]:
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with computing(run.precision, images.device):
+            return F.cross_entropy(model(images), labels)
+
+    return loss
 
 
 def build_optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
@@ -218,7 +227,7 @@ def _timed(run: Run, dataset: data.Dataset, state: _State, stop: int) -> float:
 def _measured(run: Run, dataset: data.Dataset, state: _State, *, watch: bool) -> float:
     """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
-    if watch and not state.losses.is_cuda:
+    if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
         _timed(run, dataset, state, state.step + 1)
@@ -235,7 +244,7 @@ def _watched(run: Run, dataset: data.Dataset, state: _State) -> None:
     """
     _draw_order(run, dataset, state)  # a resumed run has to, an undisturbed one had to before: it is no part of the step
     slots = (slot for slots in state.optimizer.state.values() for slot in slots.values())
-    tensors = (*state.model.state_dict().values(), *slots, *state.memory.values())
+    tensors = (*state.model.state_dict().values(), *slots, *state.take.state.values())
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
     began = time.perf_counter()
     above = peak_bytes(lambda: _advance(run, dataset, state, state.step + 1), [state.losses.device])
@@ -285,28 +294,18 @@ def _draw_order(run: Run, dataset: data.Dataset, state: _State) -> Tensor:
 
 def _step(run: Run, state: _State, step: int, images: Tensor, labels: Tensor) -> Tensor:
     """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
-
     options = run.optimizer
-
-    def loss(model: nn.Module) -> Tensor:
-        with computing(run.precision, images.device):
-            return F.cross_entropy(model(images), labels)
-
-    def loss_and_gradient() -> Tensor:
-        state.optimizer.zero_grad()
-        record = estimate_grad_(loss, state.model, state.estimator, generator=state.generator, state=state.memory)
-        state.passes += record.forward_passes
-        if len(record.derivatives):
-            state.derivatives[step] = record.derivatives.square().mean().sqrt()
-        return record.loss
-
     if options.weight_decay:
         with torch.no_grad():
             for group in state.optimizer.param_groups:
                 for p in group["params"]:
                     p.mul_(1 - group["lr"] * options.weight_decay)
     with cap_step(state.model.parameters(), options.cap) if options.cap else nullcontext():
-        return state.optimizer.step(loss_and_gradient)  # type: ignore[arg-type, return-value]
+        record = state.take(images, labels)
+    state.passes += record.forward_passes
+    if len(record.derivatives):
+        state.derivatives[step] = record.derivatives.square().mean().sqrt()
+    return record.loss
 
 
 def _diverged(state: _State, classes: int) -> str | None:
