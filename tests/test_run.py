@@ -53,6 +53,7 @@ def test_identity_is_stable_and_sees_every_field() -> None:
             {"test": False},
             {"optimizer": Optimizer("sgd", 0.5, decay=1e-5)},
             {"precision": "bfloat16"},
+            {"engine": "compile"},
         )
     ]
     assert len({run.identity for run in [RUN, *changed]}) == 1 + len(changed) == 1 + len(dataclasses.fields(Run))
@@ -63,6 +64,7 @@ def test_identity_is_stable_and_sees_every_field() -> None:
     [
         ({"data": "imagenet"}, "choose one of digits, mnist, cifar10"),
         ({"model": "resnet"}, "choose one of logistic"),
+        ({"engine": "jit"}, "unknown engine 'jit': choose one of eager, compile, graph"),
         ({"epochs": 0}, "epochs must be a whole number of at least 1"),
         ({"epochs": 1.5}, "epochs must be a whole number"),
         ({"batch_size": -1}, "batch size must be a whole number"),

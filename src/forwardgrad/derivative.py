@@ -167,7 +167,7 @@ def directional_derivatives(
         parameters = _standing(objective)
         with Explicit(count, {id(p): tangents[name] for name, p in parameters.items()}) as evaluation:
             loss, buffers = _evaluated(objective, parameters)
-            loss = scalar(loss)
+            loss = scalar(objective.precise(loss))
             if not evaluation.carries(loss):
                 raise RuntimeError(_DROPPED)
         return _Outcome(None, Derived({"loss": loss}, {"loss": evaluation.derivative(loss)}), buffers, evaluation.path, evaluation.low)
@@ -205,8 +205,9 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
 
     def closed(stands: V, evaluation: Evaluation, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         outputs, kept = stands.close(loss)
-        per_example(loss)  # says what is wrong with it
-        outputs = {"loss": evaluation.call(per_example, (loss,), {}) if loss.dim() else loss, **outputs}
+        finished = per_example(objective.precise(loss))
+        done = loss.dim() == 0 and loss.dtype == finished.dtype
+        outputs = {"loss": loss if done else evaluation.call(lambda loss: per_example(objective.precise(loss)), (loss,), {}), **outputs}
         if count and not stands.silent and not evaluation.carries(outputs["loss"]):
             raise RuntimeError(_DROPPED)
         return outputs, kept

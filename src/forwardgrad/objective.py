@@ -77,7 +77,7 @@ class Objective:
 
     def live(self) -> Tensor:
         """The loss of the live tensors: an ordinary forward pass, recorded for reverse mode if the caller's context says so."""
-        return scalar(self.as_it_is())
+        return scalar(self.precise(self.as_it_is()))
 
     def as_it_is(self) -> Any:
         """As `live`, with whatever the loss function returned."""
@@ -86,7 +86,7 @@ class Objective:
     def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
         loss, buffers = self.raw(parameters)
-        return scalar(loss), buffers
+        return scalar(self.precise(loss)), buffers
 
     def raw(self, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """As `with_`, with whatever the loss function returned."""
@@ -99,6 +99,12 @@ class Objective:
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
         result: tuple[Any, dict[str, Tensor]] = functional_call(self._module, state, (), tie_weights=False)
         return result
+
+    def precise(self, loss: Any) -> Any:
+        """What the loss function returned in no less than the parameters' precision: autocast may have left it, and d, in 8 or 11 bits."""
+        most = max((p.dtype for p in self.parameters.values()), key=lambda dtype: dtype.itemsize)
+        lacks = isinstance(loss, Tensor) and loss.is_floating_point() and loss.dtype.itemsize < min(most.itemsize, 4)
+        return loss.to(most) if lacks else loss
 
     def commit(self, buffers: Mapping[str, Tensor]) -> None:
         """Make these buffers the model's own."""

@@ -87,6 +87,8 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
     lifted: dict[int, tuple[Tensor, Node]] = {}
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):
+            raise Untraceable("the loss or the model draws from a generator of its own")
         if id(tensor) not in lifted:
             with graph.graph.inserting_after(last):
                 last = graph.graph.placeholder(f"constant_{len(lifted)}")

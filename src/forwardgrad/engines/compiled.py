@@ -35,10 +35,14 @@ class Compiled(Engine):
         return plain_sgd(self.pieces.optimizer) or _capturable(self.pieces.optimizer)
 
     def _pinned(self, survey: Survey) -> Hashable:
+        """Which parameters an optimizer moves inside the graph, and the tensors that it does so by."""
         optimizer = self.pieces.optimizer
-        if not _capturable(optimizer):
-            return ()
-        return tuple(id(tensor) for tensor in (*slots(optimizer), *(group["lr"] for group in optimizer.param_groups)))
+        if not self._moves():
+            return None
+        moved = tuple(tuple(survey.number_of(p) for p in group["params"]) for group in optimizer.param_groups)
+        if plain_sgd(optimizer):
+            return moved
+        return moved, tuple(id(tensor) for tensor in (*slots(optimizer), *(group["lr"] for group in optimizer.param_groups)))
 
     def _function(self, traced: Traced, inputs: list[Tensor], changing: range) -> Function:
         """What computes the graph; of its inputs only those that change are other tensors at every step."""

@@ -75,16 +75,15 @@ class Engine(ABC):
         return None
 
     def _first(self, key: Hashable, survey: Survey, batch: Batch, eager: Callable[[Batch], Estimate], moves: bool) -> Estimate:
-        """Take the step eagerly, and make a graph of it in passing; whatever becomes of that, the eager step is what counts."""
+        """Take the step eagerly, make a graph of it, and take it once more with the graph; where that fails the eager step counts."""
         before = Snapshot(survey)
         with planned() as plan:
             record = eager(batch)
         later = Survey(self.pieces, batch)
-        after = Snapshot(later)
+        after, kept = Snapshot(later), False
         try:
             if (moves, later.key, self._pinned(later)) != key:  # a state was filled, or a buffer took another form: the next step will do
-                self._try(key, Untraceable("the state of the estimator or the model is of another form after every step"))
-                return record
+                raise Different("the state of the estimator or the model has another form after every step")
             before.restore()
             with warnings.catch_warnings(), _plain():
                 warnings.simplefilter("ignore")
@@ -92,16 +91,17 @@ class Engine(ABC):
                 before.restore()
                 found = run(survey)
             self._compare(record, found, before, after, moves, TOLERANCE.get(lowest, 1e-4))
-            self._runs[key] = run
+            self._runs[key], kept = run, True
         except Different as reason:
             self._try(key, reason)
         except Untraceable as reason:
             self._give_up(str(reason))
         except Exception as reason:  # a compiler's errors are of many kinds
-            self._give_up(f"{type(reason).__name__}: {str(reason).strip().splitlines()[0] if str(reason).strip() else 'no reason given'}")
+            self._give_up(f"{type(reason).__name__}: {[*str(reason).strip().splitlines(), 'no reason given'][0]}")
         finally:
-            after.restore()
-        return record
+            if not kept:
+                after.restore()
+        return found if kept else record
 
     def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, tolerance: float) -> None:
         """Raise Different where what the graph just did is not what the eager step did."""
@@ -109,22 +109,22 @@ class Engine(ABC):
         precision = torch.finfo(record.loss.dtype).eps
         # a difference of losses over a small step has their rounding in it, many times over
         blown = precision * float(record.loss.abs()) / getattr(self.pieces.estimator, "epsilon", math.inf)
-        _close("the loss", [found.loss], [record.loss], tolerance, tolerance)
+        _close("the losses", [found.loss], [record.loss], tolerance, tolerance)
         _close("the derivatives", [found.derivatives], [record.derivatives], tolerance, 8 * blown)
         scale = float(torch.linalg.vector_norm(record.derivatives.double())) if record.derivatives.numel() else 0.0
         relative = tolerance + (8 * blown / scale if scale else 0.0)
         end = len(now.tensors)
         if not moves:
             one, other = ([g for _, g in shot.gradients if g is not None] for shot in (now, after))
-            _close("the gradient", one, other, relative)
+            _close("the gradients", one, other, relative)
         for index, (start, value, got) in enumerate(zip(before.values[:end], after.values[:end], now.values, strict=True)):
             if not value.is_floating_point():
                 if not torch.equal(value, got):
                     raise Different("a counter of the model or the state differs from the eager step's")
                 continue
             wide = torch.promote_types(value.dtype, torch.float32)
-            rounding = 4 * torch.finfo(value.dtype).eps * _norm([value])
-            what = "the parameters" if isinstance(now.tensors[index], torch.nn.Parameter) else "what the step remembers"
+            rounding = 2 * torch.finfo(value.dtype).eps * _norm([value])
+            what = "the parameters" if isinstance(now.tensors[index], torch.nn.Parameter) else "the buffers or the state"
             _close(what, [got.to(wide) - start.to(wide)], [value.to(wide) - start.to(wide)], relative, rounding)
         if self.pieces.generator is not None and not torch.equal(after.generator, now.generator):  # type: ignore[arg-type]
             raise Different("the generator is in another state than after the eager step")
@@ -154,10 +154,10 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 def _close(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], relative: float, absolute: float = 0.0) -> None:
     if len(found) != len(wanted):
-        raise Different(f"{what} has other parts than the eager step's")
+        raise Different(f"{what} have other parts than the eager step's")
     size, off = _norm(wanted), _norm([one.double() - other.double() for one, other in zip(found, wanted, strict=True)])
     if not off <= relative * size + absolute:
-        raise Different(f"{what} differs from the eager step's by {off:.1e} of {size:.1e}, more than {relative:.0e} of it")
+        raise Different(f"{what} differ from the eager step's by {off:.1e} of {size:.1e}, more than {relative:.0e} of it")
 
 
 @contextmanager

@@ -122,6 +122,10 @@ class Survey:
         for leaf in tree_leaves(batch):
             yield self._place(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf if _hashable(leaf) else repr(leaf))
 
+    def number_of(self, tensor: Tensor) -> int | None:
+        """Where a tensor stands among those of the step."""
+        return self._numbers.get(id(tensor))
+
     def _place(self, tensor: Tensor | None) -> Hashable:
         """What a tensor is like, or its number if it was there before."""
         if tensor is None:

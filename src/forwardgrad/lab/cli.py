@@ -14,7 +14,7 @@ import typer
 from forwardgrad import __version__
 from forwardgrad.lab import beyond, noise, recipes
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Precision, Run
+from forwardgrad.lab.run import DataName, Engine, ModelName, Optimizer, OptimizerName, Precision, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator, parse_estimators
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study, run_study
@@ -56,6 +56,7 @@ Beta1 = Annotated[float, typer.Option(help="Adam's decay rate of the first momen
 Beta2 = Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")]
 Anneal = Annotated[bool, typer.Option("--anneal", help="Also anneal the learning rate to zero over the run, along a cosine.")]
 Cap = Annotated[float | None, typer.Option(help="Largest step relative to the parameters' norm; longer ones are cut. [default: none]")]
+EngineOption = Annotated[Engine, typer.Option(help="How steps are taken; falls back to eager ones, with a warning, where it has to.")]
 Precise = Annotated[Precision, typer.Option(help="What layers compute in; parameters and updates are float32 in any case.")]
 Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]
 
@@ -115,13 +116,14 @@ def train(
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     precision: Precise = "float32",
+    engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
 ) -> None:
     """Train one network once and print its validation and test results."""
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
-    run = Run(data, model, _estimator(estimator), options, epochs, batch_size, seed, precision=precision)
+    run = Run(data, model, _estimator(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress, describe
 

@@ -16,12 +16,13 @@ from forwardgrad.lab.errors import UserError
 LARGEST_LR = 1e30  # beyond it a float32 update overflows whatever the gradient
 LARGEST_COUNT = 1_000_000  # epochs, or examples a batch
 SCHEMA = 1  # raised whenever a stored run of an older version would be read wrongly
-LATER = ("weight_decay", "anneal", "cap", "precision")  # fields that the first stored runs did not have
+LATER = ("weight_decay", "anneal", "cap", "precision", "engine")  # fields that the first stored runs did not have
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
 DataName = Literal["digits", "mnist", "cifar10"]
 ModelName = Literal["logistic", "mlp", "nn", "cnn", "cifar-cnn"]
 Precision = Literal["float32", "bfloat16"]
+Engine = Literal["eager", "compile", "graph"]
 
 
 def check_choice(value: object, kind: object, what: str) -> None:
@@ -81,6 +82,7 @@ class Run:
     `seed` governs everything random: split, initialisation, batch order, directions, dropout.
     `test` is False for tuning trials: they never read the test split. With `precision` bfloat16 the layers compute under autocast, with
     images and filters in the channels-last order and Adam in one kernel; parameters, losses and updates stay in float32.
+    `engine` is how steps are taken (`forwardgrad.TrainingStep`): other engines than "eager" compute the same up to rounding.
     """
 
     data: DataName
@@ -92,11 +94,13 @@ class Run:
     seed: int = 0
     test: bool = True
     precision: Precision = "float32"
+    engine: Engine = "eager"
 
     def __post_init__(self) -> None:
         check_choice(self.data, DataName, "data set")
         check_choice(self.model, ModelName, "model")
         check_choice(self.precision, Precision, "precision")
+        check_choice(self.engine, Engine, "engine")
         if "name" not in self.estimator:
             raise UserError(f"an estimator needs a name, got {self.estimator!r}")
         for what, value in (("epochs", self.epochs), ("the batch size", self.batch_size)):

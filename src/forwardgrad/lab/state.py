@@ -18,6 +18,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.precision import arranged
 from forwardgrad.lab.run import Optimizer, Run, stream
 from forwardgrad.nesterov import Nesterov
+from forwardgrad.training_step import TrainingStep
 
 COUNTED = ("step", "seconds", "passes", "peak", "strides", "evaluations")  # what a run has counted so far, as a checkpoint holds it
 
@@ -36,6 +37,7 @@ class State:
     start: float  # the parameters' norm before the first step
     resident: int  # bytes on the GPU before the model was there
     memory: dict[str, Tensor] = field(default_factory=dict)  # what the estimator keeps from step to step
+    whole: TrainingStep | None = None  # made of the above when the first step is taken
     step: int = 0
     seconds: float = 0.0
     passes: int = 0

@@ -179,6 +179,7 @@ def hyperparameters(arm: ArmResult) -> str:
     parts += ["annealed to 0"] if "anneal" in optimizer else []
     parts += [f"steps of at most {exact(optimizer['cap'])} ‖θ‖"] if "cap" in optimizer else []
     parts += [arm.run["precision"]] if "precision" in arm.run else []
+    parts += [f"engine {arm.run['engine']}"] if "engine" in arm.run else []
     if estimator["name"] == "forward":
         clip, tangents = estimator.get("clip"), estimator.get("tangents", 1)
         parts.append(f"clip ±{exact(clip)}" if clip else "no clip")

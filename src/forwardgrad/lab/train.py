@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment, store
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
@@ -25,6 +25,7 @@ from forwardgrad.lab.run import Run, to_json
 from forwardgrad.lab.state import State, begin, draw_order, growth, norm, resume, steps_per_epoch
 from forwardgrad.memory import peak_bytes
 from forwardgrad.step import cap_step
+from forwardgrad.training_step import TrainingStep
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
@@ -104,7 +105,7 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
 def _measured(run: Run, dataset: data.Dataset, state: State, *, watch: bool) -> float:
     """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
-    if watch and not state.losses.is_cuda:
+    if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
         _timed(run, dataset, state, state.step + 1)
@@ -143,27 +144,30 @@ def _advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
         torch.cuda.synchronize(state.losses.device)
 
 
-def _step(run: Run, state: State, step: int, images: Tensor, labels: Tensor) -> Tensor:
-    """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
+def loss_of(run: Run) -> Callable[..., Tensor]:
+    """The loss of a run, as a training step takes it."""
 
-    options = run.optimizer
-
-    def loss(model: nn.Module) -> Tensor:
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with computing(run.precision, images.device):
             return F.cross_entropy(model(images), labels)
 
-    def loss_and_gradient() -> Tensor:
-        state.optimizer.zero_grad()
-        record = estimate_grad_(loss, state.model, state.estimator, generator=state.generator, state=state.memory)
-        state.passes += record.forward_passes
-        if len(record.derivatives):
-            state.derivatives[step] = record.derivatives.square().mean().sqrt()
-        return record.loss
+    return loss
 
+
+def _step(run: Run, state: State, step: int, images: Tensor, labels: Tensor) -> Tensor:
+    """One optimizer step on a batch: the parameters shrink, the gradient is estimated where they are then, the step is held to its cap."""
+    options = run.optimizer
+    if state.whole is None:
+        pieces = loss_of(run), state.model, state.optimizer, state.estimator
+        state.whole = TrainingStep(*pieces, generator=state.generator, state=state.memory, engine=run.engine)
     if options.weight_decay:
         with torch.no_grad():
             for group in state.optimizer.param_groups:
                 for p in group["params"]:
                     p.mul_(1 - group["lr"] * options.weight_decay)
     with cap_step(state.model.parameters(), options.cap) if options.cap else nullcontext():
-        return state.optimizer.step(loss_and_gradient)  # type: ignore[arg-type, return-value]
+        record = state.whole(images, labels)
+    state.passes += record.forward_passes
+    if len(record.derivatives):
+        state.derivatives[step] = record.derivatives.square().mean().sqrt()
+    return record.loss

@@ -1,0 +1,98 @@
+"""The graph of a step: what it computes, what is left out of it, and what cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.cases import rows
+from torch import Tensor
+from torch.func import jvp
+
+from forwardgrad.trace import Untraceable, trace
+
+aten = torch.ops.aten
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[set[object], list[Tensor]]:
+    """The operations of the graph of a function, and what the graph says of the inputs."""
+    found = trace(lambda: [function(*inputs)], inputs)
+    with torch.no_grad():
+        return {node.target for node in found.graph.graph.nodes if node.op == "call_function"}, found.graph(*inputs, *found.constants)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "left"),
+    [
+        (lambda x, w, b: F.linear(x, w, b).tanh(), [(5, 4), (3, 4), (3,)], 2),
+        (lambda x, w, b: torch.bmm(x, w) + b, [(2, 5, 4), (2, 4, 3), (3,)], 2),
+        (lambda x, w, b: F.conv2d(x, w, b), [(2, 3, 5, 5), (4, 3, 2, 2), (4,)], 2),
+    ],
+    ids=["linear", "bmm", "convolution"],
+)
+def test_products_with_what_does_not_move_are_left_out(function: Callable[..., Tensor], shapes: list[tuple[int, ...]], left: int) -> None:
+    x, w, b = (rows(*shape) + index for index, shape in enumerate(shapes))
+    v = rows(*shapes[0]).flip(0)
+    derivative = lambda x, w, b, v: jvp(lambda x: function(x, w, b), (x,), (v,))[1]  # noqa: E731
+    found = trace(lambda: [derivative(x, w, b, v)], [x, w, b, v])
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
+    assert sum(node.target in products for node in found.graph.graph.nodes) <= left
+    torch.testing.assert_close(found.graph(x, w, b, v)[0], derivative(x, w, b, v))
+
+
+def test_a_column_times_a_row_is_a_product_of_elements() -> None:
+    targets, [found] = traced(torch.mm, a := rows(4, 1), b := rows(1, 3) + 1)
+    assert aten.mm.default not in targets
+    assert torch.equal(found, a @ b)
+
+
+def test_a_graph_writes_what_the_step_wrote_and_reads_what_it_read() -> None:
+    x, kept, elsewhere = rows(3), torch.zeros(3, dtype=torch.float64), torch.tensor(2.0)
+
+    def step() -> list[Tensor]:
+        kept[:2].add_(x[:2] * elsewhere)
+        return [kept.sum()]
+
+    found = trace(step, [x, kept])
+    assert any(constant is elsewhere for constant in found.constants)
+    for value, wanted in ((2.0, 2 * x[:2]), (3.0, 3 * x[:2])):
+        kept.zero_()
+        elsewhere.fill_(value)
+        [total] = found.graph(x, kept, *found.constants)
+        torch.testing.assert_close(kept[:2], wanted)
+        assert kept[2] == 0
+        torch.testing.assert_close(total, wanted.sum())
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x * x.sum().item(), "a value is read off a tensor"),
+        (lambda x: x if x.sum() > 0 else -x, "a value is read off a tensor"),
+        (lambda x: x[x > 0].sum(), "indexing with a mask"),
+        (lambda x: x.nonzero().sum(), "depends on the values of a tensor"),
+    ],
+    ids=["item", "branch", "mask", "nonzero"],
+)
+def test_what_depends_on_values_is_no_graph(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(Untraceable, match=reason):
+        traced(function, rows(4))
+
+
+def test_indexing_by_whole_numbers_is_harmless() -> None:
+    x, places = rows(4), torch.tensor([2, 0])
+    assert torch.equal(traced(lambda x, places: x[places], x, places)[1][0], x[places])
+
+
+def test_what_a_graph_draws_and_how_precisely_it_computes_is_known() -> None:
+    x = rows(4, 4, dtype=torch.float32)
+    assert not trace(lambda: [x * 2], [x]).random
+    assert trace(lambda: [F.dropout(x)], [x]).random
+
+    def halved() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [(x @ x).float()]
+
+    assert [trace(step, [x]).lowest for step in (lambda: [x @ x], halved)] == [torch.float32, torch.bfloat16]
