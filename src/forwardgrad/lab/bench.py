@@ -202,8 +202,10 @@ def _memory(arm: Arm, step: Step, case: Case, built: Built, method: Method) -> d
     """The most bytes above parameters and input. Compiled code gives out its memory where a tally on the processor does not see it."""
     unseen = arm.engine == "compile" and built.images.device.type == "cpu"
     verified = method.verify_memory and not unseen and built.images.device.type == "cpu"
-    process = bench_memory.process_peak(case, arm) if verified else {}
-    return {"peak_bytes": None if unseen else bench_memory.tally(step, built), "process": process or None}
+    process: dict[str, Any] | None = bench_memory.process_peak(case, arm) if verified else None
+    if process is not None:
+        process["agree"] = bench_memory.within_tolerance(process["tally"], process["process"])
+    return {"peak_bytes": None if unseen else bench_memory.tally(step, built), "process": process}
 
 
 def _drawing(arm: Arm, times: dict[str, timing.Samples]) -> dict[str, Any] | None:

@@ -23,8 +23,8 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.memory import peak_bytes
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}  # of glibc
-TOLERANCE = (0.1, 4_000_000)
-"""How far the two may lie apart: a tenth of the tally, and 4 MB for the kernels' scratch and pages that are not tensors."""
+TOLERANCE = (0.05, 1_000_000)
+"""How far the two may lie apart and still agree: a twentieth of the tally, and 1 MB for pages that are not tensors."""
 
 
 def tally(step: Step, built: Built) -> int:

@@ -230,12 +230,15 @@ def _memory_notes(cases: Sequence[Record]) -> list[str]:
     both = [arm["process"] for case in cases for arm in case["arms"] if arm.get("process")]
     if not both:
         return []
-    shares = [found["process"] / found["tally"] for found in both if found["tally"] >= SEEN]
-    if not shares:
+    large = [found for found in both if found["tally"] >= SEEN]
+    if not large:
         return [f"No step holds {tables.size(SEEN)}: the peak of a process says nothing of so little."]
+    agreed = sum(found["agree"] for found in large)
+    shares = _span([found["process"] / found["tally"] for found in large])
     return [
-        f"The peak of a process of its own is {_span(shares)} times the tally of tensors, over {tables.count(len(shares), 'step')} that "
-        f"hold {tables.size(SEEN)} or more: above 1 is what kernels keep to themselves."
+        f"The peak of a process of its own agrees with the tally of tensors (within 5 % and 1 MB) in {agreed} of "
+        f"{tables.count(len(large), 'step')} that hold {tables.size(SEEN)} or more; it is {shares} times the tally, and above 1 is what "
+        "kernels keep to themselves."
     ]
 
 

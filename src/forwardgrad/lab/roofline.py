@@ -90,6 +90,8 @@ def _shared(given: list[Tensor], made: list[Tensor]) -> bool:
 
 
 def _stored(tensor: Tensor) -> int:
+    if tensor.is_meta or tensor._is_zerotensor():  # forward mode's shapes and zeros: no memory
+        return 0
     if tensor.layout != torch.strided:
         return tensor.numel() * tensor.element_size()
     read = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
