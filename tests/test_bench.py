@@ -208,7 +208,7 @@ def test_the_section_says_what_was_measured_and_what_was_refused(tmp_path: Path)
     store = Store(tmp_path)
     write_json(store.root / "bench.json", made(NN))
     text = reported(store)
-    assert "In steps of backpropagation, a step costs 1.50 (the forward gradient) and 0.600 (rank 1) on NN, batch 64." in text
+    assert "In steps of backpropagation, a step costs 1.50 (the forward gradient) and 0.600 (rank 1) on NN · MNIST, batch 64." in text
     rank = row(text, "The cost of one step", NN_ROW, "rank 1 (forward(perturb=low-rank(rank=1)))")
     assert (rank["time"], rank["/ backprop"]) == ("2.40 ms (2.28 ms to 2.52 ms)", "0.600 (0.570 to 0.630)")
     assert (rank["random numbers"], rank["roofline"]) == ("4.00 % (3.80 % to 4.20 %)", "50 % (products, 1.20 ms)")

@@ -215,7 +215,7 @@ def test_every_part_has_its_computed_words(whole: Store) -> None:
     assert "At one learning rate: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
     assert "Each arm tuned: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
     assert "NN on MNIST: at one learning rate (0.0002) the validation loss ends at 0.500 with the forward gradient and 0.0500" in text
-    assert "In steps of backpropagation, a step costs 0.750 (the forward gradient) on NN, batch 64." in text
+    assert "In steps of backpropagation, a step costs 0.750 (the forward gradient) on NN · MNIST, batch 64." in text
     where = "NN · MNIST · batch 64 · 1,863,690 parameters · contiguous · 9 rounds"
     cost = row(text, "The time of a step, as measured earlier", where, "forward gradient")
     assert (cost["/ plain"], cost["/ backprop"]) == ("2.25 (2.14 to 2.36)", "0.750")

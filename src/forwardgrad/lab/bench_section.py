@@ -44,6 +44,7 @@ BAYDIN = (
     "For comparison, Baydin et al. (2022, arXiv:2202.08587) publish 2.46 plain forward passes for a step of the forward gradient and 4.17 "
     "for one of backpropagation on the NN, measured on other hardware."
 )
+MLP = re.compile(r"mlp-(\d+)x(\d+)")
 SEEN = 1_000_000  # bytes: a tally below them is lost among the pages of a process
 
 
@@ -99,11 +100,17 @@ def _section(name: str, title: str, cases: Sequence[Record], figure: str, furthe
 
 
 def _title(case: Record) -> str:
-    model, data = str(case["model"]), tables.DATA.get(str(case["data"]), str(case["data"]))
-    deep = re.fullmatch(r"mlp-(\d+)x(\d+)", model)
-    shown = f"MLP of {tables.count(int(deep[1]), 'layer')}, width {deep[2]}" if deep else f"{tables.MODELS.get(model, model)} · {data}"
     where = "" if case.get("accelerator", "cpu") == "cpu" else f" · {case['accelerator']}"
-    return f"{shown} · batch {case['batch']} · {case['parameters']:,} parameters · {case['layout']}{where} · {case['rounds']} rounds"
+    return (
+        f"{_network(case)} · batch {case['batch']} · {case['parameters']:,} parameters · {case['layout']}{where} · {case['rounds']} rounds"
+    )
+
+
+def _network(case: Record) -> str:
+    model, data = str(case["model"]), str(case["data"])
+    if deep := MLP.fullmatch(model):
+        return f"MLP of {tables.count(int(deep[1]), 'layer')}, width {deep[2]}"
+    return f"{tables.MODELS.get(model, model)} · {tables.DATA.get(data, data)}"
 
 
 def _cosines(case: Record) -> tuple[float, ...]:
@@ -276,7 +283,7 @@ def _bar(arm: Record) -> figures.Bar:
 
 def _sweeps(name: str, cases: Sequence[Record]) -> list[Picture]:
     """Time and memory against depth, width and batch, where they were varied."""
-    layers = {case["model"]: re.fullmatch(r"mlp-(\d+)x(\d+)", case["model"]) for case in cases}
+    layers = {case["model"]: MLP.fullmatch(case["model"]) for case in cases}
     shapes = [(case, int(found[1]), int(found[2])) for case in cases if (found := layers[case["model"]])]
     axes: dict[str, dict[Any, list[tuple[float, Record]]]] = {"depth": {}, "width": {}, "batch": {}}
     for case, depth, width in shapes:
@@ -319,8 +326,7 @@ def _sentence(cases: Sequence[Record]) -> str:
         told = {arm["name"]: arm["to_backprop"] for arm in case["arms"] if not arm["failed"]}
         shown = [(words, told.get(name)) for name, words in (("forward", "the forward gradient"), ("low-rank", "rank 1"))]
         costs = [f"{number(found['value'])} ({words})" for words, found in shown if found and found["value"] is not None]
-        model = str(case["model"])
-        parts += [f"{' and '.join(costs)} on {tables.MODELS.get(model, model)}, batch {case['batch']}"] if costs else []
+        parts += [f"{' and '.join(costs)} on {_network(case)}, batch {case['batch']}"] if costs else []
     if not parts:
         return "No network has both arms timed well enough to compare them."
     return f"In steps of backpropagation, a step costs {'; '.join(parts)}."
