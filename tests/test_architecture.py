@@ -22,7 +22,20 @@ NAMES_ELSEWHERE = {  # files that may import by a name that is no literal, and w
     "__init__.py": "its TYPE_CHECKING block",
     "lab/data.py": "the calls of need()",
 }
-TORCH_FREE = ("run", "study", "recipes", "results", "tables", "findings", "sections", "quality_section", "report", "spec", "cli")
+TORCH_FREE = (
+    "run",
+    "study",
+    "recipes",
+    "results",
+    "tables",
+    "findings",
+    "sections",
+    "bench_section",
+    "quality_section",
+    "report",
+    "spec",
+    "cli",
+)
 
 
 def in_lab(file: str) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from tests.stored import put
 
 import forwardgrad as fg
-from forwardgrad.lab import cli, cost, recipes
+from forwardgrad.lab import bench, cli, recipes
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.spec import format_value
@@ -87,7 +87,22 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("reproduce", "beyond", "--rows", "nn,cifar"), "no row 'cifar' beyond the paper: choose from nn, cnn, cifar-cnn"),
     (("reproduce", "noise", "--rows", "nn"), "no row 'nn' on noise: choose from paper-x1"),
     (("reproduce", "noise", "--retune"), "noise has the paper's hyperparameters, times a factor; leave --retune out"),
-    (("cost", "--models", "resnet"), "unknown model 'resnet'"),
+    (("bench", "--models", "resnet"), "unknown model 'resnet': choose from logistic, mlp, nn, cnn, cifar-cnn, or mlp-LAYERSxWIDTH"),
+    (("bench", "--models", "mlp-0x8"), "unknown model 'mlp-0x8'"),
+    (("bench", "--models", "nn", "--sweep", "depth"), "--sweep depth has its own networks: leave --models out"),
+    (("bench", "--batch-size", "64,0"), "--batch-size takes whole numbers from 1 to 1,000,000 separated by commas, not '0'"),
+    (("bench", "--sweep", "time"), "'depth', 'width', 'batch'"),
+    (("bench", "--arms", "plain,evolution"), "unknown arm 'evolution'"),
+    (("bench", "--arms", "forward(tangents=0)"), "the arm 'forward(tangents=0)' cannot be used: tangents must be"),
+    (("bench", "--arms", "forward(tangents=2"), "cannot read the estimator"),
+    (("bench", "--layout", "diagonal"), "'contiguous', 'channels-last'"),
+    (("bench", "--rounds", "4"), "--rounds"),
+    (("bench", "--repeats", "9"), "--repeats must be 0, or an even number of at least 10, not 9"),
+    (("bench", "--repeats", "-2"), "--repeats must be 0"),
+    (("bench", "--cosine", "0.5,1"), "--cosine takes numbers between 0 and 1"),
+    (("bench", "--cosine", "half"), "--cosine takes numbers separated by commas"),
+    (("bench", "--threads", "0"), "--threads"),
+    (("bench", "--device", "cuda:77"), "no GPU for --device cuda:77"),
     (("quality", "--estimators", "evolution"), "the estimator 'evolution' cannot be used: unknown estimator 'evolution'"),
     (("quality", "--estimators", "forward(clip=-1)"), "clip must be a number above 0, not -1"),
     (("quality", "--estimators", "forward(clip"), "cannot read the estimator 'forward(clip'"),
@@ -155,7 +170,7 @@ def test_studies_beyond_the_papers_table_are_run_and_reported(
         return {one.identity: store.result(one.identity) for one in runs}
 
     monkeypatch.setattr("forwardgrad.lab.execute.execute", execute)
-    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
     status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
     assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")
     assert len([one for one in trained if one.test]) == planned
@@ -243,7 +258,7 @@ def test_reproduce_runs_rows_shortened_and_says_so(
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("cost",), ("quality",), ("report",), ("data",)]
+    "arguments", [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("bench",), ("quality",), ("report",), ("data",)]
 )
 def test_help_explains_every_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
@@ -291,6 +306,9 @@ DAMAGE = [
     ("studies/tune.json", '{"schema": 99}'),
     ("cost.json", "{"),
     ("cost.json", '{"schema": 1}'),
+    ("bench.json", "{"),
+    ("bench.json", '{"schema": 1}'),
+    ("bench.json", '{"schema": 1, "environment": {}, "cases": [{"model": "nn"}]}'),
     ("functions.json", '{"schema": 1, "functions": [1]}'),
     ("quality.json", '{"schema": 1}'),
     ("quality.json", '{"schema": 1, "environment": {}, "settings": [{"model": "nn"}]}'),

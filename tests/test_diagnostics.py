@@ -333,6 +333,7 @@ def test_bytes_are_those_counted_by_hand() -> None:
     assert peak_bytes(lambda: x.exp().exp().sum().backward(), CPU) == 12_008
     kept = [torch.ones(10)]
     assert peak_bytes(lambda: kept.append(torch.ones(5)), CPU) == 20
+    assert peak_bytes(lambda: (torch.ones(5, device="meta"), torch._efficientzerotensor((5,))), CPU) == 0  # neither has memory
 
 
 def test_bytes_grow_with_the_tangents_and_not_with_the_repeats() -> None:

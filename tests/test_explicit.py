@@ -71,9 +71,10 @@ FOLLOWED = ("mlp", "cnn", "cnn channels_last", "tied", "residual", "layer norm",
 def test_ordinary_models_are_followed(case: Case, perturb: fg.Perturbation) -> None:
     """The fast way is the one that is taken: without this, equality would say nothing."""
     model, loss = case.build()
-    for count in (1, 3):
+    for count in (1, 3, 1):
         fg.estimate_grad_(loss, model, fg.ForwardGradient(count, perturb=perturb), generator=seeded())
     assert ways(model, loss) == [False] * len(ways(model, loss)) != []
+    assert {len(known.paths) for known in derivative._known[model].values()} == {1}  # compared once
 
 
 # Calls with rules, each beside an operation that has none -----------------------------------------------------------------------------

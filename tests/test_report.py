@@ -215,9 +215,10 @@ def test_every_part_has_its_computed_words(whole: Store) -> None:
     assert "At one learning rate: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
     assert "Each arm tuned: backpropagation reached the lower test loss in 2 of 2 comparisons: " in text
     assert "NN on MNIST: at one learning rate (0.0002) the validation loss ends at 0.500 with the forward gradient and 0.0500" in text
-    assert "cost 2.25 and 3.00 on NN · MNIST (ratio 0.750)." in text
-    cost = row(text, "Cost of a step", "NN · MNIST · batch 64 · 1,863,690 parameters", "backpropagation")
-    assert cost["relative to plain forward"] == "3.00 (2.85 to 3.15)"
+    assert "In steps of backpropagation, a step costs 0.750 (the forward gradient) on NN · MNIST, batch 64." in text
+    where = "NN · MNIST · batch 64 · 1,863,690 parameters · contiguous · 9 rounds"
+    cost = row(text, "The time of a step, as measured earlier", where, "forward gradient")
+    assert (cost["/ plain"], cost["/ backprop"]) == ("2.25 (2.14 to 2.36)", "0.750")
     assert row(text, "Descents", "Beale", "each arm tuned")["value at the end"] == "not finite (median of 5 seeds, the path shown diverged)"
     source = row(text, "Where every number comes from", "Table I, hyperparameters as published", f"forward gradient ({NN_SGD})")
     assert source["command"] == "`forwardgrad reproduce table1`"
@@ -241,7 +242,7 @@ def test_nothing_to_report_is_one_sentence(store: Store) -> None:
         report.write(store)
 
 
-@pytest.mark.parametrize("name", ["cost.json", "functions.json"])
+@pytest.mark.parametrize("name", ["cost.json", "bench.json", "functions.json"])
 def test_a_measurement_with_parts_missing_is_one_sentence(store: Store, name: str) -> None:
     write_json(store.root / name, {"environment": ENVIRONMENT})
     with pytest.raises(UserError, match=rf"{name} is damaged"):

@@ -152,7 +152,7 @@ class Explicit(TorchFunctionMode):
         """The result of a call, moving as its arguments make it."""
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
             return func(*args, **kwargs)
-        self._calls.append(func)
+        self._calls.append(getattr(func, "__code__", func))  # a method or a lambda may be a new one at every step
         self.low = self.low or any(isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type) for value in args[:1])
         if func in _DROPS:
             return func(*args, **kwargs)

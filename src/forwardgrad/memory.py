@@ -73,4 +73,5 @@ class _Tally(TorchDispatchMode):
 
 
 def _stored(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+    """Whether it is a tensor with memory: forward mode's zeros and the shapes it works out on the meta device have none."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf._is_zerotensor() and not leaf.is_meta

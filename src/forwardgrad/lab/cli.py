@@ -228,17 +228,37 @@ def demo(
 
 
 @app.command()
-def cost(
-    models: Annotated[str, typer.Option(help="Networks of the paper, separated by commas.")] = "nn,cnn,cifar-cnn",
-    batch_size: BatchSize = 64,
+def bench(
+    models: Annotated[str | None, typer.Option(help="Networks, or mlp-LAYERSxWIDTH, by commas. [default: nn,cnn,cifar-cnn]")] = None,
+    batch_size: Annotated[str, typer.Option(help="Examples a step, one number or several separated by commas.")] = "64",
+    sweep: Annotated[Literal["depth", "width", "batch"] | None, typer.Option(help="Vary the MLP's depth or width, or the batch.")] = None,
+    arms: Annotated[str | None, typer.Option(metavar="ARMS", help="Names or estimators, separated by commas. [default: all]")] = None,
+    law: Annotated[Literal["gaussian", "rademacher"] | None, typer.Option(help="Draws of the arms that move less than all.")] = None,
+    layout: Annotated[
+        Literal["fastest", "contiguous", "channels-last"], typer.Option(help="Order in memory; `fastest` is backpropagation's choice.")
+    ] = "fastest",
     rounds: Annotated[int, typer.Option(min=5, help="Times every arm is measured, in turn with the others.")] = 30,
+    seconds: Annotated[float, typer.Option(min=0, help="No round of a case begins later than this; five are always measured.")] = 120,
+    repeats: Annotated[int | None, typer.Option(help="Estimates for the noise of an arm; 0: none. [default: 20; in a sweep 0]")] = None,
+    cosine: Annotated[str, typer.Option(help="Cosines with the gradient to be priced, separated by commas.")] = "0.1,0.5",
+    verify_memory: Annotated[bool, typer.Option("--verify-memory", help="Check every peak against a process of its own.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's own choice]")] = None,
+    seed: Seed = 0,
     device: Device = "cpu",
     out: Out = Path("results"),
 ) -> None:
-    """Time one step of each arm beside a plain forward pass, interleaved in one run, and add it to the report."""
-    from forwardgrad.lab.cost import measure
+    """Measure one whole step of every arm, all in turn in one run: time, memory, random numbers, the roofline, and what it is worth."""
+    from forwardgrad.lab import bench as benchmark
+    from forwardgrad.lab import bench_arms, bench_cases
 
-    print(measure(Store(out), [name.strip() for name in models.split(",")], batch_size=batch_size, rounds=rounds, device=device))
+    cases = bench_cases.cases(models, batch_size, sweep, layout)
+    chosen = bench_arms.arms(arms, law)
+    repeats = (0 if sweep else 20) if repeats is None else repeats
+    method = benchmark.Method(rounds, seconds, seed, repeats, _numbers(cosine, "--cosine"), verify_memory)
+    store = Store(out)
+    with benchmark.threads(threads):
+        print(benchmark.measure(store, cases, chosen, method, device=device, say=lambda words: print(words, file=sys.stderr)))
+    _report(store)
 
 
 @app.command()
@@ -351,10 +371,13 @@ def _run_study(study: Study, out: Path, device: str, data_dir: Path | None, jobs
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
     """Time a step of the networks that were not timed before in this store."""
-    from forwardgrad.lab.cost import measure, measured
+    from forwardgrad.lab import bench as benchmark
+    from forwardgrad.lab.bench_arms import TABLE_1
+    from forwardgrad.lab.bench_cases import Case
 
-    if untimed := sorted(set(networks) - measured(store, device)):
-        print(measure(store, untimed, batch_size=64, rounds=15, device=device), file=sys.stderr)
+    if untimed := [Case(name, 64) for name in sorted(set(networks) - benchmark.measured(store, device))]:
+        method = benchmark.Method(rounds=15)
+        print(benchmark.measure(store, untimed, TABLE_1, method, device=device, say=lambda _: None), file=sys.stderr)
 
 
 def _report(store: Store) -> None:

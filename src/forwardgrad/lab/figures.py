@@ -297,7 +297,7 @@ def bars(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, xlabel: str)
 
 
 def _bar(axes: Axes, bar: Bar, place: float, reach: float) -> None:
-    color = LOOKS[bar.kind]["color"] if bar.kind in LOOKS else "#9aa5b1"
+    color = (LOOKS | FURTHER).get(bar.kind, {"color": "#9aa5b1"})["color"]
     hatch = "///" if bar.kind == "forward" else None
     axes.barh(place, bar.value, height=0.7, color=color, alpha=0.85, hatch=hatch, edgecolor="white", linewidth=0)
     edge = bar.value

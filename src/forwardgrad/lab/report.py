@@ -10,13 +10,14 @@ from typing import Any
 import jinja2
 
 from forwardgrad.lab import results
+from forwardgrad.lab.bench_section import bench_section, cost_section
 from forwardgrad.lab.beyond_section import beyond_section
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.figures import FURTHER
 from forwardgrad.lab.noise_section import noise_section
 from forwardgrad.lab.quality_section import quality_section
 from forwardgrad.lab.results import StudyResult
-from forwardgrad.lab.sections import Block, Picture, Section, cost_section, functions_section, provenance_section, study_section
+from forwardgrad.lab.sections import Block, Picture, Section, functions_section, provenance_section, study_section
 from forwardgrad.lab.store import Store, read_json, write_whole
 from forwardgrad.lab.tables import Cell
 
@@ -24,7 +25,8 @@ TITLE = "Forward gradients beside backpropagation"
 ORDER = ("table1", "table1-retuned", "baydin", "beyond", "noise", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
-    "cost.json": ("cost of a step", cost_section),
+    "bench.json": ("cost of one step", bench_section),
+    "cost.json": ("time of a step, as measured earlier", cost_section),
     "quality.json": ("quality of estimates", quality_section),
 }
 

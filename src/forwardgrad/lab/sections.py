@@ -1,4 +1,4 @@
-"""The sections of a report: for every study its findings, tables and figures, then functions, cost and provenance. Loads without torch."""
+"""The sections of a report: for every study its findings, tables and figures, then functions and provenance. Loads without torch."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def _descent_row(arm: dict[str, Any], function: dict[str, Any]) -> tuple[Cell, .
 
 
 def _arm(kind: str) -> Cell:
-    names = {"forward": "forward gradient", "backprop": "backpropagation", "plain": "plain forward"}
+    names = {"forward": "forward gradient", "backprop": "backpropagation"}
     return Cell(names.get(kind, kind), tone=kind)
 
 
@@ -228,58 +228,6 @@ def _contours(function: dict[str, Any]) -> Picture:
 
 def _descent_label(arm: dict[str, Any]) -> str:
     return f"{_arm(arm['kind']).text}, lr {exact(arm['lr'])}{' (diverged)' if arm.get('diverged') else ''}"
-
-
-def cost_section(stored: dict[str, Any]) -> Section:
-    """The time of a step of each arm beside that of a plain forward pass."""
-    groups, bars = [], []
-    for network in stored["networks"]:
-        title, arms = f"{_network(network)} · batch {network['batch']} · {network['parameters']:,} parameters", network["arms"]
-        groups.append((title, tuple(_cost_row(arm) for arm in arms)))
-        bars.append((title, [_cost_bar(arm) for arm in arms if arm.get("ratio") is not None]))
-    meaning = (
-        ("time per step", "median of n timings, with the 95 % interval of the median"),
-        ("relative to plain forward", "the time over that of evaluating the loss without any gradient, with its 95 % interval"),
-    )
-    table = Table(("arm", "timings", "time per step", "relative to plain forward"), tuple(groups), "Cost of a step", meaning)
-    note = (
-        "For comparison, Baydin et al. (2022, arXiv:2202.08587) publish 2.46 for the forward gradient and 4.17 for backpropagation "
-        "on the NN, measured on other hardware."
-    )
-    svg = figures.bars("cost-of-a-step", bars, xlabel="time of a step relative to a plain forward pass")
-    caption = "Time of one step relative to a plain forward pass (dotted line); whiskers: 95 % intervals."
-    verdict = _cost_sentence(stored["networks"])
-    return Section("cost", "What a step costs", verdict, (verdict, table, note, Picture("cost-of-a-step", svg, caption)))
-
-
-def _cost_bar(arm: dict[str, Any]) -> figures.Bar:
-    return figures.Bar(arm["kind"], _arm(arm["kind"]).text, arm["ratio"], arm.get("ratio_low"), arm.get("ratio_high"))
-
-
-def _cost_row(arm: dict[str, Any]) -> tuple[Cell, ...]:
-    return (
-        _arm(arm["kind"]),
-        Cell(f"{arm['n']:,}"),
-        Cell(tables.duration(arm["seconds"]), f"{tables.duration(arm['low'])} to {tables.duration(arm['high'])}"),
-        Cell(number(arm["ratio"]), f"{number(arm['ratio_low'])} to {number(arm['ratio_high'])}"),
-    )
-
-
-def _network(network: dict[str, Any]) -> str:
-    model, data = str(network["model"]), str(network["data"])
-    return f"{tables.MODELS.get(model, model)} · {tables.DATA.get(data, data)}"
-
-
-def _cost_sentence(networks: Sequence[dict[str, Any]]) -> str:
-    parts = []
-    for network in networks:
-        ratio = {arm["kind"]: arm.get("ratio") for arm in network["arms"]}
-        forward, backprop = ratio.get("forward"), ratio.get("backprop")
-        if forward and backprop:
-            parts.append(f"{number(forward)} and {number(backprop)} on {_network(network)} (ratio {number(forward / backprop)})")
-    if not parts:
-        return "No network has both arms timed."
-    return f"In plain forward passes, a step of the forward gradient and a step of backpropagation cost {'; '.join(parts)}."
 
 
 def provenance_section(studies: Sequence[StudyResult], others: Sequence[tuple[str, dict[str, Any]]]) -> Section:

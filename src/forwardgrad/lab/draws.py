@@ -1,0 +1,107 @@
+"""The random numbers of one step, drawn again on their own: how much of a step is spent on drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from forwardgrad.tangents import LAWS, Law
+
+Draw = Callable[[], object]
+
+
+def recorded(work: Callable[[], object]) -> list[Draw]:
+    """Every draw of a piece of work, run once, as something that can be run again: the same law over memory of the same shapes.
+
+    A law's `fill_` is one draw, with all it takes to turn random bits into directions; whatever else draws random numbers (a peer's
+    `randn_like`, dropout) is recorded operator by operator. Run again, each draw goes into memory that was not touched before, as in
+    the step, and comes from a generator of its own.
+    """
+    recorder = _Recorder()
+    with _laws_watched(recorder), recorder:
+        work()
+    return recorder.draws
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what draws random numbers; inside a law's draw it looks away."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws: list[Draw] = []
+        self.inside = 0
+        self._generators: dict[torch.device, Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.inside and torch.Tag.nondeterministic_seeded in func.tags:
+            given = tree_map(self._template, (args, kwargs))
+            self.draws.append(lambda: _again(func, *given))
+        return func(*args, **kwargs)
+
+    def law(self, law: Law, tangent: list[Tensor]) -> None:
+        parts, generator = [_Template(part) for part in tangent], self.generator(tangent[0].device)
+        self.draws.append(lambda: law.fill_([part.empty() for part in parts], generator))
+
+    def generator(self, device: torch.device) -> Generator:
+        return self._generators.setdefault(device, Generator(device).manual_seed(0))
+
+    def _template(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _Template(leaf)
+        return self.generator(leaf.device) if isinstance(leaf, Generator) else leaf
+
+
+class _Template:
+    """Where a tensor lay and how, without its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.size, self.stride, self.dtype, self.device = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+def _again(func: Any, args: Any, kwargs: Any) -> object:
+    args, kwargs = tree_map(lambda leaf: leaf.empty() if isinstance(leaf, _Template) else leaf, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+@contextmanager
+def _laws_watched(recorder: _Recorder) -> Iterator[None]:
+    """Inside, every law tells the recorder what it fills."""
+
+    def watched(fill_: Callable[[Law, list[Tensor], Generator], None]) -> Callable[[Law, list[Tensor], Generator], None]:
+        def told(law: Law, tangent: list[Tensor], generator: Generator) -> None:
+            if not recorder.inside:
+                recorder.law(law, tangent)
+            recorder.inside += 1
+            try:
+                fill_(law, tangent, generator)
+            finally:
+                recorder.inside -= 1
+
+        return told
+
+    with ExitStack() as stack:
+        for kind in LAWS:
+            own = kind.__dict__["fill_"]
+            stack.callback(setattr, kind, "fill_", own)
+            kind.fill_ = watched(own)  # type: ignore[method-assign, assignment]
+        yield
+
+
+def total(draws: list[Draw]) -> Callable[[], None]:
+    """All draws of a step as one piece of work."""
+
+    def work() -> None:
+        for draw in draws:
+            draw()
+
+    return work

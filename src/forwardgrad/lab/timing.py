@@ -1,0 +1,110 @@
+"""Timings of several pieces of work in one run: in turn, in a random order that a seed fixes, with intervals for medians and ratios.
+
+A ratio is that of two medians. Its interval is the percentile bootstrap's over whole rounds, so that what slowed a round down as a whole
+is in both. A value whose interval is wider than half of it says nothing, and is refused.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypedDict
+
+import numpy as np
+from scipy import stats
+
+Work = Callable[[], object]
+Samples = np.ndarray[Any, np.dtype[np.float64]]
+
+WARM_UP = 3
+LEAST = 5  # rounds: fewer have no interval worth its name
+WIDEST = 0.5  # of a value: an interval wider than this refuses it
+NOISY = (
+    "the machine was too noisy: the 95 % interval is wider than half of the value. Measure again with more --rounds (and --seconds), or on "
+    "a quieter machine"
+)
+
+
+class Measured(TypedDict):
+    """A value with its 95 % interval; where it is refused, all three are None and `refused` says why."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    refused: str | None
+
+
+def interleaved(
+    works: Mapping[str, Work], *, rounds: int, warm_up: int = WARM_UP, seed: int = 0, seconds: float | None = None, now: Callable[[], float]
+) -> dict[str, Samples]:
+    """The seconds of every piece of work in every round, each timed once a round.
+
+    A round that begins after `seconds` is not measured any more, but there are never fewer than five. `now` tells the time when all
+    that was asked of the device is done.
+    """
+    found: dict[str, list[float]] = {name: [] for name in works}
+    with _collected_between_rounds() as collect:
+        for _ in range(warm_up):
+            for work in works.values():
+                work()
+        end = None if seconds is None else time.perf_counter() + seconds
+        for index in range(rounds):
+            if end is not None and index >= LEAST and time.perf_counter() > end:
+                break
+            collect()
+            for name in order(list(works), seed, index):
+                began = now()
+                works[name]()
+                found[name].append(now() - began)
+    return {name: np.array(times) for name, times in found.items()}
+
+
+def order(names: list[str], seed: int, index: int) -> list[str]:
+    """The order of one round: another in every round, the same for the same seed."""
+    return random.Random(f"{seed}/{index}").sample(names, len(names))
+
+
+@contextmanager
+def _collected_between_rounds() -> Iterator[Callable[[], int]]:
+    """Garbage is collected when nothing is timed: whoever happens to reach the threshold would pay for all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def median(times: Samples) -> Measured:
+    """The median with its interval."""
+    return _measured((times,), lambda t, axis=-1: np.median(t, axis=axis), refusing=False)
+
+
+def ratio(over: Samples, under: Samples) -> Measured:
+    """The ratio of two medians, paired by round, or why it is refused."""
+    if over is under:
+        return Measured(value=1.0, low=1.0, high=1.0, refused=None)
+    return _measured((over, under), lambda a, b, axis=-1: np.median(a, axis=axis) / np.median(b, axis=axis))
+
+
+def further(many: Samples, one: Samples, unit: Samples, count: int) -> Measured:
+    """What each of `count` − 1 further tangents costs in units of another median: (t_K − t_1)/(K − 1) over t_unit."""
+
+    def statistic(a: Samples, b: Samples, c: Samples, axis: int = -1) -> Any:
+        return (np.median(a, axis=axis) - np.median(b, axis=axis)) / (count - 1) / np.median(c, axis=axis)
+
+    return _measured((many, one, unit), statistic)
+
+
+def _measured(samples: tuple[Samples, ...], statistic: Callable[..., Any], *, refusing: bool = True) -> Measured:
+    interval = stats.bootstrap(
+        samples, statistic, paired=len(samples) > 1, vectorized=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    value, low, high = float(statistic(*samples)), float(interval.low), float(interval.high)
+    if refusing and not high - low <= WIDEST * abs(value):  # also where one of them is not finite
+        return Measured(value=None, low=None, high=None, refused=NOISY)
+    return Measured(value=value, low=low, high=high, refused=None)
