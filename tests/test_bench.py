@@ -130,7 +130,7 @@ def test_networks_with_table_ones_arms_are_known(tmp_path: Path) -> None:
 def test_the_tally_of_tensors_is_the_peak_of_a_process(name: str) -> None:
     """Tensors of 2 to 4 MB each, and kernels that need no scratch."""
     found = bench_memory.process_peak(Case("mlp-4x1024", 512, "contiguous"), NAMED[name])
-    assert found["tally"] > 10_000_000
+    assert found["tally"] > 8_000_000
     assert bench_memory.within_tolerance(found["tally"], found["process"]), found
 
 

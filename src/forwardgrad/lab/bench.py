@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from forwardgrad.diagnostics import LEAST
 from forwardgrad.estimators import Backprop, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import bench_memory, draws, environment, information, roofline, timing
-from forwardgrad.lab.bench_arms import BACKPROP, PLAIN, TABLE_1, Arm, Step
+from forwardgrad.lab.bench_arms import BACKPROP, COMPILED, PLAIN, TABLE_1, Arm, Step
 from forwardgrad.lab.bench_cases import Built, Case, build, layouts, loss
 from forwardgrad.lab.bench_section import text
 from forwardgrad.lab.errors import UserError
@@ -121,14 +122,13 @@ def _measured(
     case: Case, arms: Sequence[Arm], method: Method, limits: roofline.Ceilings, on: torch.device, say: Callable[[str], None]
 ) -> dict[str, Any]:
     built = build(case, on)
-    with _compiled_anew() if any(arm.engine == "compile" for arm in arms) else nullcontext():
-        steps, failed = _begun(arms, built)
-        drawn = {arm.name: draws.recorded(steps[arm]) for arm in steps if arm.engine == "eager"}
-        works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
-        works.update({f"draws of {name}": draws.total(made) for name, made in drawn.items() if made})
-        times = timing.interleaved(works, rounds=method.rounds, seconds=method.seconds, seed=method.seed, now=lambda: roofline.now(on))
-        say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
-        found = [_arm(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, method) for arm in arms]
+    steps, failed = _begun(arms, built)
+    drawn = {arm.name: draws.recorded(steps[arm]) for arm in steps}
+    works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
+    works.update({f"draws of {name}": draws.total(made) for name, made in drawn.items() if made})
+    times = timing.interleaved(works, rounds=method.rounds, seconds=method.seconds, seed=method.seed, now=lambda: roofline.now(on))
+    say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
+    found = [_arm(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, method) for arm in arms]
     if method.repeats:
         _add_worth(found, arms, steps, built, method, say)
     return {
@@ -144,23 +144,17 @@ def _measured(
     }
 
 
-@contextmanager
-def _compiled_anew() -> Iterator[None]:
-    """What was compiled for an earlier case counts as a variant of the same code, and too many variants would no longer be compiled."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:
     """Every arm after its first step; what kept one from it is told in its place, and the others go on."""
     steps, failed = {}, {}
     for arm in arms:
         try:
             step = Step(arm, built)
-            step()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "engine=.* falls back", UserWarning)  # its time would be that of another arm
+                step()
             steps[arm] = step
-        except (RuntimeError, ValueError, TypeError, OSError) as error:
+        except (RuntimeError, ValueError, TypeError, OSError, UserWarning) as error:
             failed[arm.name] = (str(error).strip() or type(error).__name__).partition("\n")[0]
     return steps, failed
 
@@ -179,6 +173,7 @@ def _arm(
     if step is None:
         return head
     mine, plain, backprop = times[arm.name], times.get(PLAIN.name), times.get(BACKPROP.name)
+    exact = [times[name] for name in (BACKPROP.name, BACKPROP.name + COMPILED) if name in times]
     middle = float(np.median(mine))
     one = times.get(arm.name.rpartition("-k")[0]) if arm.tangents > 1 else None
     return {
@@ -186,6 +181,7 @@ def _arm(
         "times": mine.tolist(),
         "seconds": timing.median(mine),
         "to_backprop": None if backprop is None else timing.ratio(mine, backprop),
+        "to_best_backprop": timing.ratio(mine, min(exact, key=lambda one: float(np.median(one)))) if exact else None,
         "to_plain": None if plain is None else timing.ratio(mine, plain),
         "further": None if one is None or plain is None else timing.further(mine, one, plain, arm.tangents),
         "examples_per_second": case.batch / middle,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,28 +58,37 @@ class Arm:
 
 
 PLAIN = Arm("plain", "plain forward pass", "plain")
-BACKPROP = Arm("backprop", "backpropagation", "backprop", Backprop())
+BACKPROP = Arm("backprop", "backpropagation, plain torch", "backprop", Backprop(), peer="backpropagation")
 FORWARD = Arm("forward", "forward gradient", "forward", ForwardGradient())
-RANK_1 = ForwardGradient(perturb=LowRank(1))
+MOVED: tuple[Arm, ...] = (
+    FORWARD,
+    Arm("low-rank", "rank 1", "low-rank", ForwardGradient(perturb=LowRank(1))),
+    *(Arm(f"low-rank-k{k}", f"rank 1, K = {k}", "low-rank", ForwardGradient(perturb=LowRank(1), tangents=k)) for k in (2, 4, 16)),
+    Arm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
+    Arm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
+)
+COMPILED = "-compiled"
+
+
+def _compiled(arm: Arm) -> Arm:
+    """The same step as one compiled function."""
+    base, mark, count = arm.name.partition("-k")
+    return dataclasses.replace(arm, name=f"{base}{COMPILED}{mark}{count}", label=f"{arm.label}, compiled", engine="compile", peer=None)
+
+
 ARMS: tuple[Arm, ...] = (
     PLAIN,
     BACKPROP,
-    Arm("backprop-compiled", "backpropagation, compiled", "backprop", Backprop(), engine="compile"),
+    dataclasses.replace(_compiled(BACKPROP), label="backpropagation, compiled"),
     Arm("backprop-checkpoint", "backpropagation, checkpoints", "backprop", Backprop(checkpoint=True)),
-    FORWARD,
-    Arm("low-rank", "rank 1", "low-rank", RANK_1),
-    *(
-        Arm(f"low-rank-k{k}", f"rank 1, K = {k}", "low-rank", ForwardGradient(perturb=LowRank(1), tangents=k))
-        for k in (2, 4, 16)
-    ),
-    Arm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
-    Arm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
+    *MOVED,
+    *map(_compiled, MOVED),
     Arm("zeroth-order", "zeroth order", "zeroth-order", ZerothOrder()),
     Arm("local-feedback", "local losses with feedback", "local", LocalLosses(feedback=True, head="pooled", cells=4)),
     Arm("func-jvp", "func.jvp, plain torch", "peer", peer="func-jvp", stands_for=ForwardGradient()),
     Arm("forward-ad", "forward_ad, plain torch", "peer", peer="dual-numbers", stands_for=ForwardGradient()),
     Arm("mezo", "MeZO, plain torch", "peer", peer="two-passes", stands_for=ZerothOrder()),
-)  # fmt: skip
+)
 NAMED = {arm.name: arm for arm in ARMS}
 TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I needs
 
@@ -124,7 +133,7 @@ def _split(text: str) -> list[str]:
 
 
 def _with_law(arm: Arm, law: Law) -> Arm:
-    if arm in ARMS and isinstance(arm.estimator, ForwardGradient) and arm.name != FORWARD.name:
+    if arm in ARMS and isinstance(arm.estimator, ForwardGradient) and not arm.name.startswith(FORWARD.name):
         return dataclasses.replace(arm, estimator=dataclasses.replace(arm.estimator, law=law))
     return arm
 
@@ -152,10 +161,9 @@ class Step:
 
     def _training_step(self, arm: Arm, estimator: Estimator) -> TrainingStep:
         """The one place where the library's steps are made."""
-        model = self._built.model
-        trained: Any = torch.compile(model, dynamic=False) if arm.engine == "compile" else model
         generator = torch.Generator(self._built.images.device).manual_seed(0)
-        return TrainingStep(loss, trained, self._optimizer, estimator, generator=generator, state=self.state)
+        pieces = loss, self._built.model, self._optimizer, estimator
+        return TrainingStep(*pieces, generator=generator, state=self.state, engine=arm.engine)
 
     @property
     def state_bytes(self) -> int:

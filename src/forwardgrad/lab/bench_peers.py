@@ -1,4 +1,4 @@
-"""Forward gradients as a user would write them in plain torch today, without this library: what its arms are compared with.
+"""Steps as a user would write them in plain torch today, without this library: what its arms are compared with.
 
 Each takes (model, loss, optimizer) and returns a step that takes no arguments; `loss` is a function of the model alone. Directions come
 from the global generator, as in the code that is usually shown.
@@ -16,6 +16,19 @@ from torch.func import functional_call, jvp
 Step = Callable[[], Tensor]
 Loss = Callable[[Callable[..., Tensor]], Tensor]
 """The loss of a model, or of anything that can be called in its place."""
+
+
+def backpropagation(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """`loss.backward()` and `optimizer.step()`."""
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
 
 
 def func_jvp(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
@@ -89,6 +102,7 @@ def two_passes(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, e
 
 
 PEERS: dict[str, Callable[[nn.Module, Loss, torch.optim.Optimizer], Step]] = {
+    "backpropagation": backpropagation,
     "func-jvp": func_jvp,
     "dual-numbers": dual_numbers,
     "two-passes": two_passes,
