@@ -320,7 +320,7 @@ def test_a_captured_graph_needs_a_gpu() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1, fg.ForwardGradient(tangents=2), fg.ZerothOrder(), fg.LocalLosses()], ids=short)
 def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator) -> None:
-    dropout = 0.0 if isinstance(method, fg.ZerothOrder) else 0.3
+    dropout = 0.3 if method in (fg.Backprop(), RANK_1) else 0.0  # of several evaluations or tangents the compiler draws other masks
     compare(lambda: network(dropout), method, run=scheduled, graphs=2, close=1e-3 if isinstance(method, fg.ZerothOrder) else 1e-5)
 
 
