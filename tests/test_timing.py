@@ -33,7 +33,8 @@ def timed(rounds: int, seed: int = 0, seconds: float | None = None, warm_up: int
 def test_every_round_has_every_arm_once_in_an_order_of_its_own() -> None:
     calls, times = timed(20, warm_up=2)
     assert calls[:10] == NAMES * 2
-    rounds = [calls[start : start + 5] for start in range(10, len(calls), 5)]
+    assert calls[10::2] == calls[11::2]  # each once more right before it is timed
+    rounds = [calls[start : start + 10 : 2] for start in range(10, len(calls), 10)]
     assert [sorted(one) for one in rounds] == [NAMES] * 20
     assert rounds == [order(NAMES, 0, index) for index in range(20)]
     assert len({tuple(one) for one in rounds}) > 10

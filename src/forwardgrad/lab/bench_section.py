@@ -174,7 +174,7 @@ def _memory(arm: Record) -> Cell:
 
 
 def _drawing(arm: Record) -> Cell:
-    if "drawing" not in arm or arm["engine"] != "eager":
+    if "drawing" not in arm:
         return NONE
     return Cell("none", tone="quiet") if arm["drawing"] is None else _measured(arm["drawing"]["share"], percent)
 

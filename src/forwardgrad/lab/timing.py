@@ -42,8 +42,9 @@ def interleaved(
 ) -> dict[str, Samples]:
     """The seconds of every piece of work in every round, each timed once a round.
 
-    A round that begins after `seconds` is not measured any more, but there are never fewer than five. `now` tells the time when all
-    that was asked of the device is done.
+    Right before it is timed each piece of work is done once more, so that it finds what it left in the processor's caches, as a step of
+    training does, and not what the others left. A round that begins after `seconds` is not measured any more, but there are never fewer
+    than five. `now` tells the time when all that was asked of the device is done.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     with _collected_between_rounds() as collect:
@@ -56,6 +57,7 @@ def interleaved(
                 break
             collect()
             for name in order(list(works), seed, index):
+                works[name]()
                 began = now()
                 works[name]()
                 found[name].append(now() - began)
