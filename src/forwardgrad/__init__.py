@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forwardgrad.derivative import plainly as plainly
     from forwardgrad.diagnostics import Quality as Quality
     from forwardgrad.diagnostics import quality as quality
     from forwardgrad.ensemble import Ensemble as Ensemble
@@ -73,6 +74,7 @@ _HOME = {
     "cap_step": "step",
     "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
+    "plainly": "derivative",
     "estimate_grads_": "gradient",
     "quality": "diagnostics",
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Factored
+from forwardgrad.perturbations.outer import outer, scaled
 
 Calls = Callable[..., Any]
 """Makes a call: the function, and its arguments."""
@@ -117,7 +118,7 @@ class Linear(Layer):
         count = len(left)
         along = x.reshape(-1, self.fan_in) @ (right[0] if count == 1 else right.transpose(0, 1).flatten(1))
         along = along.unsqueeze(0) if count == 1 else along.unflatten(1, (count, -1)).transpose(0, 1)
-        return _outer(along, left, moved, out).view(count, *out.shape)
+        return outer(along, left, moved, out).view(count, *out.shape)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         along = torch.bmm(x.reshape(self.rows, -1, self.fan_in), right.unsqueeze(2))
@@ -172,12 +173,12 @@ class Convolution(Layer):
         count, spatial = len(left), len(self.weight_shape) - 2
         if right.shape[2] > 1 or self.groups > 1 or out.dim() != len(self.weight_shape):
             return super().respond_all(x, out, left, right, moved)
-        if spatial == 2 and out.is_contiguous(memory_format=torch.channels_last):
+        if spatial == 2 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (out, *(() if moved is None else moved))):
             along = self._along(x, right).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1)
-            found = _outer(along, left, None if moved is None else moved.permute(0, 1, 3, 4, 2), out)
+            found = outer(along, left, None if moved is None else moved.permute(0, 1, 3, 4, 2), out)
             return found.view(count, len(out), *out.shape[2:], -1).permute(0, 1, 4, 2, 3)
         along, columns = self._along(x, right), left.view(*left.shape, *[1] * spatial)
-        each = [_scaled(along[:, k : k + 1], columns[k], None if moved is None else moved[k]) for k in range(count)]
+        each = [scaled(along[:, k : k + 1], columns[k], None if moved is None else moved[k]) for k in range(count)]
         return moved if moved is not None else torch.stack(each).to(out.dtype)
 
     def _along(self, x: Tensor, kernels: Tensor) -> Tensor:
@@ -357,30 +358,6 @@ class BatchNorm(GroupNorm):
 
 
 _MANY_CHANNELS = 16  # from here on all taps in one product are faster than a convolution to one channel
-
-
-def _outer(along: Tensor, left: Tensor, moved: Tensor | None, like: Tensor) -> Tensor:
-    """along [K, N, r] times left [K, m, r or r + 1]: [K, N, m], added in place to `moved` [K, ..., m]; a last column meets ones."""
-    if along.shape[2] == 1 and torch.compiler.is_compiling():  # which puts element-wise work together, and cannot see into products
-        found = along * left[:, None, :, 0] if left.shape[2] == 1 else along * left[:, None, :, 0] + left[:, None, :, 1]
-        return found.to(like.dtype) if moved is None else moved.add_(found.view(moved.shape))
-    if left.shape[2] > along.shape[2]:
-        along = F.pad(along, (0, 1), value=1.0)
-    along, left = along.to(like.dtype), left.to(like.dtype)  # in-place products are not cast by autocast
-    if moved is None:
-        return along[0].mm(left[0].T).unsqueeze(0) if len(left) == 1 else along @ left.mT
-    moved = moved.reshape(len(left), -1, left.shape[1])
-    for k in range(len(left)):
-        moved[k].addmm_(along[k], left[k].T)
-    return moved
-
-
-def _scaled(along: Tensor, columns: Tensor, moved: Tensor | None) -> Tensor:
-    """along [N, 1, ...] times the first of the columns [m, 1 or 2, ...], and the second, added in place to `moved` [N, m, ...]."""
-    if moved is not None:
-        moved.addcmul_(along.to(moved.dtype), columns[:, 0].to(moved.dtype))
-        return moved if columns.shape[1] == 1 else moved.add_(columns[:, 1])
-    return along * columns[:, 0] if columns.shape[1] == 1 else torch.addcmul(columns[:, 1], along.to(columns.dtype), columns[:, 0])
 
 
 def _each(value: Any, count: int) -> list[int]:
