@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import forwardgrad as fg
 from forwardgrad.estimators import from_config
 from forwardgrad.lab import environment, models
-from forwardgrad.lab.cost import INPUTS
+from forwardgrad.lab.bench_cases import INPUTS
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.spec import parse_estimator
 

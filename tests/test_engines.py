@@ -99,7 +99,9 @@ def by_case(case: Case, method: fg.Estimator, graphs: int = 1) -> None:
     if isinstance(method, fg.LocalLosses):  # a graph corrects the moments of Adam in float32
         close = 1e-6
     built = case.build()[1]
-    compare(lambda: case.build()[0], method, run=lambda step: [step() for _ in range(3)], loss=built, graphs=graphs, close=close)
+    take = lambda step: [step() for _ in range(3)]  # noqa: E731
+    slow = lambda model: torch.optim.SGD(model.parameters(), lr=1e-3)  # noqa: E731  # one of the losses is an exponential
+    compare(lambda: case.build()[0], method, slow, run=take, loss=built, graphs=graphs, close=close)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -293,12 +295,11 @@ def test_there_are_only_so_many_graphs() -> None:
         compare(network, fg.Backprop(), run=run, graphs=8)
 
 
-def test_without_a_compiler_steps_are_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_steps_are_eager() -> None:
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.warns(UserWarning, match=r"engine='compile' falls back to eager steps: .*[Cc]ompiler"):
+    changes = {"force_disable_caches": True, "cpp.cxx": ("no-such-compiler",)}
+    with config.patch(changes), pytest.warns(UserWarning, match=r"engine='compile' falls back to eager steps: .*[Cc]ompiler"):
         compare(network, RANK_1, graphs=0, close=0)
 
 

@@ -42,7 +42,7 @@ def test_a_run_in_graphs_is_the_run(tmp_path: Path, optimizer: Optimizer, estima
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_killed_run_in_graphs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, say, kills = dataclasses.replace(RUN, engine="compile"), train._say, [20]
+    run, say, kills = dataclasses.replace(RUN, engine="compile"), train.say, [20]
     train.train(run, tmp_path / "undisturbed")
 
     def killed(state: Any, *rest: Any) -> None:
@@ -51,7 +51,7 @@ def test_a_killed_run_in_graphs_goes_on_to_the_same_bits(tmp_path: Path, monkeyp
             kills.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_say", killed)
+    monkeypatch.setattr(train, "say", killed)
     with pytest.raises(KeyboardInterrupt):
         train.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
     train.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
