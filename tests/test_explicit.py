@@ -193,6 +193,34 @@ def test_an_autograd_function_is_not_passed_by(beside: int) -> None:
     assert ways(model, loss) == [True]
 
 
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.jit.trace(lambda x: x.sin() * x, torch.zeros(2, 8, dtype=torch.float64), check_trace=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.inner(h)
+
+
+UNSEEN: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {"function": lambda: Cube.apply, "traced": Scripted}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank()], ids=lambda p: p.name)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_passes_by_is_found_however_little_it_does_so_far(name: str, perturb: fg.Perturbation) -> None:
+    """A branch that is scaled down at first: no comparison of numbers finds it, and it may grow."""
+    torch.manual_seed(0)
+    scale, branch = [1e-9], UNSEEN[name]()
+    model, loss = Body(lambda h: h + scale[0] * branch(h)).double(), classify(rows(5, 4))
+    loss(model)
+    for grown in (1e-9, 10.0):
+        scale[0] = grown
+        same(*both(model, loss, fg.ForwardGradient(perturb=perturb), steps=1))
+        fg.estimate_grad_(loss, model, fg.ForwardGradient(perturb=perturb), generator=seeded())
+    assert ways(model, loss) == [True]
+
+
 def test_a_new_path_is_compared_before_it_is_trusted() -> None:
     """A branch that is first taken late, with a function that passes by unseen."""
     torch.manual_seed(0)

@@ -163,9 +163,10 @@ def directional_derivatives(
     """
     count = next(iter(tangents.values())).shape[0]
 
-    def explicit() -> _Outcome[None]:
+    def explicit(guarded: bool) -> _Outcome[None]:
         parameters = _standing(objective)
-        with Explicit(count, {id(p): tangents[name] for name, p in parameters.items()}) as evaluation:
+        moving = {id(p): tangents[name] for name, p in parameters.items()}
+        with Explicit(count, moving, guarded=guarded) as evaluation:
             loss, buffers = _evaluated(objective, parameters)
             loss = scalar(objective.precise(loss))
             if not evaluation.carries(loss):
@@ -212,10 +213,10 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
             raise RuntimeError(_DROPPED)
         return outputs, kept
 
-    def explicit() -> _Outcome[V]:
-        stands, evaluation, parameters = watch(), Explicit(count), _standing(objective)
+    def explicit(guarded: bool) -> _Outcome[V]:
+        stands, evaluation, parameters = watch(), Explicit(count, guarded=guarded), _standing(objective)
         with evaluation.begun():
-            with stands.open(evaluation, parameters):
+            with stands.open(evaluation, parameters), evaluation.guarding():
                 loss, buffers = _evaluated(objective, parameters)
             values, kept = closed(stands, evaluation, loss)
             derivatives = {name: evaluation.derivative(t) for name, t in values.items()} if count else {}
@@ -247,7 +248,7 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
         stands.keep(kept)
         return _Outcome(stands, Derived(values, derivatives), buffers)
 
-    found = _either(objective, explicit, plain if count else explicit, key, commit)
+    found = _either(objective, explicit, plain if count else lambda: explicit(False), key if count else None, commit)
     return found.watch, found.derived
 
 
@@ -283,11 +284,11 @@ def plainly() -> Iterator[None]:
 
 
 def _either(
-    objective: Objective, explicit: Callable[[], _Outcome[W]], plain: Callable[[], _Outcome[W]], key: Hashable, commit: bool
+    objective: Objective, explicit: Callable[[bool], _Outcome[W]], plain: Callable[[], _Outcome[W]], key: Hashable, commit: bool
 ) -> _Outcome[W]:
-    """The explicit evaluation where it can be trusted, else the plain one."""
+    """The explicit evaluation where it can be trusted, else the plain one; without a key the plain one alone."""
     with torch.no_grad(), _forward_mode(objective, commit):
-        if _only_plain.get() or not isinstance(objective.at, nn.Module):
+        if _only_plain.get() or key is None or not isinstance(objective.at, nn.Module):
             found = plain()
         else:
             where = getattr(objective.loss, "__code__", type(objective.loss)), key  # a lambda is new at every step
@@ -298,9 +299,15 @@ def _either(
     return found
 
 
-def _checked(random: RandomState, explicit: Callable[[], _Outcome[W]], plain: Callable[[], _Outcome[W]], known: _Known) -> _Outcome[W]:
+def _checked(random: RandomState, explicit: Callable[[bool], _Outcome[W]], plain: Callable[[], _Outcome[W]], known: _Known) -> _Outcome[W]:
     try:
-        found = explicit()
+        first = not known.paths
+        found = explicit(first)
+        if found.path in known.paths:
+            return found
+        if not first:
+            random.restore()
+            found = explicit(True)
     except Redo:
         raise
     except Exception:  # the plain way decides whether something is wrong with the model, or only with following it
@@ -308,8 +315,6 @@ def _checked(random: RandomState, explicit: Callable[[], _Outcome[W]], plain: Ca
         other = plain()
         known.plain = True
         return other
-    if found.path in known.paths or explicit is plain:
-        return found
     random.restore()
     other = plain()
     known.plain = not _agree(found.derived, other.derived, found.low)
@@ -318,13 +323,16 @@ def _checked(random: RandomState, explicit: Callable[[], _Outcome[W]], plain: Ca
 
 
 def _agree(one: Derived, other: Derived, low: bool) -> bool:
-    """Whether two evaluations differ by no more than rounding: of all that was derived, the largest is compared, relative to its norm."""
+    """Whether two evaluations differ by no more than rounding: of all that was derived, the largest is compared, relative to its norm.
+
+    Rounding moves a few units of a ReLU across zero, and with them their whole tangents: half a percent in 64 layers, in float32.
+    """
     if one.derivatives.keys() != other.derivatives.keys():
         return False
     name = max(other.derivatives, key=lambda name: other.derivatives[name].numel())
     found, exact = (d.derivatives[name].double() for d in (one, other))
     eps = torch.finfo(other.values[name].dtype).eps
-    return bool((found - exact).norm() <= (0.25 if low or eps > 1e-3 else 1e-3) * exact.norm() + eps)
+    return bool((found - exact).norm() <= (0.25 if low or eps > 1e-3 else 0.05 if eps > 1e-10 else 1e-4) * exact.norm() + eps)
 
 
 class RandomState:

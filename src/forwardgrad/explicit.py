@@ -6,7 +6,8 @@ reads a weight once for all of them, and the K tangents share the primal pass wi
 numbers by itself.
 
 What it cannot follow, it refuses (`Unfollowed`): writing in place where a view may look on, for one. What passes by it unseen (a scripted
-module, a custom autograd function) is found by comparing with the plain way, whenever a model takes a path of calls not compared before.
+module, a custom autograd function) is found in a `guarded` evaluation, which looks at every operation below the calls; a model is guarded,
+and compared with the plain way, whenever it takes a path of calls that was not compared before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forwardgrad.rules import RULES, Track
 
@@ -60,17 +62,38 @@ _DROPS: frozenset[Any] = frozenset(
 class Explicit(TorchFunctionMode):
     """One evaluation with `count` tangents; `moving` gives those of parameters, [K, *shape], by the id of the tensor that stands for it."""
 
-    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None, *, guarded: bool = False) -> None:
         super().__init__()
+        self._guard = _Guard() if guarded else None
         self.count = count
         self.moving = dict(moving or {})
         self._calls: list[Any] = []
         self.low = False  # whether a call was made in low precision
         self._level: ExitStack | None = None
 
+    def __enter__(self) -> Explicit:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        if self._guard is not None:
+            self._guard.begin()
+        return self
+
     def __exit__(self, *exception: Any) -> None:
+        if self._guard is not None:
+            self._guard.end()
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._end()
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """For a watch that stands at every call itself: what is done here, outside of its calls, passes by."""
+        if self._guard is None:
+            yield
+            return
+        self._guard.begin()
+        try:
+            yield
+        finally:
+            self._guard.end()
 
     @contextmanager
     def begun(self) -> Iterator[Explicit]:
@@ -118,6 +141,8 @@ class Explicit(TorchFunctionMode):
     def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor:
         """Let a tensor move. `stack` [1 + K, *shape] holds its values and tangents behind them; `fresh`: nothing else sees either."""
         tensor.__dict__["_forwardgrad_track"] = Track(self, tangents, stack, fresh)
+        if self._guard is not None:
+            self._guard.add(tensor)
         return tensor
 
     def follow(self, tensor: Tensor, behind: Tensor) -> Tensor:
@@ -128,6 +153,8 @@ class Explicit(TorchFunctionMode):
         track.behind = source, ref(behind)
         source.lent += 1
         tensor.__dict__["_forwardgrad_track"] = track
+        if self._guard is not None:
+            self._guard.add(tensor)
         return tensor
 
     # What stands in for torch's own forward mode: see `derivative.Plain`.
@@ -136,7 +163,13 @@ class Explicit(TorchFunctionMode):
         return self.track(tensor) is not None
 
     def primal(self, tensor: Tensor) -> Tensor:
-        return tensor if self.track(tensor) is None else tensor.detach()
+        return tensor if self.track(tensor) is None else self._still(tensor.detach())
+
+    def _still(self, value: Any) -> Any:
+        """The same, known to share memory with something that moves and not to move itself."""
+        if self._guard is not None and isinstance(value, Tensor):
+            value.__dict__["_forwardgrad_still"] = self
+        return value
 
     def inject(self, tensor: Tensor, source: Any) -> Tensor:
         """The tensor with what `source` moves it by added to how it moves already."""
@@ -150,12 +183,16 @@ class Explicit(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, moving as its arguments make it."""
+        if self._guard is not None:
+            self._guard.look(self, (*args, *kwargs.values()))
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
             return func(*args, **kwargs)
+        if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
+            raise Unfollowed("an autograd function is being evaluated")
         self._calls.append(getattr(func, "__code__", func))  # a method or a lambda may be a new one at every step
         self.low = self.low or any(isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type) for value in args[:1])
         if func in _DROPS:
-            return func(*args, **kwargs)
+            return self._still(func(*args, **kwargs))
         if (rule := RULES.get(func)) is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
@@ -172,6 +209,8 @@ class Explicit(TorchFunctionMode):
     def _by_duals(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call by torch's forward mode."""
         name = getattr(func, "__name__", "")
+        if name in ("numpy", "tolist"):
+            raise Unfollowed(f"{name} hands numbers to other code")
         if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None or kwargs.get("inplace"):
             raise Unfollowed(f"{name} writes into a tensor in place")
         found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -244,6 +283,47 @@ class Explicit(TorchFunctionMode):
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+class _Guard(TorchDispatchMode):
+    """Sees the operations of a guarded evaluation: none may reach what moves unless a call is being made that the evaluation knows of.
+
+    While such a call is made, the evaluation's own mode is off the stack of function modes; an operation under the full stack passes by.
+    A tensor that does not move, but has the memory of one that does, was made by something that passed by, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._full = 0
+        self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
+
+    def begin(self) -> None:
+        self._full = torch._C._len_torch_function_stack()
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def add(self, tensor: Tensor) -> None:
+        self._memories[_memory(tensor)] = ref(tensor.untyped_storage())
+
+    def look(self, evaluation: Explicit, values: Any) -> None:
+        """Raise Unfollowed where a tensor among these got its memory unseen."""
+        for tensor in _leaves(values):
+            if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:
+                raise Unfollowed("something made a tensor out of one that moves, and was not seen")
+
+    def _shares(self, tensor: Tensor) -> bool:
+        try:
+            known = self._memories.get(_memory(tensor))
+        except (RuntimeError, NotImplementedError):  # it has no memory of its own
+            return False
+        return known is not None and known() is tensor.untyped_storage()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch._C._len_torch_function_stack() >= self._full and any(self._shares(tensor) for tensor in _leaves((args, kwargs or {}))):
+            raise Unfollowed(f"{func} was made unseen")
+        return func(*args, **(kwargs or {}))
 
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
