@@ -166,7 +166,7 @@ def directional_derivatives(
     def explicit(guarded: bool) -> _Outcome[None]:
         parameters = _standing(objective)
         moving = {id(p): tangents[name] for name, p in parameters.items()}
-        with Explicit(count, moving, guarded=guarded) as evaluation:
+        with Explicit(count, moving, guarding=parameters.values() if guarded else None) as evaluation:
             loss, buffers = _evaluated(objective, parameters)
             loss = scalar(objective.precise(loss))
             if not evaluation.carries(loss):
@@ -214,7 +214,8 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
         return outputs, kept
 
     def explicit(guarded: bool) -> _Outcome[V]:
-        stands, evaluation, parameters = watch(), Explicit(count, guarded=guarded), _standing(objective)
+        stands, parameters = watch(), _standing(objective)
+        evaluation = Explicit(count, guarding=parameters.values() if guarded else None)
         with evaluation.begun():
             with stands.open(evaluation, parameters), evaluation.guarding():
                 loss, buffers = _evaluated(objective, parameters)

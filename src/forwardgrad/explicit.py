@@ -12,7 +12,7 @@ and compared with the plain way, whenever it takes a path of calls that was not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import ref
@@ -60,11 +60,14 @@ _DROPS: frozenset[Any] = frozenset(
 
 
 class Explicit(TorchFunctionMode):
-    """One evaluation with `count` tangents; `moving` gives those of parameters, [K, *shape], by the id of the tensor that stands for it."""
+    """One evaluation with `count` tangents; `moving` gives those of parameters, [K, *shape], by the id of the tensor that stands for it.
 
-    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None, *, guarded: bool = False) -> None:
+    `guarding`: what stands for the parameters, in a guarded evaluation; None in one that is trusted.
+    """
+
+    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None, *, guarding: Iterable[Tensor] | None = None) -> None:
         super().__init__()
-        self._guard = _Guard() if guarded else None
+        self._guard = None if guarding is None else _Guard(guarding)
         self.count = count
         self.moving = dict(moving or {})
         self._calls: list[Any] = []
@@ -292,9 +295,10 @@ class _Guard(TorchDispatchMode):
     A tensor that does not move, but has the memory of one that does, was made by something that passed by, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._full = 0
+        self._parameters = {_memory(p) for p in parameters}  # which may be used as they are, and moving, one after the other
         self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
 
     def begin(self) -> None:
@@ -305,7 +309,8 @@ class _Guard(TorchDispatchMode):
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def add(self, tensor: Tensor) -> None:
-        self._memories[_memory(tensor)] = ref(tensor.untyped_storage())
+        if (memory := _memory(tensor)) not in self._parameters:
+            self._memories[memory] = ref(tensor.untyped_storage())
 
     def look(self, evaluation: Explicit, values: Any) -> None:
         """Raise Unfollowed where a tensor among these got its memory unseen."""
