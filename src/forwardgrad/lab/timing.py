@@ -74,11 +74,14 @@ def _collected_between_rounds() -> Iterator[Callable[[], int]]:
     """Garbage is collected when nothing is timed: whoever happens to reach the threshold would pay for all."""
     enabled = gc.isenabled()
     gc.disable()
-    gc.freeze()  # what was there before need not be looked through in every round
+    free = gc.get_freeze_count() == 0
+    if free:
+        gc.freeze()  # what was there before need not be looked through in every round
     try:
         yield gc.collect
     finally:
-        gc.unfreeze()
+        if free:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
