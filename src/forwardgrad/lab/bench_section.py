@@ -321,12 +321,19 @@ def _trends(points: Sequence[tuple[float, Record]], read: Callable[[Record], Rec
 
 
 def _sentence(cases: Sequence[Record]) -> str:
+    """What a step costs on the networks at the paper's batch, or on the first few cases where there are none of these."""
+    usual = [case for case in cases if case["batch"] == 64 and case["data"] and not case["model"].startswith("mlp-")] or cases[:3]
+    spoken = (("forward", "the forward gradient"), ("low-rank", "rank 1"), ("low-rank-compiled", "rank 1 compiled"))
     parts = []
-    for case in cases:
+    for case in usual:
         told = {arm["name"]: arm["to_backprop"] for arm in case["arms"] if not arm["failed"]}
-        shown = [(words, told.get(name)) for name, words in (("forward", "the forward gradient"), ("low-rank", "rank 1"))]
+        shown = [(words, told.get(name)) for name, words in spoken]
         costs = [f"{number(found['value'])} ({words})" for words, found in shown if found and found["value"] is not None]
-        parts += [f"{' and '.join(costs)} on {_network(case)}, batch {case['batch']}"] if costs else []
+        parts += [f"{_listed(costs)} on {_network(case)}, batch {case['batch']}"] if costs else []
     if not parts:
         return "No network has both arms timed well enough to compare them."
     return f"In steps of backpropagation, a step costs {'; '.join(parts)}."
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
