@@ -281,6 +281,19 @@ def test_a_step_of_rank_one_holds_the_same_at_every_depth(count: int) -> None:
     assert high <= (1.5 + count) * plain
 
 
+@pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(), fg.Activity()], ids=lambda p: p.name)
+def test_what_a_step_returns_holds_nothing_of_it(perturb: fg.Perturbation) -> None:
+    """Neither directions nor tangents: losses may be collected for as long as training lasts."""
+    model, loss = deep(2), classify(torch.randn(8, 32), classes=1)
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen: list[Tensor] = []
+    record = fg.estimate_grad_(loss, model, fg.ForwardGradient(perturb=perturb), generator=seeded())
+    assert not record.loss.__dict__
+    for output in seen:  # a hook may keep what it sees
+        track = output.__dict__.get("_forwardgrad_track")
+        assert track is None or not track.owner.moving
+
+
 # An estimate in parts -------------------------------------------------------------------------------------------------------------------
 
 

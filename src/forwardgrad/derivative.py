@@ -171,7 +171,8 @@ def directional_derivatives(
             loss = scalar(objective.precise(loss))
             if not evaluation.carries(loss):
                 raise RuntimeError(_DROPPED)
-        return _Outcome(None, Derived({"loss": loss}, {"loss": evaluation.derivative(loss)}), buffers, evaluation.path, evaluation.low)
+            derivative = evaluation.derivative(loss)
+        return _Outcome(None, Derived({"loss": loss.detach()}, {"loss": derivative}), buffers, evaluation.path, evaluation.low)
 
     def plain() -> _Outcome[None]:
         def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -221,8 +222,9 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
                 loss, buffers = _evaluated(objective, parameters)
             values, kept = closed(stands, evaluation, loss)
             derivatives = {name: evaluation.derivative(t) for name, t in values.items()} if count else {}
+            derived = Derived({name: t.detach() for name, t in values.items()}, derivatives)
         stands.keep(kept)
-        return _Outcome(stands, Derived(values, derivatives), buffers, evaluation.path, evaluation.low)
+        return _Outcome(stands, derived, buffers, evaluation.path, evaluation.low)
 
     def plain() -> _Outcome[V]:
         stands, primals = watch(), {name: p.detach() for name, p in objective.parameters.items()}

@@ -107,7 +107,8 @@ class Explicit(TorchFunctionMode):
             self._end()
 
     def _end(self) -> None:
-        """Leave torch's forward mode, if a call needed it."""
+        """Leave torch's forward mode, if a call needed it, and let go of directions: what outlives the evaluation may know it still."""
+        self.moving = {}
         if self._level is not None:
             self._level.close()
             self._level = None
