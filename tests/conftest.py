@@ -28,6 +28,12 @@ def frozen_heap() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What torch's compiler makes is not shared with other workers, nor with earlier runs that may have been killed while they wrote it."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with MNIST and CIFAR-10: FORWARDGRAD_DATA, or unpacked once a session from shared/data beside the checkout."""
