@@ -21,6 +21,7 @@ from tests.stored import put
 
 import forwardgrad as fg
 from forwardgrad.lab import bench, cli, recipes
+from forwardgrad.lab.commands import options
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.spec import format_value
@@ -194,14 +195,14 @@ WITH = {
 
 @pytest.mark.parametrize("kind", fg.ESTIMATORS, ids=lambda kind: kind.name)
 def test_every_estimator_and_every_field_can_be_chosen(kind: type[fg.Estimator]) -> None:
-    usual = cli._estimator(kind.name)
+    usual = options.estimator_of(kind.name)
     assert usual["name"] == kind.name
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         chosen, extra = [], WITH.get((kind.name, field.name), "")
         for value in candidates(types[field.name]):
             with contextlib.suppress(UserError):
-                chosen.append(cli._estimator(f"{kind.name}({extra}{field.name}={format_value(value)})")[field.name])
+                chosen.append(options.estimator_of(f"{kind.name}({extra}{field.name}={format_value(value)})")[field.name])
         assert any(value != usual[field.name] for value in chosen), f"no value of {kind.name}'s {field.name} but its default can be chosen"
 
 

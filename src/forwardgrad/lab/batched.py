@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
-from forwardgrad.lab import data, environment
+from forwardgrad.lab import data, environment, interrupts
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
@@ -217,6 +217,7 @@ def _loop(batch: _Batch, checkpoint: Path, checkpoint_seconds: float) -> None:
     saved = said = time.monotonic()
     pace = 1
     while batch.step < batch.total and batch.going_on:
+        interrupts.check()
         look = next_look(batch.step, at, batch.total)
         if look > batch.step + 1:  # up to the step before the one that is looked at
             pace = max(1, min(CHECK_EVERY, round(_timed(batch, min(batch.step + pace, look - 1)))))

@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.lab import interrupts
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Run
@@ -46,6 +47,7 @@ def execute(runs: Sequence[Run], store: Store, place: Place, progress: Progress)
         units = _units(waiting, store, place)
         if place.jobs == 1:
             for unit in units:
+                interrupts.check()
                 results |= _together(unit, store, place)
         elif units:
             results |= _pooled(units, store, place)

@@ -175,7 +175,7 @@ RESULT = {
     "parameters": int,
     "seconds": NUMBER,
     "validation_loss": MAYBE,
-    "validation_accuracy": NUMBER,
+    "validation_accuracy": MAYBE,
     "test": (dict, type(None)),
 }
 LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE, "replicas": int}  # what not every run has
@@ -209,7 +209,9 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     check(path, result, {name: kind for name, kind in LATER.items() if name in result})
     if result["test"] is not None:
         check(path, result["test"], TEST)
-    if result["status"] not in ("finished", "diverged") or (result["status"] == "diverged") != (result["diverged_at"] is not None):
+    if result["status"] not in ("finished", "diverged", "failed") or (result["status"] == "diverged") != (
+        result["diverged_at"] is not None
+    ):
         raise damaged(path, f"its status is {result['status']!r} and it diverged at {result['diverged_at']!r}")
     return result
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.lab import data, environment, store
+from forwardgrad.lab import data, environment, interrupts, store
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
@@ -58,6 +58,7 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
     at = evaluated_at(per_epoch, total)
     saved, pace = time.monotonic(), 1
     while state.step < total:
+        interrupts.check()
         look = next_look(state.step, at, total)
         if look > state.step + 1:  # up to the step before the one that is looked at
             per_second = _timed(run, dataset, state, min(state.step + pace, look - 1))

@@ -1,0 +1,77 @@
+"""The options that commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import DataName, Engine, ModelName, OptimizerName, Precision
+from forwardgrad.lab.spec import parse_estimator
+from forwardgrad.lab.store import Store
+
+Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data sets in torchvision's layout. [default: $FORWARDGRAD_DATA, else the cache folder]")
+]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda or cuda:N.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at the same time, dividing the processor's cores.")]
+Batched = Annotated[
+    bool | None,
+    typer.Option("--batched/--no-batched", help="Train runs that differ in seed and rates alone as one program. [default: on a GPU only]"),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
+Data = Annotated[DataName, typer.Option(help="Data set.")]
+Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]
+Estimator = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC", help="How the gradient is found: backprop, 'forward(tangents=8, clip=1.0)'; `forwardgrad estimators` lists all."
+    ),
+]
+OptimizerOption = Annotated[OptimizerName, typer.Option(help="Optimizer; `nesterov` takes the gradient at the look-ahead point.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training split.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples a step.")]
+Beta1 = Annotated[float, typer.Option(help="Adam's decay rate of the first moment.")]
+Beta2 = Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")]
+Anneal = Annotated[bool, typer.Option("--anneal", help="Also anneal the learning rate to zero over the run, along a cosine.")]
+Cap = Annotated[float | None, typer.Option(help="Largest step relative to the parameters' norm; longer ones are cut. [default: none]")]
+EngineOption = Annotated[Engine, typer.Option(help="How steps are taken; falls back to eager ones, with a warning, where it has to.")]
+Precise = Annotated[Precision, typer.Option(help="What layers compute in; parameters and updates are float32 in any case.")]
+Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]
+
+
+def estimator_of(text: str) -> dict[str, Any]:
+    """The complete description of an estimator, its limits checked before anything runs."""
+    from forwardgrad.estimators import from_config, to_config
+
+    try:
+        return to_config(from_config(parse_estimator(text)))
+    except ValueError as error:
+        raise UserError(f"the estimator {text!r} cannot be used: {error}") from error
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from error
+    if not all(math.isfinite(value) for value in values):
+        raise UserError(f"{option} takes finite numbers, not {text!r}")
+    return values
+
+
+def counts(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{option} takes whole numbers of at least 1 separated by commas, not {text!r}")
+    return sorted({int(word) for word in words})
+
+
+def write_report(store: Store) -> None:
+    from forwardgrad.lab.report import write
+
+    print(f"report: {write(store)}")
