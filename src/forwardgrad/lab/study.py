@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
@@ -137,6 +138,18 @@ def _record(
 ) -> dict[str, Any]:
     """Store the study; arms of the same study that were run before and are not part of this call are kept."""
     path = store.root / "studies" / f"{study.name}.json"
+    with store.changing():
+        return _merged(study, path, command, trials, chosen, finals)
+
+
+def _merged(
+    study: Study,
+    path: Path,
+    command: str,
+    trials: dict[str, list[tuple[dict[str, float], Run]]],
+    chosen: dict[str, dict[str, Any]],
+    finals: dict[str, list[Run]],
+) -> dict[str, Any]:
     before = {arm["name"]: arm for arm in (read_study(path)["arms"] if path.exists() else [])}
     for arm in study.arms:
         before[arm.name] = {

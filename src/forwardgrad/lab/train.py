@@ -74,7 +74,7 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
                 evaluate(run, dataset, state, per_epoch)
         say(state, total, folder)
         if time.monotonic() - saved >= checkpoint_seconds:
-            store.write_whole(folder / "checkpoint.pt", state.dump())
+            store.write_checkpoint(folder / "checkpoint.pt", state.dump())
             saved = time.monotonic()
     return None
 
