@@ -26,6 +26,7 @@ for command in (
     reading.report,
 ):
     app.command()(command)
+app.command("list")(reading.list_runs)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")
 for command in (datasets.fetch, datasets.verify):
     data_app.command()(command)

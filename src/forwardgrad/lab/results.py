@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import from_json, to_json
+from forwardgrad.lab.run import Run, from_json, to_json
 from forwardgrad.lab.store import Store, Stored, beside, damaged, parse_json, table_beside
 
 
@@ -179,17 +179,17 @@ def _study(record: dict[str, Any], store: Store) -> StudyResult:
 
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
     begun = [(store.folder(identity), found) for identity in record["runs"] if (found := store.stored(identity)) is not None]
-    described = [description(folder, found) for folder, found in begun]
+    runs = [to_json(described(folder, found)) for folder, found in begun]
     done = tuple(Done(folder, found.result, environment(folder, found), found.files) for folder, found in begun if found.result is not None)
     trials = tuple(store.result(trial["run"]) for trial in record["trials"])
-    return ArmResult(study, record, described[0] if described else {}, done, trials, tuple(one["seed"] for one in described))
+    return ArmResult(study, record, runs[0] if runs else {}, done, trials, tuple(run["seed"] for run in runs))
 
 
-def description(folder: Path, found: Stored) -> dict[str, Any]:
-    """The checked description of a run."""
+def described(folder: Path, found: Stored) -> Run:
+    """The run that a stored description is of."""
     path = folder / "run.json"
     try:
-        return to_json(from_json(found.description, str(path)))
+        return from_json(found.description, str(path))
     except UserError as error:
         raise error if str(path) in str(error) else damaged(path, error) from error
 
