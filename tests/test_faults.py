@@ -143,7 +143,7 @@ def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(1, 200), (2, 100)])
+@pytest.mark.parametrize(("workers", "kills"), [(1, 120), (2, 80)])
 def test_kills_at_random_moments_cost_steps_and_no_result(tmp_path: Path, workers: int, kills: int) -> None:
     """A study of eight runs, killed twenty times before it may end, then begun again elsewhere; of two processes any or both are killed."""
     script = Path(__file__).with_name("killing.py")
