@@ -23,7 +23,7 @@ from forwardgrad.lab.errors import UserError
 
 SEAL = "sha256"  # the field of a JSON object that holds the digest of the others
 LARGEST = 1 << 30  # bytes of a stored JSON file or table
-LARGEST_INT = 1 << 63
+LARGEST_INT, LARGEST_FLOAT = 1 << 63, 1e100
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -138,8 +138,8 @@ def check(path: Path, value: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_huge(value: object) -> bool:
-    """Whether a value is a whole number that nothing counts to and no float holds."""
-    return isinstance(value, int) and abs(value) >= LARGEST_INT
+    """Whether a value is a number that nothing counts to or that no float32 comes near: its square, or itself, is no float."""
+    return abs(value) >= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT) if isinstance(value, (int, float)) else False
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -306,9 +306,10 @@ def _check_arm(path: Path, arm: Any) -> None:
         check(path, arm["published"], PUBLISHED)
     chosen = check(path, arm["chosen"], CHOSEN)
     values = [chosen["values"], *(check(path, trial, TRIAL)["values"] for trial in arm["trials"])]
-    grids = [grid if isinstance(grid, list) else [*_flat(grid)] for grid in arm["space"].values() if isinstance(grid, list | dict)]
-    listed = [*(value for point in values for value in point.values()), *(value for grid in grids for value in grid)]
-    if len(grids) < len(arm["space"]) or not all(isinstance(value, VALUE) and not is_huge(value) for value in listed):
+    spaces = arm["space"].values()
+    listed = [value for point in values for value in point.values()] + [value for space in spaces for value in _flat(space)]
+    alike = all(len({isinstance(value, str) for value in space}) == 1 for space in spaces if isinstance(space, list))
+    if not alike or not all(isinstance(value, VALUE) and not is_huge(value) for value in listed):
         raise damaged(path, f"the values tried by {arm['name']!r} are no numbers or words")
     named = [*arm["runs"], *(trial["run"] for trial in arm["trials"])]
     if not all(isinstance(name, str) and IDENTITY.fullmatch(name) for name in named):
@@ -322,7 +323,7 @@ def _there(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {name: kind for name, kind in fields.items() if name in value}
 
 
-def _flat(space: dict[str, Any]) -> Iterator[Any]:
-    """What bounds a space that is no grid, or the choices in it."""
-    for value in space.values():
+def _flat(space: Any) -> Iterator[Any]:
+    """The values of a grid, or the bounds of a space that is none, or the choices in it."""
+    for value in space if isinstance(space, list) else space.values() if isinstance(space, dict) else [None]:
         yield from value if isinstance(value, list) else [value]
