@@ -272,7 +272,7 @@ def test_the_watched_step_counts_as_long_as_those_before(tmp_path: Path, monkeyp
 def test_a_checkpoint_of_the_time_before_the_walk_is_read(tmp_path: Path) -> None:
     digits = data.load("digits", 0)
     state = begin(RUN, digits, torch.device("cpu"))
-    train._advance(RUN, digits, state, 5)
+    train.advance(RUN, digits, state, 5)
     content = torch.load(io.BytesIO(state.dump()), weights_only=True)
     torch.save({name: value for name, value in content.items() if name not in ("walk", "derivatives")}, tmp_path / "checkpoint.pt")
     other = begin(RUN, digits, torch.device("cpu"))
@@ -326,7 +326,9 @@ def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: py
 def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     losses_of = outcome.losses_of
-    monkeypatch.setattr(outcome, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
+    monkeypatch.setattr(
+        outcome, "losses_of", lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named)
+    )
     digits = data.load("digits", RUN.seed)
     assert train.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
     assert seen
@@ -347,14 +349,14 @@ def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held:
     run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
     digits = data.load("digits", 0)
     state = begin(run, digits, torch.device("cpu"))
-    train._advance(run, digits, state, 1)
+    train.advance(run, digits, state, 1)
 
     def waits(*_: Any, **__: Any) -> None:
         pytest.fail("a step read a value from the device")
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    train._advance(run, digits, state, 5)
+    train.advance(run, digits, state, 5)
     monkeypatch.undo()
     assert state.step == 5
     assert state.losses[:5].isfinite().all()

@@ -179,7 +179,8 @@ RESULT = {
     "test": (dict, type(None)),
 }
 LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE, "replicas": int}  # what not every run has
-TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
+TEST = {"loss": MAYBE, "accuracy": MAYBE, "examples": int}
+LATER_TEST = {"last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}  # what only losses of examples have
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {
     "name": str,
@@ -194,7 +195,7 @@ ARM = {
     "chosen": dict,
     "runs": list,
 }
-LATER_ARM = {"full_epochs": int}  # what not every arm has
+LATER_ARM = {"full_epochs": int, "budget": dict, "sampler": str}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}
@@ -209,6 +210,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     check(path, result, {name: kind for name, kind in LATER.items() if name in result})
     if result["test"] is not None:
         check(path, result["test"], TEST)
+        check(path, result["test"], {name: kind for name, kind in LATER_TEST.items() if name in result["test"]})
     if result["status"] not in ("finished", "diverged", "failed") or (result["status"] == "diverged") != (
         result["diverged_at"] is not None
     ):

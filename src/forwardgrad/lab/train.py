@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.lab import data, environment, interrupts, store
+from forwardgrad.lab import data, environment, interrupts, own, parts, store
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
@@ -28,7 +28,8 @@ from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
-FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
+FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch ...
+MOST_EVALUATIONS = 100  # ... or every so many, where a small data set has more epochs than that
 
 
 def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
@@ -39,7 +40,8 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
     if (done := store.read_result(folder)) is not None:
         return done
     on = environment.device(device)
-    dataset = data.load(run.data, run.seed, on, data_dir)
+    _check_code(run)
+    dataset = own.dataset(run, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = begin(run, dataset, on)
         with store.alone(folder):
@@ -68,7 +70,7 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
         else:
             state.strides.append(_measured(run, dataset, state, watch=look in at))
             state.walk.append([look, growth(state), state.strides[-1]])
-            if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(state, dataset.classes)):
+            if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(run, state, dataset.classes)):
                 return reason
             if look in at:
                 evaluate(run, dataset, state, per_epoch)
@@ -79,9 +81,19 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
     return None
 
 
+def _check_code(run: Run) -> None:
+    """Refuse to go on with code that is not what the description stands for: the result would be filed under another's name."""
+    named = parts.paths(run)
+    if named and (found := parts.digest(named)) != run.code:
+        raise UserError(
+            f"the code of {', '.join(named.values())} is not what the run was planned with ({run.code}, now {found}): start again"
+        )
+
+
 def evaluated_at(per_epoch: int, total: int) -> set[int]:
-    """The steps after which a run is evaluated."""
-    return {step for step in FIRST_EVALUATIONS if step < per_epoch} | set(range(per_epoch, total + 1, per_epoch))
+    """The steps after which a run is evaluated: a few early ones, then every epoch, or every so many where there are more than 100."""
+    every = per_epoch * math.ceil(total / per_epoch / MOST_EVALUATIONS)
+    return {step for step in FIRST_EVALUATIONS if step < min(per_epoch, total)} | set(range(every, total + 1, every)) | {total}
 
 
 def next_look(step: int, at: set[int], total: int) -> int:
@@ -95,7 +107,7 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     began = time.perf_counter()
-    _advance(run, dataset, state, stop)
+    advance(run, dataset, state, stop)
     elapsed = time.perf_counter() - began
     state.seconds += elapsed
     if on.type == "cuda":
@@ -126,13 +138,25 @@ def _watched(run: Run, dataset: data.Dataset, state: State) -> None:
     tensors = (*state.model.state_dict().values(), *slots, *state.memory.values())
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
     began = time.perf_counter()
-    above = peak_bytes(lambda: _advance(run, dataset, state, state.step + 1), [state.losses.device])
+    above = peak_bytes(lambda: advance(run, dataset, state, state.step + 1), [state.losses.device])
     state.seconds += state.seconds / (state.step - 1) if state.step > 1 else time.perf_counter() - began
     state.peak = max(state.peak, sum(stored.values()) + above)
 
 
-def _advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
-    """Take the steps up to `stop`, all of one epoch, without waiting for the device in between."""
+def advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
+    """Take the steps up to `stop` without waiting for the device in between."""
+    while state.step < stop:
+        _within_epoch(run, dataset, state, min(stop, next_epoch(state.step, steps_per_epoch(run, dataset))))
+    if state.losses.is_cuda:
+        torch.cuda.synchronize(state.losses.device)
+
+
+def next_epoch(step: int, per_epoch: int) -> int:
+    """The step that ends the epoch under way."""
+    return step - step % per_epoch + per_epoch
+
+
+def _within_epoch(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
     order = draw_order(run, dataset, state)
     for step in range(state.step, stop):
         start = step % steps_per_epoch(run, dataset) * run.batch_size
@@ -141,16 +165,16 @@ def _advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
         state.losses[step] = _step(run, state, step, images, labels)
         state.schedule.step()
     state.step = stop
-    if state.losses.is_cuda:
-        torch.cuda.synchronize(state.losses.device)
 
 
 def loss_of(run: Run) -> Callable[..., Tensor]:
     """The loss of a run, as a training step takes it."""
 
+    measure = own.loss(run)
+
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with computing(run.precision, images.device):
-            return F.cross_entropy(model(images), labels)
+            return measure(model(images), labels)
 
     return loss
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,10 +37,12 @@ from forwardgrad.lab.commands.options import (
     write_report,
 )
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import Length, Pace
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Arm, Study, run_study
+from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.tuning import Campaign, run_study
 
 RETUNED = {
     "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
@@ -96,6 +99,7 @@ def tune(
     cap: Cap = None,
     epochs: Epochs = 10,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of each trial of the grid.")] = 3,
+    widen: Annotated[int, typer.Option(min=0, help="Times that the grid may be widened where its best point lies on an edge.")] = 0,
     batch_size: BatchSize = 64,
     seeds: Seeds = 1,
     device: Device = "cpu",
@@ -107,7 +111,7 @@ def tune(
     """Search a grid on the validation split, then train the best point on fresh seeds."""
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
-    first = {name: values[0] for name, values in space.items()}
+    first: dict[str, Any] = {name: values[0] for name, values in space.items()}
     options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size)
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
@@ -117,7 +121,38 @@ def tune(
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
-    write_report(carry_out(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs, batched))
+    study = Study("tune", "Tuning", (arm,), seeds, Length(epochs=tuning_epochs), widen=widen)
+    write_report(carry_out(study, out, device, data_dir, jobs, batched))
+
+
+def study(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE.py", help="A Python file with a function that returns a Study; FILE.py:NAME names one.")
+    ],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of that function.")] = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only print what it would cost, from a timed warm-up of every arm.")] = False,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+    batched: Batched = None,
+) -> None:
+    """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once."""
+    from forwardgrad.lab.studyfile import load
+
+    given = dict(_setting(text) for text in settings or [])
+    found, _ = load(file, given)
+    if budget:
+        show_cost(found, out, device, data_dir, jobs)
+    else:
+        write_report(carry_out(found, out, device, data_dir, jobs, batched))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    return name, value
 
 
 def reproduce(
@@ -183,8 +218,32 @@ def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs:
     check_device(device)
     store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched)
     progress.say(study.title)
-    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
+    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names, pace_on(device, data_dir))
     return store
+
+
+def show_cost(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> None:
+    """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
+    from forwardgrad.lab.environment import command
+    from forwardgrad.lab.environment import device as check_device
+    from forwardgrad.lab.paces import costs, table
+
+    check_device(device)
+    with tempfile.TemporaryDirectory() as away:
+        store = Store(out if (out / "runs").is_dir() else Path(away))
+        campaign = Campaign(study, store, lambda runs: {}, command(), pace_on(device, data_dir))
+        print(table(costs(campaign, data_dir), jobs))
+
+
+def pace_on(device: str, data_dir: Path | None) -> Callable[[Run], Pace]:
+    """What a step costs here, measured when it is asked for."""
+
+    def pace(run: Run) -> Pace:
+        from forwardgrad.lab.paces import measure
+
+        return measure(run, device, data_dir)
+
+    return pace
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
