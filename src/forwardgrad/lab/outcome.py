@@ -67,7 +67,11 @@ def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: 
 
     `replicas` is how many runs shared the seconds, where they were trained as one program.
     """
-    validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision, loss=own.loss(run)))
+    last = state.evaluations[-1] if state.evaluations and reason is None else None
+    if last is not None and last[0] == state.step:
+        validation = last[3], last[4]
+    else:
+        validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision, loss=own.loss(run)))
     test = None
     if run.test:
         measured = losses_of(state.model, dataset, dataset.test, run.precision, loss=own.loss(run))

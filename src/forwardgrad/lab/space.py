@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,23 +140,27 @@ def _reach(values: Range, tried: Sequence[float]) -> tuple[float, float]:
     return min(0.0, *shares), max(1.0, *shares)
 
 
-def further(space: Space, tried: Sequence[Point], winner: Point) -> list[Point]:
-    """The `FURTHER` next points of one round of widening, the same number whatever the winner.
+def further(space: Space, tried: Sequence[Point], winner: Point, possible: Callable[[Point], bool] = lambda point: True) -> list[Point]:
+    """The `FURTHER` next points of one round of widening, the same number whatever the winner, so that every arm gets as many trials.
 
-    Beyond every edge that the winner lies on, the other hyperparameters held; a winner inside its space is looked at more closely
-    instead, halfway to its neighbours: so every arm gets the same number of trials. Fewer where nothing can be moved.
+    Beyond every edge that the winner lies on, the other hyperparameters held; what is not `possible` there, and all of them where the
+    winner lies inside, closer to it: halfway to its neighbours, then a quarter of the way. Fewer only where nothing can be moved.
     """
-    outward = edges(space, tried, winner)
-    points = []
-    for count in range(1, FURTHER + 1):
-        if outward:
-            moved = {name: _beyond(space[name], [other[name] for other in tried], side, count) for name, side in outward.items()}
-        else:
-            moved = _closer(space, tried, winner, count)
+    points: list[Point] = []
+    for moved in itertools.chain(_outward(space, tried, winner), _closer(space, tried, winner)):
         point = {**winner, **moved}
-        if point not in tried and point not in points:
+        if point not in tried and point not in points and possible(point):
             points.append(point)
+        if len(points) == FURTHER:
+            break
     return points
+
+
+def _outward(space: Space, tried: Sequence[Point], winner: Point) -> Iterator[Point]:
+    """Beyond all edges at once, one stride, then two."""
+    if outward := edges(space, tried, winner):
+        for count in range(1, FURTHER + 1):
+            yield {name: _beyond(space[name], [other[name] for other in tried], side, count) for name, side in outward.items()}
 
 
 def _beyond(values: Values, tried: Sequence[Any], side: int, count: int) -> float:
@@ -171,18 +175,23 @@ def _beyond(values: Values, tried: Sequence[Any], side: int, count: int) -> floa
     return short(last + (last - before) * count)
 
 
-def _closer(space: Space, tried: Sequence[Point], winner: Point, count: int) -> Point:
-    """The first hyperparameter that is a number, halfway to its neighbour: below for odd counts, above for even ones."""
-    for name in space:
-        near = sorted(
-            {other[name] for other in tried if _number(other[name]) and (other[name] < winner[name]) == (count % 2 == 1)} - {winner[name]},
-            key=lambda value: abs(value - winner[name]),
-        ) if _number(winner[name]) else []  # fmt: skip
-        if near:
-            middle = math.sqrt(near[0] * winner[name]) if near[0] > 0 and winner[name] > 0 else (near[0] + winner[name]) / 2
-            integer = isinstance(winner[name], int)
-            return {name: round(middle) if integer else short(middle)}
-    return {}
+def _closer(space: Space, tried: Sequence[Point], winner: Point) -> Iterator[Point]:
+    """One hyperparameter at a time, part of the way from the winner to its nearest neighbours below and above."""
+    for part in (1 / 2, 1 / 4, 3 / 4, 1 / 8):
+        for name in space:
+            here = winner[name]
+            if not _number(here):
+                continue
+            values = {other[name] for other in tried if _number(other[name])}
+            below, above = (v for v in values if v < here), (v for v in values if v > here)
+            for near in (max(below, default=None), min(above, default=None)):
+                if near is not None:
+                    yield {name: _between(here, near, part)}
+
+
+def _between(here: float, near: float, part: float) -> float:
+    value = here * (near / here) ** part if here > 0 and near > 0 else here + (near - here) * part
+    return round(value) if isinstance(here, int) else short(value)
 
 
 def _number(value: Any) -> bool:

@@ -31,21 +31,20 @@ def load(where: str, settings: Mapping[str, str]) -> tuple[Study, Path]:
         raise UserError(f"{text} is no Python file: name one that holds a function returning a Study")
     if not STEM.fullmatch(path.stem):
         raise UserError(f"{path.name} cannot be imported under its name: call the file by letters, digits and underscores")
+    known = sys.modules.get(path.stem)
+    if path.stem in sys.stdlib_module_names or (known and Path(getattr(known, "__file__", None) or "").resolve() != path):
+        raise UserError(f"{path.name} has the name of another module, so it cannot be imported: give the file another name")
     function = _function(_module(path), name, path)
     return _call(function, settings, path), path.parent
 
 
 def _module(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))
-    before = sys.modules.pop(path.stem, None)
+    sys.modules.pop(path.stem, None)
     try:
         module = importlib.import_module(path.stem)
     except Exception as error:
         raise UserError(_said(path, error)) from error
-    if Path(module.__file__ or "").resolve() != path:
-        if before is not None:
-            sys.modules[path.stem] = before
-        raise UserError(f"another module is called {path.stem!r} too, so {path.name} cannot be imported: give the file another name")
     return module
 
 

@@ -85,9 +85,7 @@ def _check_code(run: Run) -> None:
     """Refuse to go on with code that is not what the description stands for: the result would be filed under another's name."""
     named = parts.paths(run)
     if named and (found := parts.digest(named)) != run.code:
-        raise UserError(
-            f"the code of {', '.join(named.values())} is not what the run was planned with ({run.code}, now {found}): start again"
-        )
+        raise UserError(f"the code of {', '.join(named.values())} changed while the study ran ({run.code}, now {found}): start it again")
 
 
 def evaluated_at(per_epoch: int, total: int) -> set[int]:

@@ -6,6 +6,7 @@ Of training it knows two functions that it is given: one that executes runs, one
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,10 +116,10 @@ class Campaign:
             if not any(state.chosen["at_edge"] for state in tuned):
                 continue
             for state in tuned:
-                points = space.further(state.arm.space, [point for point, _ in state.trials], state.chosen["values"])
-                fit = [point for point in points if _possible(state.arm, point)]
-                planned = planned or bool(fit)
-                self._plan(state, fit)
+                tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
+                points = space.further(state.arm.space, tried, state.chosen["values"], possible)
+                planned = planned or bool(points)
+                self._plan(state, points)
         return planned
 
     def record(self) -> dict[str, Any]:

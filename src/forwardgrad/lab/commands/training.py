@@ -37,8 +37,9 @@ from forwardgrad.lab.commands.options import (
     write_report,
 )
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.everything import Budget, everything
 from forwardgrad.lab.length import Length, Pace
-from forwardgrad.lab.run import Optimizer, Run
+from forwardgrad.lab.run import Optimizer, Precision, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study
@@ -156,7 +157,9 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def reproduce(
-    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")],
+    recipe: Annotated[
+        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")
+    ],
     rows: Annotated[
         str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
     ] = None,
@@ -164,6 +167,7 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
     precision: Precise = "float32",
     device: Device = "cpu",
     data_dir: DataDir = None,
@@ -171,7 +175,9 @@ def reproduce(
     jobs: Jobs = 1,
     batched: Batched = None,
 ) -> None:
-    """Run the paper's Table I, its figures, the comparison of Baydin et al., or a study beyond the paper, and write the report.
+    """Run the paper, or a part of it: Table I, its figures, the comparison of Baydin et al., a study beyond it; and write the report.
+
+    `all` runs everything that the paper's claims need, tuned anew with equal budgets on fresh seeds, and ends in the page on those claims.
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
@@ -179,6 +185,13 @@ def reproduce(
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if retune and recipe in RETUNED:
         raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "all":
+        unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
+        if given := [option for option, value in unused.items() if value is not None]:
+            raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
+        return _reproduce_all(everything(budget or "paper", seeds), precision, out, device, data_dir, jobs, batched)
+    if budget is not None:
+        raise UserError("--budget belongs to `reproduce all`: shorten other recipes with --epochs")
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":
@@ -195,6 +208,18 @@ def reproduce(
         functions.write(store)
     if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
         _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    write_report(store)
+
+
+def _reproduce_all(
+    studies: tuple[Study, ...], precision: Precision, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None
+) -> None:
+    from forwardgrad.lab import functions
+
+    for study in studies:
+        store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched)
+    functions.write(store)
+    _time_steps(store, {arm.run.model for study in studies for arm in study.arms}, device)
     write_report(store)
 
 
