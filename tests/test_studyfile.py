@@ -1,6 +1,7 @@
 """A user's study file: the example of the documentation from the command line, and every mistake in one sentence."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -108,3 +109,10 @@ def test_a_study_from_the_command_line_and_what_is_wrong_with_it(
         assert status == 2
         assert words in err
         assert err.count("\n") == 1
+
+
+def test_the_documentation_quotes_the_example() -> None:
+    document = (EXAMPLE.parents[1] / "docs" / "studies.md").read_text()
+    (quoted,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert EXAMPLE.read_text().endswith(quoted)
+    assert f"a whole one in {len(EXAMPLE.read_text().splitlines())} lines" in document
