@@ -26,6 +26,7 @@ from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment, interrupts
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import norm
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import SCHEMA, Run, from_json, identity, to_json
@@ -39,7 +40,6 @@ from forwardgrad.lab.state import (
     course,
     directions,
     growth,
-    norm,
     order_of,
     steps_per_epoch,
 )

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forwardgrad.lab import data, environment, interrupts, store
+from forwardgrad.lab.norms import walked
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
-from forwardgrad.lab.state import State, begin, draw_order, growth, norm, resume, steps_per_epoch
+from forwardgrad.lab.state import State, begin, draw_order, resume, steps_per_epoch
 from forwardgrad.memory import peak_bytes
 from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
@@ -66,8 +67,7 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
             if state.step == look - 1:
                 continue
         else:
-            state.strides.append(_measured(run, dataset, state, watch=look in at))
-            state.walk.append([look, growth(state), state.strides[-1]])
+            _measured(run, dataset, state, watch=look in at)
             if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(state, dataset.classes)):
                 return reason
             if look in at:
@@ -104,15 +104,17 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
 
 
 def _measured(run: Run, dataset: data.Dataset, state: State, *, watch: bool) -> float:
-    """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
+    """Take one step, and note and return its relative length ‖Δθ‖/‖θ‖; the copy that takes is in neither the run's time nor its memory."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
     if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
         _timed(run, dataset, state, state.step + 1)
         state.peak = peak
-    size = norm(before)
-    return norm(p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)) / size if size else math.inf
+    size, now, way = walked(before, list(state.model.parameters()))
+    state.strides.append(way / size if size else math.inf)
+    state.walk.append([state.step, now / state.start if state.start else math.inf, state.strides[-1]])
+    return state.strides[-1]
 
 
 def _watched(run: Run, dataset: data.Dataset, state: State) -> None:
@@ -170,5 +172,5 @@ def _step(run: Run, state: State, step: int, images: Tensor, labels: Tensor) -> 
         record = state.whole(images, labels)
     state.passes += record.forward_passes
     if len(record.derivatives):
-        state.derivatives[step] = record.derivatives.square().mean().sqrt()
+        state.derivatives[step] = record.derivatives.abs() if len(record.derivatives) == 1 else record.derivatives.square().mean().sqrt()
     return record.loss
