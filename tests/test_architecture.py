@@ -34,6 +34,7 @@ TORCH_FREE = (
     "quality_section",
     "report",
     "spec",
+    "watch",
     "cli",
 )
 

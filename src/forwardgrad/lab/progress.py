@@ -203,14 +203,16 @@ def table(arms: Sequence[ArmNow], width: int) -> Table:
     longest = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     bar, gap = (12, 2) if wide else (5, 1)
     taken = bar + gap + sum(most + gap for most in longest[1:] if most)
+    names = max(5, min(longest[0], width - taken - gap))
     grid = Table.grid(padding=(0, gap, 0, 0))
-    grid.add_column(no_wrap=True, overflow="ellipsis", width=max(4, min(longest[0], width - taken - gap)))
+    grid.add_column(no_wrap=True, overflow="ellipsis", width=names)
     grid.add_column(no_wrap=True, width=longest[1])
     grid.add_column(no_wrap=True, width=bar)
     for most in longest[2:]:
         if most:
             grid.add_column(no_wrap=True, justify="right", overflow="ellipsis")
-    for arm, row in zip(arms, rows, strict=True):
+    for arm, (name, *rest) in zip(arms, rows, strict=True):
+        row = [_cut(name, names), *rest]
         *cells, troubles = (Text(cell) for cell, most in zip(row, longest, strict=True) if most)
         cells[1].style = STYLES.get(arm.phase.kind, "")
         if arm.diverged or arm.failed:
@@ -218,6 +220,11 @@ def table(arms: Sequence[ArmNow], width: int) -> Table:
         progress: RenderableType = ProgressBar(total=1.0, completed=arm.share, width=bar)
         grid.add_row(*cells[:2], progress, *cells[2:], troubles)
     return grid
+
+
+def _cut(name: str, width: int) -> str:
+    """A name without its middle where it is too long: names of arms differ in how they begin and in how they end."""
+    return name if cell_len(name) <= width else f"{name[: width // 2]}…{name[-((width - 1) // 2) :]}"
 
 
 def _named(arm: ArmNow) -> ArmNow:
