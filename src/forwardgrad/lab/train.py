@@ -24,6 +24,7 @@ from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
 from forwardgrad.lab.state import State, begin, draw_order, resume, steps_per_epoch
+from forwardgrad.lab.tensorboard import Board
 from forwardgrad.memory import peak_bytes
 from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
@@ -32,9 +33,18 @@ CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so th
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
 
 
-def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: Path | None = None,
+) -> dict[str, Any]:
     """Train one run in its folder, or go on with it, and return its result; a finished run is only read.
 
+    TensorBoard's files, if asked for, go to a folder of the run's own in `tensorboard`.
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
     if (done := store.read_result(folder)) is not None:
@@ -49,11 +59,14 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
             store.write_json(folder / "run.json", to_json(run))
             say_where(folder, environment.describe(on))
             resume(state, folder)
-            reason = _loop(run, dataset, state, folder, checkpoint_seconds)
-            return finish(run, dataset, state, folder, reason)
+            with Board(tensorboard and tensorboard / run.identity, run, state) as board:
+                reason = _loop(run, dataset, state, folder, checkpoint_seconds, board)
+                result = finish(run, dataset, state, folder, reason)
+                board.end(result)
+            return result
 
 
-def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float) -> str | None:
+def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float, board: Board) -> str | None:
     """Train to the end or to divergence; returns why a run diverged."""
     per_epoch, total = steps_per_epoch(run, dataset), len(state.losses)
     at = evaluated_at(per_epoch, total)
@@ -73,7 +86,9 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
             if look in at:
                 evaluate(run, dataset, state, per_epoch)
         say(state, total, folder)
+        board.note()
         if time.monotonic() - saved >= checkpoint_seconds:
+            board.flush()
             store.write_whole(folder / "checkpoint.pt", state.dump())
             saved = time.monotonic()
     return None
