@@ -158,9 +158,10 @@ def test_without_the_package_one_sentence_before_anything_runs(
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UserError, match=r"pip install 'forwardgrad\[tensorboard\]'"):
-        tensorboard.need()
+        tensorboard.installed()
     for words in (["train", "--data", "digits"], ["tune", "--lr", "0.1"], ["reproduce", "table1"]):
         status, _, err = command(monkeypatch, capsys, *words, "--tensorboard", "--out", tmp_path / "out")
         assert status == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import pty
 import re
@@ -188,14 +187,14 @@ STATUS = {"step": 1, "steps": 2, "seconds": 1.0, "validation_loss": 1.0}
         "[]",
         "null",
         '{"step": 1}',
-        *(json.dumps(STATUS | wrong) for wrong in WRONG),
+        *(STATUS | wrong for wrong in WRONG),
         '{"step": NaN, "steps": 1, "seconds": 1}',
         '{"step": 1e400, "steps": 1, "seconds": 1}',
     ],
 )
-def test_a_status_that_is_half_there_waits_for_the_next_look(store: Store, content: str) -> None:
-    folder = store.folder(seeds(ONE, 1)[0].identity)
-    (folder / "status.json").write_text(content)
+def test_a_status_that_is_half_there_waits_for_the_next_look(store: Store, content: str | dict[str, Any]) -> None:
+    path = store.folder(seeds(ONE, 1)[0].identity) / "status.json"
+    path.write_text(content) if isinstance(content, str) else write_json(path, content)
     one = snapshot(store, now=T + 23).arms[0]
     assert (one.running, one.done) == (0, 3)
 

@@ -7,7 +7,6 @@ of later steps, so that no step is there twice.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import time
 from pathlib import Path
@@ -24,12 +23,13 @@ WALKED = ("walk/norm_growth", "walk/relative_step")
 FINAL = ("validation_loss", "validation_accuracy", "seconds", "steps", "forward_passes", "peak_bytes")
 
 
-def need(part: str = "") -> Any:
-    """torch.utils.tensorboard, or a part of it; UserError where the package behind it is missing."""
+def installed() -> Any:
+    """torch.utils.tensorboard; UserError where the package behind it is missing."""
     try:
-        return importlib.import_module(f"torch.utils.tensorboard{part}")
+        from torch.utils import tensorboard
     except ImportError as error:
         raise UserError(f"--tensorboard needs what is not installed ({error}): pip install 'forwardgrad[tensorboard]'") from error
+    return tensorboard
 
 
 class Board:
@@ -37,7 +37,7 @@ class Board:
 
     def __init__(self, folder: Path | None, run: Run, state: State) -> None:
         self.run, self.state = run, state
-        self._writer = need().SummaryWriter(str(folder), purge_step=state.step + 1) if folder else None
+        self._writer = installed().SummaryWriter(str(folder), purge_step=state.step + 1) if folder else None
         self._evaluations, self._walk, self._step, self._noted = len(state.evaluations), len(state.walk), state.step, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -78,7 +78,7 @@ class Board:
         test = result["test"] or {}
         found = {**{name: result.get(name) for name in FINAL}, **{f"test_{name}": test.get(name) for name in ("loss", "accuracy")}}
         final = {f"final/{name}": float(value) for name, value in found.items() if value is not None}
-        for summary in need(".summary").hparams(hyperparameters(self.run), final):
+        for summary in installed().summary.hparams(hyperparameters(self.run), final):
             self._writer.file_writer.add_summary(summary, result["steps"])
         self._write(tuple(final), list(final.values()), result["steps"])
 

@@ -198,9 +198,9 @@ def carry_out(
 def _check_tensorboard(wanted: bool) -> None:
     """Told before anything runs, not by the first run."""
     if wanted:
-        from forwardgrad.lab.tensorboard import need
+        from forwardgrad.lab.tensorboard import installed
 
-        need()
+        installed()
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
