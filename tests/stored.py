@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 
@@ -51,6 +52,24 @@ def put(store: Store, run: Run, test_loss: float | None, *, steps: int = 400, di
         "test": {"loss": test_loss, "accuracy": accuracy, "examples": 10000, **spread} if run.test else None,
     }
     write_json(folder / "result.json", result)
+
+
+def timed(store: Store, run: Run, begun: float, told: float) -> None:
+    """Set when a run began, and when it last said something or ended."""
+    folder = store.folder(run.identity)
+    os.utime(folder / "run.json", (begun, begun))
+    for name in ("status.json", "result.json"):
+        if (folder / name).exists():
+            os.utime(folder / name, (told, told))
+
+
+def under_way(store: Store, run: Run, step: int, steps: int, seconds: float, validation: float | None) -> None:
+    """A run that has begun and has no result yet."""
+    folder = store.folder(run.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", to_json(run))
+    status = {"step": step, "steps": steps, "loss": 1.0, "validation_loss": validation, "seconds": seconds}
+    write_json(folder / "status.json", status)
 
 
 def seeds(arm: Arm, n: int) -> list[Run]:

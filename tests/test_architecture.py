@@ -39,6 +39,7 @@ TORCH_FREE = (
     "quality_section",
     "report",
     "spec",
+    "watch",
     "cli",
 )
 

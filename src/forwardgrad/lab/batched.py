@@ -26,6 +26,7 @@ from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment, interrupts, own
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import norm
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.parts import paths
 from forwardgrad.lab.precision import arranged, computing
@@ -39,12 +40,12 @@ from forwardgrad.lab.state import (
     course,
     directions,
     growth,
-    norm,
     order_of,
     steps_per_epoch,
     total_steps,
 )
 from forwardgrad.lab.store import Store, alone, check, damaged, read_json, write_json, write_whole
+from forwardgrad.lab.tensorboard import Board
 from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_epoch, next_look
 from forwardgrad.step import cap_step
 
@@ -90,7 +91,13 @@ def _begun(store: Store) -> list[tuple[Run, ...]]:
 
 
 def train(
-    runs: Sequence[Run], store: Store, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0
+    runs: Sequence[Run],
+    store: Store,
+    *,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train runs of one plan together, or go on with them, and return their results by identity.
 
@@ -107,6 +114,9 @@ def train(
             if batch.going_on:
                 batch.write_what_and_where(folder)
                 batch.resume(folder / "checkpoint.pt")
+                for index in batch.going_on:
+                    run = batch.runs[index]
+                    batch.boards[index] = held.enter_context(Board(tensorboard and tensorboard / run.identity, run, batch.states[index]))
                 _loop(batch, folder / "checkpoint.pt", checkpoint_seconds)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the memory of {device} is too small for {len(runs)} runs at once: use --no-batched") from error
@@ -121,6 +131,7 @@ class _Batch:
         self.runs, self.first, self.on = tuple(runs), runs[0], on
         self.folders = [store.folder(run.identity) for run in runs]
         self.going_on = [index for index, run in enumerate(runs) if store.result(run.identity) is None]
+        self.boards: dict[int, Board] = {}
         self.step = 0
         if not self.going_on:
             return
@@ -200,7 +211,8 @@ class _Batch:
             raise damaged(path, type(error).__name__) from error
 
     def finish(self, index: int, reason: str | None) -> None:
-        finish(self.runs[index], self.datasets[index], self.states[index], self.folders[index], reason, replicas=len(self.runs))
+        run, dataset, state, folder = self.runs[index], self.datasets[index], self.states[index], self.folders[index]
+        self.boards[index].end(finish(run, dataset, state, folder, reason, replicas=len(self.runs)))
         self.going_on.remove(index)
 
     def order(self) -> Tensor:
@@ -231,7 +243,11 @@ def _loop(batch: _Batch, checkpoint: Path, checkpoint_seconds: float) -> None:
         if now - said >= STATUS_SECONDS * len(batch.going_on):
             _say(batch)
             said = time.monotonic()
+        for index in batch.going_on:
+            batch.boards[index].note()
         if now - saved >= checkpoint_seconds:
+            for index in batch.going_on:
+                batch.boards[index].flush()
             write_whole(checkpoint, batch.dump())
             saved = time.monotonic()
     for index in list(batch.going_on):

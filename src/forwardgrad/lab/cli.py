@@ -25,6 +25,7 @@ for command in (
     measuring.estimators,
     measuring.quality,
     reading.report,
+    reading.watch,
 ):
     app.command()(command)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")

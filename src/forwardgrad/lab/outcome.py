@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor
 from forwardgrad.lab import data, own, store
 from forwardgrad.lab.evaluate import finite, losses_of, published_reading, summary
 from forwardgrad.lab.run import Run
-from forwardgrad.lab.state import State, growth, steps_per_epoch
+from forwardgrad.lab.state import State, steps_per_epoch
 
 STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
 FIRST = 10  # steps whose mean loss stands for that of guessing where targets are no classes
+SAID_SECONDS = 1.0  # between two writings of a status
 SHOWN = 100  # steps whose mean loss a display shows
 WALKED = ("step", "norm_growth", "relative_step")
 EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
@@ -30,10 +33,13 @@ def say_where(folder: Path, here: dict[str, Any]) -> None:
 
 
 def evaluate(run: Run, dataset: data.Dataset, state: State, per_epoch: int) -> None:
-    """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row."""
+    """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row.
+
+    The walk has its row of this step by then.
+    """
     loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation, run.precision, loss=own.loss(run)))
     stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
-    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, growth(state), stride])
+    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, state.walk[-1][1], stride])
     state.strides = []
 
 
@@ -56,10 +62,16 @@ def _guessing(losses: Tensor, classes: int) -> float:
 
 
 def say(state: State, total: int, folder: Path) -> None:
+    """Tell a display where the run is, at most once a second; after a power cut nobody asks, so it need not have reached the disk."""
+    if (now := time.monotonic()) - state.said < SAID_SECONDS:
+        return
+    state.said = now
     loss = float(state.losses[max(0, state.step - SHOWN) : state.step].mean())
     validation = state.evaluations[-1][3] if state.evaluations else math.nan
     status = {"step": state.step, "steps": total, "loss": loss, "validation_loss": validation, "seconds": state.seconds}
-    store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()})
+    temporary = folder / ".status.json"
+    temporary.write_text(json.dumps({key: finite(value) for key, value in status.items()}, indent=1) + "\n")
+    temporary.replace(folder / "status.json")
 
 
 def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: str | None, replicas: int | None = None) -> dict[str, Any]:

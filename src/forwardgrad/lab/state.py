@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forwardgrad.estimators import Estimator
 from forwardgrad.lab import data, own, store
+from forwardgrad.lab.norms import norm
 from forwardgrad.lab.precision import arranged
 from forwardgrad.lab.run import Optimizer, Run, is_path, stream
 from forwardgrad.nesterov import Nesterov
@@ -44,6 +45,7 @@ class State:
     strides: list[float] = field(default_factory=list)  # relative lengths of the steps measured since the last evaluation
     evaluations: list[list[float]] = field(default_factory=list)
     walk: list[list[float]] = field(default_factory=list)
+    said: float = -math.inf  # when its status was last written
     order: Tensor | None = None  # of the epoch `drawn`; drawn again after a resume
     drawn: int = -1
 
@@ -172,10 +174,6 @@ def draw_order(run: Run, dataset: data.Dataset, state: State) -> Tensor:
 
 def order_of(seed: int, epoch: int, examples: int) -> Tensor:
     return torch.randperm(examples, generator=torch.Generator().manual_seed(stream(seed, f"order of epoch {epoch}")))
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for t in tensors))
 
 
 def growth(state: State) -> float:

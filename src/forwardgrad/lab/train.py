@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from forwardgrad.lab import data, environment, interrupts, own, parts, store
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import walked
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
-from forwardgrad.lab.state import State, begin, draw_order, growth, norm, resume, steps_per_epoch
+from forwardgrad.lab.state import State, begin, draw_order, resume, steps_per_epoch
+from forwardgrad.lab.tensorboard import Board
 from forwardgrad.memory import peak_bytes
 from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
@@ -32,9 +34,18 @@ FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch ...
 MOST_EVALUATIONS = 100  # ... or every so many, where a small data set has more epochs than that
 
 
-def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: Path | None = None,
+) -> dict[str, Any]:
     """Train one run in its folder, or go on with it, and return its result; a finished run is only read.
 
+    TensorBoard's files, if asked for, go to a folder of the run's own in `tensorboard`.
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
     if (done := store.read_result(folder)) is not None:
@@ -50,11 +61,14 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
             store.write_json(folder / "run.json", to_json(run))
             say_where(folder, environment.describe(on))
             resume(state, folder)
-            reason = _loop(run, dataset, state, folder, checkpoint_seconds)
-            return finish(run, dataset, state, folder, reason)
+            with Board(tensorboard and tensorboard / run.identity, run, state) as board:
+                reason = _loop(run, dataset, state, folder, checkpoint_seconds, board)
+                result = finish(run, dataset, state, folder, reason)
+                board.end(result)
+            return result
 
 
-def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float) -> str | None:
+def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float, board: Board) -> str | None:
     """Train to the end or to divergence; returns why a run diverged."""
     per_epoch, total = steps_per_epoch(run, dataset), len(state.losses)
     at = evaluated_at(per_epoch, total)
@@ -68,14 +82,15 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
             if state.step == look - 1:
                 continue
         else:
-            state.strides.append(_measured(run, dataset, state, watch=look in at))
-            state.walk.append([look, growth(state), state.strides[-1]])
+            _measured(run, dataset, state, watch=look in at)
             if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(run, state, dataset.classes)):
                 return reason
             if look in at:
                 evaluate(run, dataset, state, per_epoch)
         say(state, total, folder)
+        board.note()
         if time.monotonic() - saved >= checkpoint_seconds:
+            board.flush()
             store.write_whole(folder / "checkpoint.pt", state.dump())
             saved = time.monotonic()
     return None
@@ -114,15 +129,17 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
 
 
 def _measured(run: Run, dataset: data.Dataset, state: State, *, watch: bool) -> float:
-    """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
+    """Take one step, and note and return its relative length ‖Δθ‖/‖θ‖; the copy that takes is in neither the run's time nor its memory."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
     if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
         _timed(run, dataset, state, state.step + 1)
         state.peak = peak
-    size = norm(before)
-    return norm(p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)) / size if size else math.inf
+    size, now, way = walked(before, list(state.model.parameters()))
+    state.strides.append(way / size if size else math.inf)
+    state.walk.append([state.step, now / state.start if state.start else math.inf, state.strides[-1]])
+    return state.strides[-1]
 
 
 def _watched(run: Run, dataset: data.Dataset, state: State) -> None:
@@ -192,5 +209,5 @@ def _step(run: Run, state: State, step: int, images: Tensor, labels: Tensor) -> 
         record = state.whole(images, labels)
     state.passes += record.forward_passes
     if len(record.derivatives):
-        state.derivatives[step] = record.derivatives.square().mean().sqrt()
+        state.derivatives[step] = record.derivatives.abs() if len(record.derivatives) == 1 else record.derivatives.square().mean().sqrt()
     return record.loss

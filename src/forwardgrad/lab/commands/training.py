@@ -32,6 +32,7 @@ from forwardgrad.lab.commands.options import (
     Precise,
     Seed,
     Seeds,
+    TensorBoard,
     estimator_of,
     numbers,
     write_report,
@@ -73,6 +74,7 @@ def train(
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train one network once and print its validation and test results."""
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
@@ -80,8 +82,9 @@ def train(
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress, describe
 
+    _check_tensorboard(tensorboard)
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
-    result = execute([run], store, Place(device, data_dir), progress)[run.identity]
+    result = execute([run], store, Place(device, data_dir, tensorboard=tensorboard), progress)[run.identity]
     print(f"{describe(result)}\n{store.folder(run.identity)}")
 
 
@@ -108,6 +111,7 @@ def tune(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
@@ -123,7 +127,7 @@ def tune(
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
     study = Study("tune", "Tuning", (arm,), seeds, Length(epochs=tuning_epochs), widen=widen)
-    write_report(carry_out(study, out, device, data_dir, jobs, batched))
+    write_report(carry_out(study, out, device, data_dir, jobs, batched, tensorboard))
 
 
 def study(
@@ -137,6 +141,7 @@ def study(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once."""
     from forwardgrad.lab.studyfile import load
@@ -146,7 +151,7 @@ def study(
     if budget:
         show_cost(found, out, device, data_dir, jobs)
     else:
-        write_report(carry_out(found, out, device, data_dir, jobs, batched))
+        write_report(carry_out(found, out, device, data_dir, jobs, batched, tensorboard))
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -174,6 +179,7 @@ def reproduce(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Run the paper, or a part of it: Table I, its figures, the comparison of Baydin et al., a study beyond it; and write the report.
 
@@ -201,7 +207,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched)
+    store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched, tensorboard)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
@@ -233,7 +239,9 @@ def demo(
     write_report(carry_out(recipes.demo(epochs, seeds), out, "cpu", None, jobs))
 
 
-def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None) -> Store:
+def carry_out(
+    study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None, tensorboard: bool = False
+) -> Store:
     """Run what is not finished of a study, under the live display; returns the store it is in."""
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.environment import device as check_device
@@ -241,7 +249,8 @@ def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs:
     from forwardgrad.lab.progress import Progress
 
     check_device(device)
-    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched)
+    _check_tensorboard(tensorboard)
+    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched, tensorboard)
     progress.say(study.title)
     run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names, pace_on(device, data_dir))
     return store
@@ -269,6 +278,14 @@ def pace_on(device: str, data_dir: Path | None) -> Callable[[Run], Pace]:
         return measure(run, device, data_dir)
 
     return pace
+
+
+def _check_tensorboard(wanted: bool) -> None:
+    """Told before anything runs, not by the first run."""
+    if wanted:
+        from forwardgrad.lab.tensorboard import installed
+
+        installed()
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
