@@ -1,7 +1,4 @@
-"""A study of your own in forty lines: three estimators on two spirals, with a model, data and a loss that the laboratory never saw.
-
-forwardgrad study examples/spirals.py --jobs 2 --out spirals     # with --budget it only says what that would cost
-"""
+"""A study of your own: `forwardgrad study examples/spirals.py --jobs 2 --out spirals`; with --budget it only says what that would cost."""
 
 import torch
 from torch import nn
@@ -14,7 +11,6 @@ from forwardgrad.lab.study import Arm, Study
 
 
 def spirals(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Two spirals, a draw for each seed; the laboratory holds out a sixth of the training examples for validation."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(1500) % 2
     along = torch.rand(1500, generator=generator).sqrt() * 6

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from tests.stored import put, record, seeds, timed, under_way
+from tests.stored import put, record, seeds, timed, tried, under_way
 
 from forwardgrad.lab import progress, watch
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.progress import Display, Progress
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store, read_json, write_json
@@ -33,11 +34,11 @@ RUN = Run("digits", "mlp", {"name": "backprop"}, Optimizer("sgd", 0.1), 4)
 SPACE = {"lr": (0.01, 0.1, 1.0)}
 ONE = Arm("one", "digits", "backprop", "backpropagation", RUN, SPACE)
 TWO = dataclasses.replace(ONE, name="two", run=dataclasses.replace(RUN, estimator={"name": "forward"}))
-STUDY = Study("both", "Two arms", (ONE, TWO), seeds=2, tuning_epochs=2)
+STUDY = Study("both", "Two arms", (ONE, TWO), seeds=2, tuning=Length(epochs=2))
 
 
 def trials(arm: Arm) -> list[Run]:
-    return [run for _, run in arm.trials(STUDY.tuning_epochs)]
+    return [run for _, run in tried(STUDY, arm)]
 
 
 def change(store: Store, edit: Any) -> None:
@@ -328,7 +329,8 @@ from forwardgrad.lab.execute import Place, execute
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Arm, Study, run_study
+from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.tuning import run_study
 
 run = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), int(sys.argv[2]))
 store, study = Store(Path(sys.argv[1])), Study("pair", "A pair", (Arm("only", "g", "backprop", "b", run),), seeds=2)
