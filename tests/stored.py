@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 
@@ -53,15 +54,38 @@ def put(store: Store, run: Run, test_loss: float | None, *, steps: int = 400, di
     write_result(folder, result)
 
 
+def timed(store: Store, run: Run, begun: float, told: float) -> None:
+    """Set when a run began, and when it last said something or ended."""
+    folder = store.folder(run.identity)
+    os.utime(folder / "run.json", (begun, begun))
+    for name in ("status.json", "result.json"):
+        if (folder / name).exists():
+            os.utime(folder / name, (told, told))
+
+
+def under_way(store: Store, run: Run, step: int, steps: int, seconds: float, validation: float | None) -> None:
+    """A run that has begun and has no result yet."""
+    folder = store.folder(run.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", to_json(run))
+    status = {"step": step, "steps": steps, "loss": 1.0, "validation_loss": validation, "seconds": seconds}
+    write_json(folder / "status.json", status)
+
+
 def seeds(arm: Arm, n: int) -> list[Run]:
     return [dataclasses.replace(arm.run, seed=seed) for seed in range(n)]
+
+
+def tried(study: Study, arm: Arm) -> list[tuple[dict[str, Any], Run]]:
+    """Every trial of an arm: its point and its run."""
+    return [(point, study.trial(arm, point)) for point in study.points(arm)]
 
 
 def record(store: Store, study: Study, edge: tuple[str, ...] = ()) -> None:
     """The study as it is stored, every tuned arm having chosen the first point of its grid."""
     arms: list[dict[str, Any]] = []
     for arm in study.arms:
-        trials = arm.trials(study.tuning_epochs) if arm.space else []
+        trials = tried(study, arm)
         chosen = {"values": trials[0][0], "validation_loss": 0.25, "at_edge": list(edge)} if trials else {}
         arms.append(
             {
@@ -72,7 +96,7 @@ def record(store: Store, study: Study, edge: tuple[str, ...] = ()) -> None:
                 "command": f"forwardgrad reproduce {study.name}",
                 "published": dataclasses.asdict(arm.published) if arm.published else None,
                 "space": {name: list(values) for name, values in arm.space.items()},
-                "tuning_epochs": study.tuning_epochs if arm.space else 0,
+                "tuning_epochs": study.tuning.epochs if arm.space else 0,
                 "trials": [{"values": values, "run": run.identity} for values, run in trials],
                 "chosen": chosen or {"values": {}, "validation_loss": None, "at_edge": []},
                 "runs": [run.identity for run in seeds(arm, study.seeds)],

@@ -164,7 +164,9 @@ def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path
 
 def test_the_test_split_is_read_only_by_runs_that_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, losses_of, digits = [], outcome.losses_of, data.load("digits", 0)
-    monkeypatch.setattr(outcome, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
+    monkeypatch.setattr(
+        outcome, "losses_of", lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named)
+    )
     runs = [dataclasses.replace(run, test=False) for run in grid(RUN, seeds=(0,))]
     assert all(result["test"] is None for result in batched.train(runs, Store(tmp_path)).values())
     assert seen

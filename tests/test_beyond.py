@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.stored import tried
 
 from forwardgrad.estimators import from_config
 from forwardgrad.lab.beyond import METHODS, NETWORKS, SHORT, beyond
@@ -14,7 +15,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.results import studies
 from forwardgrad.lab.run import Run, to_json
 from forwardgrad.lab.store import Store, write_json
-from forwardgrad.lab.study import run_study
+from forwardgrad.lab.tuning import run_study
 
 
 def names(rows: list[str] | None) -> list[str]:
@@ -41,22 +42,23 @@ def test_a_row_that_does_not_exist_is_refused(row: str) -> None:
 
 
 def test_every_arm_can_be_built_and_has_four_rates_of_its_own_and_an_annealed_adam() -> None:
-    arms = beyond([f"{model}-{method}" for model in NETWORKS for method in METHODS]).arms
+    study = beyond([f"{model}-{method}" for model in NETWORKS for method in METHODS])
+    arms = study.arms
     assert len(arms) == len(NETWORKS) * len(METHODS)
     for arm in arms:
         from_config(arm.run.estimator)
         assert list(arm.space) == ["lr"]
         assert len(set(arm.space["lr"])) == 4
         assert (arm.run.optimizer.name, arm.run.optimizer.anneal) == ("adam", True)
-        assert all(run.optimizer.anneal and run.epochs == 2 and not run.test for _, run in arm.trials(2))
+        assert all(run.optimizer.anneal and run.epochs == 2 and not run.test for _, run in tried(study, arm))
     shared = 4  # the linear classifier on MNIST is one run for both networks there
-    assert len({run.identity for arm in arms for _, run in arm.trials(2)}) == 4 * len(arms) - shared
+    assert len({run.identity for arm in arms for _, run in tried(study, arm)}) == 4 * len(arms) - shared
 
 
 def test_trials_are_no_longer_than_the_runs() -> None:
-    assert beyond(["nn"], epochs=1).tuning_epochs == 1
-    assert beyond(["nn"]).tuning_epochs == 2
-    assert beyond(["nn"], tuning_epochs=3).tuning_epochs == 3
+    assert beyond(["nn"], epochs=1).tuning.epochs == 1
+    assert beyond(["nn"]).tuning.epochs == 2
+    assert beyond(["nn"], tuning_epochs=3).tuning.epochs == 3
 
 
 def pretend(store: Store) -> Any:

@@ -13,7 +13,7 @@ from forwardgrad.lab import figures, recipes, report
 from forwardgrad.lab.beyond import beyond
 from forwardgrad.lab.run import Precision, Run
 from forwardgrad.lab.store import Store, read_json, write_json
-from forwardgrad.lab.study import run_study
+from forwardgrad.lab.tuning import run_study
 
 NN, CIFAR = "NN · MNIST", "CNN · CIFAR-10"
 Reached = Callable[[Run], float]  # the test accuracy of a run

@@ -16,7 +16,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.noise import EPOCHS, LABELS
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.store import Store, read_result, write_result, write_table
-from forwardgrad.lab.study import run_study
+from forwardgrad.lab.tuning import run_study
 
 GROUP, TABLE = "CNN · CIFAR-10 · SGD", "The walk of the parameters"
 

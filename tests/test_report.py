@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.stored import ENVIRONMENT, put, record, reported, row, seeds
+from tests.stored import ENVIRONMENT, put, record, reported, row, seeds, tried
 
 from forwardgrad.lab import figures, recipes, report
 from forwardgrad.lab.errors import UserError
@@ -128,7 +128,7 @@ def test_the_winner_on_an_edge_is_flagged(store: Store) -> None:
     study = recipes.demo(epochs=1, seeds=2)
     record(store, study, edge=("lr",))
     for arm in study.arms:
-        for _, run in arm.trials(1)[:4]:
+        for _, run in tried(study, arm)[:4]:
             put(store, run, 0.3, diverged="the loss is not finite" if run.optimizer.lr > 1e-2 else None)
         for run in seeds(arm, 2):
             put(store, run, 0.3)

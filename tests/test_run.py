@@ -55,6 +55,9 @@ def test_identity_is_stable_and_sees_every_field() -> None:
             {"optimizer": Optimizer("sgd", 0.5, decay=1e-5)},
             {"precision": "bfloat16"},
             {"engine": "compile"},
+            {"steps": 7},
+            {"loss": "mine:loss"},
+            {"code": "0123456789ab"},
         )
     ]
     assert len({run.identity for run in [RUN, *changed]}) == 1 + len(changed) == 1 + len(dataclasses.fields(Run))

@@ -9,9 +9,11 @@ import pytest
 
 from forwardgrad.lab import recipes
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import TUNING_SEED, Arm, Study, logspace, run_study
+from forwardgrad.lab.study import TUNING_SEED, Arm, Study, logspace
+from forwardgrad.lab.tuning import run_study
 
 RUN = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.5), epochs=20)
 
@@ -35,7 +37,7 @@ class Fake:
 
 def test_the_best_point_on_validation_is_trained_on_fresh_seeds(tmp_path: Path) -> None:
     fake = Fake(lambda run: abs(run.optimizer.lr - 0.02) + run.optimizer.decay)
-    study = Study("s", "S", (arm(lr=(0.01, 0.02, 0.03), decay=(0.0, 1e-5)),), seeds=3, tuning_epochs=4)
+    study = Study("s", "S", (arm(lr=(0.01, 0.02, 0.03), decay=(0.0, 1e-5)),), seeds=3, tuning=Length(epochs=4))
     record = run_study(study, Store(tmp_path), fake, "command")
     trials, finals = fake.calls
     assert len(trials) == 6
@@ -125,9 +127,9 @@ def test_rows_are_chosen_by_number_and_by_name() -> None:
 def test_a_search_gives_both_arms_the_same_number_of_points() -> None:
     study = recipes.table1(retune=True)
     for arm in study.arms:
-        assert arm.points >= 12
+        assert study.budget(arm) >= 12
         assert arm.space == recipes.grid(arm)
-    assert {a.points for a in study.arms if a.run.model == "cifar-cnn"} == {12}
+    assert {study.budget(a) for a in study.arms if a.run.model == "cifar-cnn"} == {12}
     assert recipes.table1(["nn-sgd-forward"], retune=True).arms[0].space["lr"] == logspace(-4, -3, 4)
 
 
@@ -138,9 +140,10 @@ def test_shortening_changes_the_runs_and_not_what_was_published() -> None:
 
 
 def test_baydin_uses_one_learning_rate_for_both_arms_and_tunes_them_alike() -> None:
-    arms = recipes.baydin().arms
+    study = recipes.baydin()
+    arms = study.arms
     same, tuned = [a for a in arms if not a.space], [a for a in arms if a.space]
     assert len(same) == len(tuned) == 4
     assert {(a.run.optimizer.lr, a.run.optimizer.decay) for a in same} == {(2e-4, 1e-4)}
-    assert {a.points for a in tuned} == {7}
+    assert {study.budget(a) for a in tuned} == {7}
     assert all(dataclasses.replace(a.run.optimizer, lr=1.0) == dataclasses.replace(same[0].run.optimizer, lr=1.0) for a in arms)

@@ -313,7 +313,9 @@ def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: py
 def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     losses_of = outcome.losses_of
-    monkeypatch.setattr(outcome, "losses_of", lambda model, data, split, *rest: seen.append(split) or losses_of(model, data, split, *rest))
+    monkeypatch.setattr(
+        outcome, "losses_of", lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named)
+    )
     digits = data.load("digits", RUN.seed)
     assert train.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
     assert seen
@@ -334,14 +336,14 @@ def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held:
     run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
     digits = data.load("digits", 0)
     state = begin(run, digits, torch.device("cpu"))
-    train._advance(run, digits, state, 1)
+    train.advance(run, digits, state, 1)
 
     def waits(*_: Any, **__: Any) -> None:
         pytest.fail("a step read a value from the device")
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    train._advance(run, digits, state, 5)
+    train.advance(run, digits, state, 5)
     monkeypatch.undo()
     assert state.step == 5
     assert state.losses[:5].isfinite().all()

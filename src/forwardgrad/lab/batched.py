@@ -25,27 +25,29 @@ from torch import Tensor, nn
 
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
-from forwardgrad.lab import data, environment, interrupts
+from forwardgrad.lab import data, environment, interrupts, own
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import norm
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
+from forwardgrad.lab.parts import paths
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import SCHEMA, Run, from_json, identity, to_json
 from forwardgrad.lab.state import (
     State,
     as_bytes,
     buffers,
-    build_estimator,
     build_model,
     build_optimizer,
     course,
     directions,
     growth,
-    norm,
     order_of,
     steps_per_epoch,
+    total_steps,
 )
 from forwardgrad.lab.store import Store, alone, check, damaged, make_folder, read_checkpoint, read_json, write_checkpoint, write_json
-from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_look
+from forwardgrad.lab.tensorboard import Board
+from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_epoch, next_look
 from forwardgrad.step import cap_step
 
 LARGEST = 32  # runs in one batch: beyond that a GPU is busy anyway, and a kill or a full memory costs more
@@ -66,7 +68,8 @@ def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
             waiting = {key: run for key, run in waiting.items() if key not in unfinished}
     groups: dict[str, list[Run]] = {}
     for key, run in waiting.items():
-        single = (store.folder(key) / "checkpoint.pt").exists() or unbatched(build_estimator(run)) is not None
+        begun = (store.folder(key) / "checkpoint.pt").exists()
+        single = begun or bool(paths(run)) or unbatched(own.estimator(run)) is not None
         groups.setdefault(key if single else _shared(run), []).append(run)
     for group in groups.values():
         parts = math.ceil(len(group) / LARGEST)
@@ -76,7 +79,7 @@ def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
 
 def _shared(run: Run) -> str:
     """What runs of one batch have in common."""
-    same = (run.data, run.model, run.estimator, run.optimizer.name, run.epochs, run.batch_size, run.precision)
+    same = (run.data, run.model, run.estimator, run.optimizer.name, run.epochs, run.steps, run.batch_size, run.precision)
     return json.dumps(same, sort_keys=True)
 
 
@@ -89,7 +92,13 @@ def _begun(store: Store) -> list[tuple[Run, ...]]:
 
 
 def train(
-    runs: Sequence[Run], store: Store, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0
+    runs: Sequence[Run],
+    store: Store,
+    *,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train runs of one plan together, or go on with them, and return their results by identity.
 
@@ -106,6 +115,9 @@ def train(
             if batch.going_on:
                 batch.write_what_and_where(folder)
                 batch.resume(folder / "checkpoint.pt")
+                for index in batch.going_on:
+                    run = batch.runs[index]
+                    batch.boards[index] = held.enter_context(Board(tensorboard and tensorboard / run.identity, run, batch.states[index]))
                 _loop(batch, folder / "checkpoint.pt", checkpoint_seconds)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the memory of {device} is too small for {len(runs)} runs at once: use --no-batched") from error
@@ -120,15 +132,16 @@ class _Batch:
         self.runs, self.first, self.on = tuple(runs), runs[0], on
         self.folders = [store.folder(run.identity) for run in runs]
         self.going_on = [index for index, run in enumerate(runs) if store.result(run.identity) is None]
+        self.boards: dict[int, Board] = {}
         self.step = 0
         if not self.going_on:
             return
         self.datasets = self._load(data_dir)
         self.per_epoch = steps_per_epoch(self.first, self.datasets[0])
-        self.total = self.first.epochs * self.per_epoch
+        self.total = total_steps(self.first, self.datasets[0])
         models = [build_model(run, dataset, on) for run, dataset in zip(runs, self.datasets, strict=True)]
         starts = [norm(model.parameters()) for model in models]
-        self.ensemble, self.estimator = Ensemble(models), build_estimator(self.first)
+        self.ensemble, self.estimator = Ensemble(models), own.estimator(self.first)
         self._build_optimizer(models)
         self.generators = [directions(run, on) for run in runs]
         recorded = [buffers(self.total, on) for _ in runs]
@@ -201,7 +214,8 @@ class _Batch:
             raise damaged(path, type(error).__name__) from error
 
     def finish(self, index: int, reason: str | None) -> None:
-        finish(self.runs[index], self.datasets[index], self.states[index], self.folders[index], reason, replicas=len(self.runs))
+        run, dataset, state, folder = self.runs[index], self.datasets[index], self.states[index], self.folders[index]
+        self.boards[index].end(finish(run, dataset, state, folder, reason, replicas=len(self.runs)))
         self.going_on.remove(index)
 
     def order(self) -> Tensor:
@@ -232,7 +246,11 @@ def _loop(batch: _Batch, checkpoint: Path, checkpoint_seconds: float) -> None:
         if now - said >= STATUS_SECONDS * len(batch.going_on):
             _say(batch)
             said = time.monotonic()
+        for index in batch.going_on:
+            batch.boards[index].note()
         if now - saved >= checkpoint_seconds:
+            for index in batch.going_on:
+                batch.boards[index].flush()
             write_checkpoint(checkpoint, batch.dump())
             saved = time.monotonic()
     for index in list(batch.going_on):
@@ -245,7 +263,7 @@ def _look(batch: _Batch, look: int, *, evaluated: bool) -> None:
         state, dataset = batch.states[index], batch.datasets[index]
         state.strides.append(stride)
         state.walk.append([look, growth(state), stride])
-        if (look % CHECK_EVERY == 0 or look == batch.total) and (reason := diverged(state, dataset.classes)):
+        if (look % CHECK_EVERY == 0 or look == batch.total) and (reason := diverged(batch.runs[index], state, dataset.classes)):
             batch.finish(index, reason)
         elif evaluated:
             evaluate(batch.runs[index], dataset, state, batch.per_epoch)
@@ -278,7 +296,14 @@ def _measured(batch: _Batch) -> list[float]:
 
 
 def _advance(batch: _Batch, stop: int) -> None:
-    """Take the steps up to `stop`, all of one epoch, without waiting for the device in between."""
+    """Take the steps up to `stop` without waiting for the device in between."""
+    while batch.step < stop:
+        _within_epoch(batch, min(stop, next_epoch(batch.step, batch.per_epoch)))
+    if batch.on.type == "cuda":
+        torch.cuda.synchronize(batch.on)
+
+
+def _within_epoch(batch: _Batch, stop: int) -> None:
     order, size, places = batch.order(), batch.first.batch_size, batch.places
     for step in range(batch.step, stop):
         start = step % batch.per_epoch * size
@@ -290,8 +315,6 @@ def _advance(batch: _Batch, stop: int) -> None:
     batch.step = stop
     for index in batch.going_on:
         batch.states[index].step = stop
-    if batch.on.type == "cuda":
-        torch.cuda.synchronize(batch.on)
 
 
 def _step(batch: _Batch, step: int, images: Tensor, labels: Tensor) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.recipes import BACKPROP, FORWARD
 from forwardgrad.lab.run import DataName, ModelName, Optimizer, Run
 from forwardgrad.lab.study import Arm, Study
@@ -78,7 +79,7 @@ def beyond(rows: list[str] | None = None, epochs: int | None = None, seeds: int 
     arms = tuple(_arm(model, method, epochs) for model, method in _chosen(rows))
     title = "Beyond the paper: every estimator beside backpropagation"
     tuning = tuning_epochs or min(TUNING_EPOCHS, *(arm.run.epochs for arm in arms))
-    return Study("beyond", title, arms, SEEDS if seeds is None else seeds, tuning)
+    return Study("beyond", title, arms, SEEDS if seeds is None else seeds, Length(epochs=tuning))
 
 
 def _chosen(rows: list[str] | None) -> list[tuple[ModelName, str]]:

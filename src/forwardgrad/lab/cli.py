@@ -19,12 +19,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 for command in (
     training.train,
     training.tune,
+    training.study,
     training.reproduce,
     training.demo,
     measuring.bench,
     measuring.estimators,
     measuring.quality,
     reading.report,
+    reading.watch,
 ):
     app.command()(command)
 app.command("list")(reading.list_runs)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forwardgrad.lab import data
+from forwardgrad.lab.own import Loss
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Precision, stream
 
@@ -17,19 +18,38 @@ PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Ta
 
 @torch.no_grad()
 def losses_of(
-    model: nn.Module, dataset: data.Dataset, split: data.Split, precision: Precision = "float32", batch: int = 1000
+    model: nn.Module,
+    dataset: data.Dataset,
+    split: data.Split,
+    precision: Precision = "float32",
+    batch: int = 1000,
+    loss: Loss = F.cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of every example of a split (float64) and whether it was classified rightly."""
+    """The loss of every example of a split (float64) and whether it was classified rightly.
+
+    Of a user's loss only means over batches are known: every example of a batch gets its mean. Where targets are no classes, whether they
+    were met is NaN.
+    """
     training = model.training
     model.eval()
     losses, right = [], []
     for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
         with computing(precision, images.device):
-            logits = model(arranged(dataset.pixels(images), precision)).float()
-        losses.append(F.cross_entropy(logits, labels, reduction="none").double())
-        right.append(logits.argmax(1) == labels)
+            output = model(arranged(dataset.pixels(images), precision))
+            output = output.float() if isinstance(output, Tensor) else output
+            if loss is F.cross_entropy:
+                losses.append(F.cross_entropy(output, labels, reduction="none").double())
+            else:
+                losses.append(loss(output, labels).double().expand(len(labels)))
+        right.append(_right(output, labels, dataset.classes))
     model.train(training)
     return torch.cat(losses), torch.cat(right)
+
+
+def _right(output: object, labels: Tensor, classes: int) -> Tensor:
+    if classes and isinstance(output, Tensor) and output.dim() == 2:
+        return output.argmax(1) == labels
+    return torch.full((len(labels),), math.nan)
 
 
 def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -44,6 +64,8 @@ def published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:
     """
     generator = torch.Generator().manual_seed(stream(seed, "published reading"))
     losses = losses.cpu()
+    if len(losses) < PUBLISHED_READING:
+        return dict.fromkeys(("last16", "last16_low", "last16_high"))
     draws = torch.stack([torch.randperm(len(losses), generator=generator)[-PUBLISHED_READING:] for _ in range(1000)])
     readings = losses[draws].mean(1)
     low, high = torch.quantile(readings, torch.tensor([0.05, 0.95], dtype=readings.dtype)).tolist()

@@ -26,12 +26,14 @@ class Place:
     """Where runs are executed: the device, the data folder, and how many runs at a time share the processor's cores.
 
     `batched`: whether runs that differ in seed and optimizer's numbers alone are trained as one program; None for on a GPU only.
+    `tensorboard`: whether every run also writes events for TensorBoard, in the store's folder of that name.
     """
 
     device: str = "cpu"
     data_dir: Path | None = None
     jobs: int = 1
     batched: bool | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -64,14 +66,15 @@ def _units(runs: list[Run], store: Store, place: Place) -> list[tuple[Run, ...]]
 
 
 def _together(unit: tuple[Run, ...], store: Store, place: Place) -> dict[str, dict[str, Any]]:
+    boards = store.root / "tensorboard" if place.tensorboard else None
     if len(unit) > 1:
         from forwardgrad.lab import batched
 
-        return batched.train(unit, store, device=place.device, data_dir=place.data_dir)
+        return batched.train(unit, store, device=place.device, data_dir=place.data_dir, tensorboard=boards)
     from forwardgrad.lab.train import train
 
     (run,) = unit
-    return {run.identity: train(run, store.folder(run.identity), device=place.device, data_dir=place.data_dir)}
+    return {run.identity: train(run, store.folder(run.identity), device=place.device, data_dir=place.data_dir, tensorboard=boards)}
 
 
 def _pooled(units: list[tuple[Run, ...]], store: Store, place: Place) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ USUAL = ("paper-x5", *(f"{remedy}-x10" for remedy in LABELS))
 def noise(rows: list[str] | None = None, epochs: int | None = None, seeds: int = 1) -> Study:
     """The paper's row at 5 and 10 times its rate and the remedies at 10 times, or the arms named; `-x1` is the rate of the paper."""
     arms = tuple(_arm(remedy, factor, epochs or EPOCHS[factor]) for remedy, factor in _chosen(rows))
-    return Study("noise", "The explosion on CIFAR-10: a random walk, and what holds it back", arms, seeds, tuning_epochs=1)
+    return Study("noise", "The explosion on CIFAR-10: a random walk, and what holds it back", arms, seeds)
 
 
 def _chosen(rows: list[str] | None) -> list[tuple[str, int]]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
-from forwardgrad.lab import data, store
+from torch import Tensor
+
+from forwardgrad.lab import data, own, store
 from forwardgrad.lab.evaluate import finite, losses_of, published_reading, summary
 from forwardgrad.lab.run import Run
-from forwardgrad.lab.state import State, growth, steps_per_epoch
+from forwardgrad.lab.state import State, steps_per_epoch
 
 STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
+FIRST = 10  # steps whose mean loss stands for that of guessing where targets are no classes
+SAID_SECONDS = 1.0  # between two writings of a status
 SHOWN = 100  # steps whose mean loss a display shows
 WALKED = ("step", "norm_growth", "relative_step")
 EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
@@ -28,27 +33,39 @@ def say_where(folder: Path, here: dict[str, Any]) -> None:
 
 
 def evaluate(run: Run, dataset: data.Dataset, state: State, per_epoch: int) -> None:
-    """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row."""
-    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
+    """Add a row to the evaluations; the relative step is the root mean square of those measured since the last row.
+
+    The walk has its row of this step by then.
+    """
+    loss, accuracy = summary(losses_of(state.model, dataset, dataset.validation, run.precision, loss=own.loss(run)))
     stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
-    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, growth(state), stride])
+    state.evaluations.append([state.step, state.step / per_epoch, state.seconds, loss, accuracy, state.walk[-1][1], stride])
     state.strides = []
 
 
-def diverged(state: State, classes: int) -> str | None:
+def diverged(run: Run, state: State, classes: int) -> str | None:
     """Why the run is beyond help, None if it is not; cuts the run back to the step where that became certain."""
     losses = state.losses[: state.step].cpu()
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         state.step = int(bad[0]) + 1
         return "the loss is not finite"
-    bound, window = STUCK_FACTOR * math.log(classes), min(STUCK_STEPS, max(1, len(state.losses) // 2))
+    bound, window = STUCK_FACTOR * _guessing(losses, 0 if run.loss else classes), min(STUCK_STEPS, max(1, len(state.losses) // 2))
     if state.step >= window and bool((losses[-window:] > bound).all()):
         return f"the loss stayed above {bound:.1f} for {window} steps"
     return None
 
 
+def _guessing(losses: Tensor, classes: int) -> float:
+    """The loss of a network that knows nothing: that of guessing among classes or, where there are none, the mean of the first steps."""
+    return math.log(classes) if classes > 1 else float(losses[:FIRST].mean())
+
+
 def say(state: State, total: int, folder: Path) -> None:
+    """Tell a display where the run is, at most once a second; after a power cut nobody asks, so it need not have reached the disk."""
+    if (now := time.monotonic()) - state.said < SAID_SECONDS:
+        return
+    state.said = now
     loss = float(state.losses[max(0, state.step - SHOWN) : state.step].mean())
     validation = state.evaluations[-1][3] if state.evaluations else math.nan
     status = {"step": state.step, "steps": total, "loss": loss, "validation_loss": validation, "seconds": state.seconds}
@@ -60,12 +77,21 @@ def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: 
 
     `replicas` is how many runs shared the seconds, where they were trained as one program.
     """
-    validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision))
+    last = state.evaluations[-1] if state.evaluations and reason is None else None
+    if last is not None and last[0] == state.step:
+        validation = last[3], last[4]
+    else:
+        validation = summary(losses_of(state.model, dataset, dataset.validation, run.precision, loss=own.loss(run)))
     test = None
     if run.test:
-        measured = losses_of(state.model, dataset, dataset.test, run.precision)
+        measured = losses_of(state.model, dataset, dataset.test, run.precision, loss=own.loss(run))
         loss, accuracy = summary(measured)
-        test = {"loss": finite(loss), "accuracy": accuracy, "examples": len(measured[0]), **published_reading(measured[0], run.seed)}
+        test = {
+            "loss": finite(loss),
+            "accuracy": finite(accuracy),
+            "examples": len(measured[0]),
+            **(published_reading(measured[0], run.seed) if run.loss is None else {}),
+        }
     rows = ([*map(int, row[:1]), *(finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
     store.write_table(folder / "evaluations.csv", EVALUATED, rows)
     walk = ([int(step), *map(finite, rest)] for step, *rest in state.walk if step <= state.step)
@@ -87,7 +113,7 @@ def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: 
         "peak_bytes": state.peak or None,
         "initial_norm": finite(state.start),
         "validation_loss": finite(validation[0]),
-        "validation_accuracy": validation[1],
+        "validation_accuracy": finite(validation[1]),
         "test": test,
         **({"replicas": replicas} if replicas else {}),
     }

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import DataName, ModelName, Optimizer, OptimizerName, Run
+from forwardgrad.lab.length import Length
+from forwardgrad.lab.run import DataName, ModelName, Optimizer, Run
 from forwardgrad.lab.study import Arm, Published, Study, logspace
 
 Kind = Literal["forward", "backprop"]
@@ -34,7 +35,7 @@ def _row(model: ModelName, optimizer: Optimizer, kind: Kind, epochs: int, test_l
     )
 
 
-TITLES: dict[OptimizerName, str] = {"sgd": "SGD", "nesterov": "Nesterov", "adam": "Adam"}
+TITLES: dict[str, str] = {"sgd": "SGD", "nesterov": "Nesterov", "adam": "Adam"}
 
 TABLE1 = (
     _row("nn", Optimizer("sgd", 0.000464, 1e-5), "forward", 50, 0.332),
@@ -56,7 +57,7 @@ TABLE1 = (
 
 # The paper's learning-rate grids where they are known, and as many points for backpropagation as for the forward gradient.
 _DECAYS = (0.0, 1e-6, 1e-5)
-GRIDS: dict[tuple[str, OptimizerName, Kind], dict[str, tuple[float, ...]]] = {
+GRIDS: dict[tuple[str, str, Kind], dict[str, tuple[float, ...]]] = {
     ("nn", "sgd", "forward"): {"lr": logspace(-4, -3, 4), "decay": _DECAYS},
     ("nn", "sgd", "backprop"): {"lr": logspace(-3, -1, 4), "decay": _DECAYS},
     ("nn", "nesterov", "forward"): {"lr": logspace(-4, -3, 4), "momentum": (0.1, 0.367, 0.633, 0.9)},
@@ -83,7 +84,8 @@ def table1(
     arms = tuple(_resized(arm, epochs=epochs, space=grid(arm) if retune else {}) for arm in arms)
     long = 20 if all(arm.run.data == "cifar10" for arm in arms) else 10
     title = "Table I, hyperparameters from a search of our own" if retune else "Table I, hyperparameters as published"
-    return Study("table1-retuned" if retune else "table1", title, arms, seeds, tuning_epochs or min(long, *(a.run.epochs for a in arms)))
+    length = Length(epochs=tuning_epochs or min(long, *(a.run.epochs for a in arms)))
+    return Study("table1-retuned" if retune else "table1", title, arms, seeds, length)
 
 
 def _chosen(rows: list[str] | None) -> tuple[Arm, ...]:
@@ -119,7 +121,7 @@ def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None 
     if not arms:
         raise UserError(f"no row {rows[0] if rows else ''!r} in Baydin's comparison: choose from {', '.join(models)}")
     title = "Baydin's comparison: one learning rate for both arms, and each arm tuned"
-    return Study("baydin", title, tuple(arms), seeds, tuning_epochs or epochs)
+    return Study("baydin", title, tuple(arms), seeds, Length(epochs=tuning_epochs or epochs))
 
 
 def _baydin_arm(model: ModelName, kind: Kind, tuned: bool, epochs: int) -> Arm:
@@ -156,4 +158,4 @@ def demo(epochs: int = 30, seeds: int = 3) -> Study:
         )
         for kind, space in spaces.items()
     )
-    return Study("demo", "Forward gradient and backpropagation on handwritten digits", arms, seeds, tuning_epochs=min(10, epochs))
+    return Study("demo", "Forward gradient and backpropagation on handwritten digits", arms, seeds, Length(epochs=min(10, epochs)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forwardgrad.estimators import Estimator, from_config
-from forwardgrad.lab import data, models, store
+from forwardgrad.estimators import Estimator
+from forwardgrad.lab import data, own, store
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import norm
 from forwardgrad.lab.precision import arranged
-from forwardgrad.lab.run import Optimizer, Run, stream
+from forwardgrad.lab.run import Optimizer, Run, is_path, stream
 from forwardgrad.nesterov import Nesterov
 from forwardgrad.training_step import TrainingStep
 
@@ -45,6 +46,7 @@ class State:
     strides: list[float] = field(default_factory=list)  # relative lengths of the steps measured since the last evaluation
     evaluations: list[list[float]] = field(default_factory=list)
     walk: list[list[float]] = field(default_factory=list)
+    said: float = -math.inf  # when its status was last written
     order: Tensor | None = None  # of the epoch `drawn`; drawn again after a resume
     drawn: int = -1
 
@@ -93,25 +95,18 @@ def as_bytes(content: dict[str, Any]) -> bytes:
 def begin(run: Run, dataset: data.Dataset, on: torch.device) -> State:
     """A run before its first step."""
     resident = torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
-    estimator, model = build_estimator(run), build_model(run, dataset, on)
+    estimator, model = own.estimator(run), build_model(run, dataset, on)
     optimizer = build_optimizer(run.optimizer, model, fused=run.precision != "float32")
-    steps = run.epochs * steps_per_epoch(run, dataset)
+    steps = total_steps(run, dataset)
     schedule = build_schedule(run.optimizer, optimizer, steps)
     losses, derivatives = buffers(steps, on)
     return State(model, optimizer, schedule, estimator, directions(run, on), losses, derivatives, norm(model.parameters()), resident)
 
 
-def build_estimator(run: Run) -> Estimator:
-    try:
-        return from_config(run.estimator)
-    except ValueError as error:
-        raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
-
-
 def build_model(run: Run, dataset: data.Dataset, on: torch.device) -> nn.Module:
     """The network of a run, initialised by its seed: the global generator is that of the run from here on."""
     torch.manual_seed(stream(run.seed, "initialisation"))
-    return arranged(models.build(run.model, dataset.shape, dataset.classes).to(on), run.precision)
+    return arranged(own.model(run, dataset).to(on), run.precision)
 
 
 def directions(run: Run, on: torch.device) -> torch.Generator:
@@ -126,6 +121,8 @@ def buffers(steps: int, on: torch.device) -> tuple[Tensor, Tensor]:
 def build_optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer of a run; Nesterov is the true look-ahead form for every arm. `fused` takes Adam's one kernel for a step: faster, and
     other bits than the plain form, which float32 runs keep."""
+    if is_path(options.name):
+        return own.optimizer(options, model)
     if options.name == "sgd":
         return torch.optim.SGD(model.parameters(), options.lr, momentum=options.momentum)
     if options.name == "nesterov":
@@ -163,6 +160,11 @@ def steps_per_epoch(run: Run, dataset: data.Dataset) -> int:
     return math.ceil(len(dataset.train.labels) / run.batch_size)
 
 
+def total_steps(run: Run, dataset: data.Dataset) -> int:
+    """The optimizer steps of a whole run."""
+    return run.steps or run.epochs * steps_per_epoch(run, dataset)
+
+
 def draw_order(run: Run, dataset: data.Dataset, state: State) -> Tensor:
     """The order of the training examples in the epoch under way."""
     epoch = state.step // steps_per_epoch(run, dataset)
@@ -174,10 +176,6 @@ def draw_order(run: Run, dataset: data.Dataset, state: State) -> Tensor:
 
 def order_of(seed: int, epoch: int, examples: int) -> Tensor:
     return torch.randperm(examples, generator=torch.Generator().manual_seed(stream(seed, f"order of epoch {epoch}")))
-
-
-def norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) ** 2 for t in tensors))
 
 
 def growth(state: State) -> float:

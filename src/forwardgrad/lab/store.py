@@ -225,7 +225,8 @@ RESULT = {
     "test": (dict, type(None)),
 }
 LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE, "replicas": int}  # what not every run has
-TEST = {"loss": MAYBE, "accuracy": NUMBER, "examples": int, "last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}
+TEST = {"loss": MAYBE, "accuracy": MAYBE, "examples": int}
+LATER_TEST = {"last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}  # what only losses of examples have
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {
     "name": str,
@@ -277,6 +278,7 @@ def _checked(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     check(path, result, _there(result, LATER))
     if result["test"] is not None:
         check(path, result["test"], TEST)
+        check(path, result["test"], _there(result["test"], LATER_TEST))
     if result["status"] not in ("finished", "diverged", "failed") or (result["status"] == "diverged") != (
         result["diverged_at"] is not None
     ):

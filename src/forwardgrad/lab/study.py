@@ -1,26 +1,27 @@
-"""A comparison: arms that differ in one thing, tuned with the same number of points, trained on fresh seeds.
+"""A comparison: arms with the same budget, tuned on validation data, their winners trained on fresh seeds, the test set read once.
 
-`Study` is what a recipe returns and the command line runs; `Record` is what is stored in OUT/studies/<name>.json and all that a report
-needs besides the runs themselves. Neither needs torch.
+`Study` is what a recipe or a user's function returns and the command line runs. `forwardgrad.lab.tuning` carries it out
+and stores it in OUT/studies/<name>.json. Neither needs torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, Literal
 
+from forwardgrad.lab import parts, space
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import SCHEMA, Precision, Run
-from forwardgrad.lab.store import Store, read_study, write_json
+from forwardgrad.lab.length import Length, Pace, unpaced
+from forwardgrad.lab.run import Optimizer, Precision, Run, check_choice
+from forwardgrad.lab.space import Point, Space
 
 TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direction with the final runs, whose seeds count from 0
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of a study: it is a file's name
 
-Results = dict[str, dict[str, Any]]
-Execute = Callable[[Sequence[Run]], Results]
+Sampler = Literal["grid", "halton", "optuna"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,10 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One arm of a study. Arms of one `group` are compared with one another; `space` maps optimizer fields to grid values.
+    """One arm of a study. Arms of one `group` are compared with one another.
 
+    `space` maps hyperparameters to the values of a grid or to a range (`forwardgrad.lab.space`). A name is a field of the optimizer ("lr"),
+    of the run ("batch_size"), of the estimator ("estimator.tangents") or an option of a user's optimizer ("optimizer.betas").
     `kind` is how the report tells arms apart, by colour and by mark; it sets "forward" and "backprop" beside one another.
     `full_epochs` is what fewer epochs are a shortened run of, where nothing is published.
     """
@@ -44,40 +47,103 @@ class Arm:
     kind: str
     label: str
     run: Run
-    space: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    space: Space = dataclasses.field(default_factory=dict)
     published: Published | None = None
     full_epochs: int | None = None
 
-    def trials(self, epochs: int) -> list[tuple[dict[str, float], Run]]:
-        """Every point of the grid as a run that never reads the test split."""
-        points = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
-        base = dataclasses.replace(self.run, seed=TUNING_SEED, epochs=epochs, test=False)
-        return [(point, _with(base, point)) for point in points]
+    def at(self, point: Point) -> Run:
+        """The arm's run with these hyperparameters; UserError for a name or a value that there is not."""
+        run = self.run
+        for name, value in point.items():
+            run = _with(run, name, value)
+        return run
 
-    @property
-    def points(self) -> int:
-        return math.prod(len(values) for values in self.space.values()) if self.space else 0
+
+def _with(run: Run, name: str, value: Any) -> Run:
+    where, _, option = name.rpartition(".")
+    if where == "estimator":
+        return dataclasses.replace(run, estimator={**run.estimator, option: value})
+    if where == "optimizer":
+        return dataclasses.replace(
+            run, optimizer=dataclasses.replace(run.optimizer, options={**(run.optimizer.options or {}), option: value})
+        )
+    for part in (run.optimizer, run):
+        if not where and name in {field.name for field in dataclasses.fields(part)} - {"name", "seed", "test", "optimizer"}:
+            changed = dataclasses.replace(part, **{name: value})
+            return changed if isinstance(changed, Run) else dataclasses.replace(run, optimizer=changed)
+    known = ", ".join(field.name for field in dataclasses.fields(Optimizer) if field.name not in ("name", "options"))
+    raise UserError(f"no hyperparameter is called {name!r}: name one of the optimizer's ({known}), batch_size, or estimator.OPTION")
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Arms with the same tuning budget, and the seeds of their final runs."""
+    """Arms with the same budget of tuning, and the seeds of their final runs.
+
+    Args:
+        name: also the name of its file; arms of a study of the same name that were run before are kept.
+        title: what the report calls it.
+        arms: what is compared.
+        seeds: final runs of every arm, on seeds 0, 1, … : split, initialisation, order and directions all differ.
+        tuning: how long every trial trains.
+        training: how long every final run trains; None for as long as the arm's run says.
+        trials: points tried in the space of every tuned arm; None for all points of its grid.
+        sampler: where those points lie: all of the grid, quasi-randomly, or where Optuna's TPE asks for them.
+        widen: how often a winner on the edge of its space may have the space widened. Each time every arm of its group gets the same
+            number of further trials. A winner that still lies on an edge is flagged.
+    """
 
     name: str
     title: str
     arms: tuple[Arm, ...]
     seeds: int = 1
-    tuning_epochs: int = 10
+    tuning: Length = Length(epochs=10)  # noqa: RUF009 - frozen
+    training: Length | None = None
+    trials: int | None = None
+    sampler: Sampler = "grid"
+    widen: int = 0
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise UserError(f"the number of seeds must be at least 1, not {self.seeds}")
-        if self.tuning_epochs < 1:
-            raise UserError(f"the number of tuning epochs must be at least 1, not {self.tuning_epochs}")
+        check_choice(self.sampler, Sampler, "sampler")
+        if not NAME.fullmatch(self.name):
+            raise UserError(f"the name of a study is letters, digits, dots, dashes and underscores, not {self.name!r}")
+        for what, value, least in (("seeds", self.seeds, 1), ("trials", self.trials, 1), ("rounds of widening", self.widen, 0)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"the number of {what} must be at least {least}, not {value}")
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"every arm of a study needs a name of its own: {', '.join(names) or 'there is no arm'}")
+        if self.sampler != "grid" and self.trials is None:
+            raise UserError(f"say how many trials the {self.sampler} sampler may ask for")
         for group in {arm.group for arm in self.arms}:
-            budgets = {arm.points for arm in self.arms if arm.group == group and arm.space}
+            budgets = {self.budget(arm) for arm in self.arms if arm.group == group and arm.space}
             if len(budgets) > 1:
                 raise UserError(f"unequal tuning budgets in {group!r}: {sorted(budgets)} points; give every tuned arm the same number")
+
+    def budget(self, arm: Arm) -> int:
+        """How many points of an arm's space are tried, before any widening."""
+        if not arm.space:
+            return 0
+        if self.sampler == "grid" and self.trials is None:
+            return len(space.grid(arm.space))
+        whole = math.inf if self.sampler == "optuna" else space.size(arm.space)
+        return int(min(whole, self.trials or 0))
+
+    def points(self, arm: Arm) -> list[Point]:
+        """The points of an arm that are known beforehand: none where Optuna asks for them."""
+        if not arm.space or self.sampler == "optuna":
+            return []
+        if self.trials is None:
+            return space.grid(arm.space)
+        return space.sampled(arm.space, self.trials, f"{self.name}/{arm.name}")
+
+    def trial(self, arm: Arm, point: Point, pace: Callable[[Run], Pace] = unpaced) -> Run:
+        """The run that tries a point: of the tuning seed, and without a look at the test split."""
+        return self.tuning.of(dataclasses.replace(parts.signed(arm.at(point)), seed=TUNING_SEED, test=False), pace)
+
+    def final(self, arm: Arm, point: Point, seed: int, pace: Callable[[Run], Pace] = unpaced) -> Run:
+        """A run of an arm's winner on a fresh seed."""
+        run = dataclasses.replace(parts.signed(arm.at(point)), seed=seed)
+        return self.training.of(run, pace) if self.training else run
 
     def computed_in(self, precision: Precision) -> Study:
         """The same study with the layers of every run in this precision."""
@@ -85,90 +151,16 @@ class Study:
         return dataclasses.replace(self, arms=arms)
 
 
-def run_study(study: Study, store: Store, execute: Execute, command: str, names: dict[str, str] | None = None) -> dict[str, Any]:
-    """Tune every arm on validation, train each winner on fresh seeds, and store which run was what. Returns the stored record.
-
-    `names`, if given, is filled with what to call each run on a display.
-    """
-    names = names if names is not None else {}
-    trials = {arm.name: arm.trials(study.tuning_epochs) if arm.space else [] for arm in study.arms}
-    names.update({run.identity: f"{name} trial {_short(values)}" for name, tried in trials.items() for values, run in tried})
-    searched = execute([run for arm in study.arms for _, run in trials[arm.name]])
-    chosen = {arm.name: _choose(arm, trials[arm.name], searched) for arm in study.arms}
-    finals = {
-        arm.name: [dataclasses.replace(_with(arm.run, chosen[arm.name]["values"]), seed=seed) for seed in range(study.seeds)]
-        for arm in study.arms
-    }
-    names.update({run.identity: f"{name} seed {run.seed}" for name, runs in finals.items() for run in runs})
-    _record(study, store, command, trials, chosen, finals)  # before the long part: a report can be made of what is there
-    execute([run for arm in study.arms for run in finals[arm.name]])
-    return _record(study, store, command, trials, chosen, finals)
-
-
-def _short(values: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:g}" for name, value in values.items())
-
-
-def _with(run: Run, point: dict[str, float]) -> Run:
-    optimizer = dataclasses.replace(run.optimizer, **point)  # type: ignore[arg-type]
-    return dataclasses.replace(run, optimizer=optimizer)
-
-
-def _choose(arm: Arm, trials: Sequence[tuple[dict[str, float], Run]], results: Results) -> dict[str, Any]:
-    """The trial with the least validation loss, and on which edges of its grid it lies."""
-    finished = [(results[run.identity], values) for values, run in trials if results[run.identity]["status"] == "finished"]
-    fit = [(result["validation_loss"], values) for result, values in finished if result["validation_loss"] is not None]
-    if not trials:
-        return {"values": {}, "validation_loss": None, "at_edge": []}
-    if not fit:  # every point diverged: the least learning rate is the best guess there is, and the report shows it
-        values = min((values for values, _ in trials), key=lambda values: values.get("lr", 0.0))
-        return {"values": values, "validation_loss": None, "at_edge": sorted(arm.space)}
-    loss, values = min(fit, key=lambda pair: pair[0])
-    edges = [name for name, grid in arm.space.items() if len(grid) > 1 and values[name] in (min(grid), max(grid)) and values[name] != 0]
-    return {"values": values, "validation_loss": loss, "at_edge": edges}
-
-
-def _record(
-    study: Study,
-    store: Store,
-    command: str,
-    trials: dict[str, list[tuple[dict[str, float], Run]]],
-    chosen: dict[str, dict[str, Any]],
-    finals: dict[str, list[Run]],
-) -> dict[str, Any]:
-    """Store the study; arms of the same study that were run before and are not part of this call are kept."""
-    path = store.root / "studies" / f"{study.name}.json"
-    with store.changing():
-        return _merged(study, path, command, trials, chosen, finals)
-
-
-def _merged(
-    study: Study,
-    path: Path,
-    command: str,
-    trials: dict[str, list[tuple[dict[str, float], Run]]],
-    chosen: dict[str, dict[str, Any]],
-    finals: dict[str, list[Run]],
-) -> dict[str, Any]:
-    before = {arm["name"]: arm for arm in (read_study(path)["arms"] if path.exists() else [])}
+def check(study: Study) -> None:
+    """Find every mistake that can be found before anything runs: hyperparameters, values, and the user's own code."""
     for arm in study.arms:
-        before[arm.name] = {
-            "name": arm.name,
-            "group": arm.group,
-            "kind": arm.kind,
-            "label": arm.label,
-            "command": command,
-            "published": dataclasses.asdict(arm.published) if arm.published else None,
-            "space": {name: list(values) for name, values in arm.space.items()},
-            "tuning_epochs": study.tuning_epochs if arm.space else 0,
-            "trials": [{"values": values, "run": run.identity} for values, run in trials[arm.name]],
-            "chosen": chosen[arm.name],
-            "runs": [run.identity for run in finals[arm.name]],
-            **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
-        }
-    record = {"schema": SCHEMA, "name": study.name, "title": study.title, "arms": list(before.values())}
-    write_json(path, record)
-    return record
+        parts.signed(arm.run)
+        ends = {name: values if isinstance(values, tuple) else (values.low, values.high) for name, values in arm.space.items()}
+        if empty := [name for name, values in ends.items() if not values]:
+            raise UserError(f"the arm {arm.name!r} has no value for {empty[0]!r} in its space")
+        for name, values in ends.items():
+            for value in values:
+                arm.at({name: value})
 
 
 def logspace(low: float, high: float, count: int) -> tuple[float, ...]:

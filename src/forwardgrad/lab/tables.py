@@ -277,25 +277,49 @@ def _chosen(arm: ArmResult) -> dict[str, Any]:
 
 
 def _values(values: dict[str, float]) -> str:
-    return " · ".join(f"{name} {exact(value)}" for name, value in values.items())
+    return " · ".join(f"{name} {named(value)}" for name, value in values.items())
 
 
 def _points(arm: ArmResult) -> Cell:
     results = [trial for trial in arm.trials if trial]
     lost = sum(trial.get("status") == "diverged" for trial in results)
     waiting = len(arm.trials) - len(results)
-    parts = [count(int(arm.record.get("tuning_epochs") or 0), "epoch") + " each"]
+    parts = [_each(arm)]
     parts += [f"{lost} diverged"] if lost else []
     parts += [f"{waiting} unfinished"] if waiting else []
     return Cell(str(len(arm.trials)), ", ".join(parts))
 
 
+def _each(arm: ArmResult) -> str:
+    """How long every trial was."""
+    budget = arm.record.get("budget") or {"epochs": arm.record.get("tuning_epochs") or 0}
+    for unit, words in (("epochs", "epoch"), ("steps", "step"), ("seconds", "second")):
+        if unit in budget:
+            return f"{exact(budget[unit])} {words}{'' if budget[unit] == 1 else 's'} each"
+    if "forward_passes" in budget:
+        return f"{exact(budget['forward_passes'])} forward passes each"
+    return "of unknown length"
+
+
 def _space(arm: ArmResult) -> Cell:
     parts = []
     for name, values in arm.record["space"].items():
-        many = f"{exact(min(values))} to {exact(max(values))} ({len(values)} values)"
-        parts.append(f"{name} {', '.join(map(exact, values)) if len(values) <= 4 else many}")
+        parts.append(f"{name} {_searched(values)}")
     return Cell(" · ".join(parts))
+
+
+def _searched(values: Any) -> str:
+    """The values of a grid, or a range, in words."""
+    if isinstance(values, dict):
+        return f"{exact(values['low'])} to {exact(values['high'])}{' (logarithmic)' if values.get('log') else ''}"
+    if len(values) <= 4 or not all(isinstance(value, (int, float)) for value in values):
+        return ", ".join(map(named, values))
+    return f"{exact(min(values))} to {exact(max(values))} ({len(values)} values)"
+
+
+def named(value: Any) -> str:
+    """A hyperparameter's value."""
+    return exact(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _trial_loss(arm: ArmResult) -> Cell:

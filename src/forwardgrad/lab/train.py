@@ -15,31 +15,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forwardgrad.lab import data, environment, interrupts, store
+from forwardgrad.lab import data, environment, interrupts, own, parts, store
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.norms import walked
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.precision import arranged, computing
 from forwardgrad.lab.run import Run, to_json
-from forwardgrad.lab.state import State, begin, draw_order, growth, norm, resume, steps_per_epoch
+from forwardgrad.lab.state import State, begin, draw_order, resume, steps_per_epoch
+from forwardgrad.lab.tensorboard import Board
 from forwardgrad.memory import peak_bytes
 from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
-FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch
+FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch ...
+MOST_EVALUATIONS = 100  # ... or every so many, where a small data set has more epochs than that
 
 
-def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None = None, checkpoint_seconds: float = 60.0) -> dict[str, Any]:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    data_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    tensorboard: Path | None = None,
+) -> dict[str, Any]:
     """Train one run in its folder, or go on with it, and return its result; a finished run is only read.
 
+    TensorBoard's files, if asked for, go to a folder of the run's own in `tensorboard`.
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
     if (done := store.read_result(folder)) is not None:
         return done
     on = environment.device(device)
-    dataset = data.load(run.data, run.seed, on, data_dir)
+    _check_code(run)
+    dataset = own.dataset(run, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = begin(run, dataset, on)
         with store.alone(folder):
@@ -48,11 +61,14 @@ def train(run: Run, folder: Path, *, device: str = "cpu", data_dir: Path | None 
             store.write_json(folder / "run.json", to_json(run))
             say_where(folder, environment.describe(on))
             resume(state, folder)
-            reason = _loop(run, dataset, state, folder, checkpoint_seconds)
-            return finish(run, dataset, state, folder, reason)
+            with Board(tensorboard and tensorboard / run.identity, run, state) as board:
+                reason = _loop(run, dataset, state, folder, checkpoint_seconds, board)
+                result = finish(run, dataset, state, folder, reason)
+                board.end(result)
+            return result
 
 
-def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float) -> str | None:
+def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoint_seconds: float, board: Board) -> str | None:
     """Train to the end or to divergence; returns why a run diverged."""
     per_epoch, total = steps_per_epoch(run, dataset), len(state.losses)
     at = evaluated_at(per_epoch, total)
@@ -66,22 +82,31 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
             if state.step == look - 1:
                 continue
         else:
-            state.strides.append(_measured(run, dataset, state, watch=look in at))
-            state.walk.append([look, growth(state), state.strides[-1]])
-            if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(state, dataset.classes)):
+            _measured(run, dataset, state, watch=look in at)
+            if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(run, state, dataset.classes)):
                 return reason
             if look in at:
                 evaluate(run, dataset, state, per_epoch)
         say(state, total, folder)
+        board.note()
         if time.monotonic() - saved >= checkpoint_seconds:
+            board.flush()
             store.write_checkpoint(folder / "checkpoint.pt", state.dump())
             saved = time.monotonic()
     return None
 
 
+def _check_code(run: Run) -> None:
+    """Refuse to go on with code that is not what the description stands for: the result would be filed under another's name."""
+    named = parts.paths(run)
+    if named and (found := parts.digest(named)) != run.code:
+        raise UserError(f"the code of {', '.join(named.values())} changed while the study ran ({run.code}, now {found}): start it again")
+
+
 def evaluated_at(per_epoch: int, total: int) -> set[int]:
-    """The steps after which a run is evaluated."""
-    return {step for step in FIRST_EVALUATIONS if step < per_epoch} | set(range(per_epoch, total + 1, per_epoch))
+    """The steps after which a run is evaluated: a few early ones, then every epoch, or every so many where there are more than 100."""
+    every = per_epoch * math.ceil(total / per_epoch / MOST_EVALUATIONS)
+    return {step for step in FIRST_EVALUATIONS if step < min(per_epoch, total)} | set(range(every, total + 1, every)) | {total}
 
 
 def next_look(step: int, at: set[int], total: int) -> int:
@@ -95,7 +120,7 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     began = time.perf_counter()
-    _advance(run, dataset, state, stop)
+    advance(run, dataset, state, stop)
     elapsed = time.perf_counter() - began
     state.seconds += elapsed
     if on.type == "cuda":
@@ -104,15 +129,17 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
 
 
 def _measured(run: Run, dataset: data.Dataset, state: State, *, watch: bool) -> float:
-    """Take one step and return its relative length ‖Δθ‖/‖θ‖; the copy that this takes is in neither the time nor the memory of the run."""
+    """Take one step, and note and return its relative length ‖Δθ‖/‖θ‖; the copy that takes is in neither the run's time nor its memory."""
     before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
     if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
         _timed(run, dataset, state, state.step + 1)
         state.peak = peak
-    size = norm(before)
-    return norm(p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)) / size if size else math.inf
+    size, now, way = walked(before, list(state.model.parameters()))
+    state.strides.append(way / size if size else math.inf)
+    state.walk.append([state.step, now / state.start if state.start else math.inf, state.strides[-1]])
+    return state.strides[-1]
 
 
 def _watched(run: Run, dataset: data.Dataset, state: State) -> None:
@@ -126,13 +153,25 @@ def _watched(run: Run, dataset: data.Dataset, state: State) -> None:
     tensors = (*state.model.state_dict().values(), *slots, *state.memory.values())
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
     began = time.perf_counter()
-    above = peak_bytes(lambda: _advance(run, dataset, state, state.step + 1), [state.losses.device])
+    above = peak_bytes(lambda: advance(run, dataset, state, state.step + 1), [state.losses.device])
     state.seconds += state.seconds / (state.step - 1) if state.step > 1 else time.perf_counter() - began
     state.peak = max(state.peak, sum(stored.values()) + above)
 
 
-def _advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
-    """Take the steps up to `stop`, all of one epoch, without waiting for the device in between."""
+def advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
+    """Take the steps up to `stop` without waiting for the device in between."""
+    while state.step < stop:
+        _within_epoch(run, dataset, state, min(stop, next_epoch(state.step, steps_per_epoch(run, dataset))))
+    if state.losses.is_cuda:
+        torch.cuda.synchronize(state.losses.device)
+
+
+def next_epoch(step: int, per_epoch: int) -> int:
+    """The step that ends the epoch under way."""
+    return step - step % per_epoch + per_epoch
+
+
+def _within_epoch(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
     order = draw_order(run, dataset, state)
     for step in range(state.step, stop):
         start = step % steps_per_epoch(run, dataset) * run.batch_size
@@ -141,16 +180,16 @@ def _advance(run: Run, dataset: data.Dataset, state: State, stop: int) -> None:
         state.losses[step] = _step(run, state, step, images, labels)
         state.schedule.step()
     state.step = stop
-    if state.losses.is_cuda:
-        torch.cuda.synchronize(state.losses.device)
 
 
 def loss_of(run: Run) -> Callable[..., Tensor]:
     """The loss of a run, as a training step takes it."""
 
+    measure = own.loss(run)
+
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with computing(run.precision, images.device):
-            return F.cross_entropy(model(images), labels)
+            return measure(model(images), labels)
 
     return loss
 
@@ -170,5 +209,5 @@ def _step(run: Run, state: State, step: int, images: Tensor, labels: Tensor) -> 
         record = state.whole(images, labels)
     state.passes += record.forward_passes
     if len(record.derivatives):
-        state.derivatives[step] = record.derivatives.square().mean().sqrt()
+        state.derivatives[step] = record.derivatives.abs() if len(record.derivatives) == 1 else record.derivatives.square().mean().sqrt()
     return record.loss

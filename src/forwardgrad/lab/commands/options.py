@@ -23,6 +23,7 @@ Batched = Annotated[
     bool | None,
     typer.Option("--batched/--no-batched", help="Train runs that differ in seed and rates alone as one program. [default: on a GPU only]"),
 ]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write events for TensorBoard, to the output folder's tensorboard/.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
 Data = Annotated[DataName, typer.Option(help="Data set.")]
 Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]

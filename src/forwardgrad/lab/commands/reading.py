@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -78,3 +79,14 @@ def _show(shown: list[catalogue.Row]) -> None:
         cells = catalogue.cells(row)
         table.add_row(*(cells[place] for place in kept))
     console.print(table)
+
+
+def watch(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder, also one that another process writes.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+) -> None:
+    """Show how far the runs of an output folder are, until all are done; Ctrl-C ends the watching and nothing else."""
+    from forwardgrad.lab.progress import watch as show
+
+    with contextlib.suppress(KeyboardInterrupt):
+        show(Store(directory, create=False), once=once)

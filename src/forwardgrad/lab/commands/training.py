@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,15 +32,19 @@ from forwardgrad.lab.commands.options import (
     Precise,
     Seed,
     Seeds,
+    TensorBoard,
     estimator_of,
     numbers,
     write_report,
 )
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import Optimizer, Run
+from forwardgrad.lab.everything import Budget, everything
+from forwardgrad.lab.length import Length, Pace
+from forwardgrad.lab.run import Optimizer, Precision, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Arm, Study, run_study
+from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.tuning import Campaign, run_study
 
 RETUNED = {
     "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
@@ -69,6 +74,7 @@ def train(
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train one network once and print its validation and test results."""
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
@@ -76,8 +82,9 @@ def train(
     from forwardgrad.lab.execute import Place, execute
     from forwardgrad.lab.progress import Progress, describe
 
+    _check_tensorboard(tensorboard)
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
-    result = execute([run], store, Place(device, data_dir), progress)[run.identity]
+    result = execute([run], store, Place(device, data_dir, tensorboard=tensorboard), progress)[run.identity]
     print(f"{describe(result)}\n{store.folder(run.identity)}")
 
 
@@ -96,6 +103,7 @@ def tune(
     cap: Cap = None,
     epochs: Epochs = 10,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of each trial of the grid.")] = 3,
+    widen: Annotated[int, typer.Option(min=0, help="Times that the grid may be widened where its best point lies on an edge.")] = 0,
     batch_size: BatchSize = 64,
     seeds: Seeds = 1,
     device: Device = "cpu",
@@ -103,11 +111,12 @@ def tune(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
-    first = {name: values[0] for name, values in space.items()}
+    first: dict[str, Any] = {name: values[0] for name, values in space.items()}
     options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size)
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
@@ -117,11 +126,45 @@ def tune(
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
-    write_report(carry_out(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs, batched))
+    study = Study("tune", "Tuning", (arm,), seeds, Length(epochs=tuning_epochs), widen=widen)
+    write_report(carry_out(study, out, device, data_dir, jobs, batched, tensorboard))
+
+
+def study(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE.py", help="A Python file with a function that returns a Study; FILE.py:NAME names one.")
+    ],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of that function.")] = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only print what it would cost, from a timed warm-up of every arm.")] = False,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+    batched: Batched = None,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once."""
+    from forwardgrad.lab.studyfile import load
+
+    given = dict(_setting(text) for text in settings or [])
+    found, _ = load(file, given)
+    if budget:
+        show_cost(found, out, device, data_dir, jobs)
+    else:
+        write_report(carry_out(found, out, device, data_dir, jobs, batched, tensorboard))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    return name, value
 
 
 def reproduce(
-    recipe: Annotated[Literal["table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")],
+    recipe: Annotated[
+        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")
+    ],
     rows: Annotated[
         str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
     ] = None,
@@ -129,14 +172,18 @@ def reproduce(
     seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
     precision: Precise = "float32",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    tensorboard: TensorBoard = False,
 ) -> None:
-    """Run the paper's Table I, its figures, the comparison of Baydin et al., or a study beyond the paper, and write the report.
+    """Run the paper, or a part of it: Table I, its figures, the comparison of Baydin et al., a study beyond it; and write the report.
+
+    `all` runs everything that the paper's claims need, tuned anew with equal budgets on fresh seeds, and ends in the page on those claims.
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
@@ -144,6 +191,13 @@ def reproduce(
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if retune and recipe in RETUNED:
         raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "all":
+        unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
+        if given := [option for option, value in unused.items() if value is not None]:
+            raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
+        return _reproduce_all(everything(budget or "paper", seeds), precision, out, device, data_dir, jobs, batched)
+    if budget is not None:
+        raise UserError("--budget belongs to `reproduce all`: shorten other recipes with --epochs")
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":
@@ -153,13 +207,25 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched)
+    store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched, tensorboard)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
         functions.write(store)
     if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
         _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    write_report(store)
+
+
+def _reproduce_all(
+    studies: tuple[Study, ...], precision: Precision, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None
+) -> None:
+    from forwardgrad.lab import functions
+
+    for study in studies:
+        store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched)
+    functions.write(store)
+    _time_steps(store, {arm.run.model for study in studies for arm in study.arms}, device)
     write_report(store)
 
 
@@ -173,7 +239,9 @@ def demo(
     write_report(carry_out(recipes.demo(epochs, seeds), out, "cpu", None, jobs))
 
 
-def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None) -> Store:
+def carry_out(
+    study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None, tensorboard: bool = False
+) -> Store:
     """Run what is not finished of a study, under the live display; returns the store it is in."""
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.environment import device as check_device
@@ -181,10 +249,43 @@ def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs:
     from forwardgrad.lab.progress import Progress
 
     check_device(device)
-    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched)
+    _check_tensorboard(tensorboard)
+    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched, tensorboard)
     progress.say(study.title)
-    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
+    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names, pace_on(device, data_dir))
     return store
+
+
+def show_cost(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int) -> None:
+    """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
+    from forwardgrad.lab.environment import command
+    from forwardgrad.lab.environment import device as check_device
+    from forwardgrad.lab.paces import costs, table
+
+    check_device(device)
+    with tempfile.TemporaryDirectory() as away:
+        store = Store(out if (out / "runs").is_dir() else Path(away))
+        campaign = Campaign(study, store, lambda runs: {}, command(), pace_on(device, data_dir))
+        print(table(costs(campaign, data_dir), jobs))
+
+
+def pace_on(device: str, data_dir: Path | None) -> Callable[[Run], Pace]:
+    """What a step costs here, measured when it is asked for."""
+
+    def pace(run: Run) -> Pace:
+        from forwardgrad.lab.paces import measure
+
+        return measure(run, device, data_dir)
+
+    return pace
+
+
+def _check_tensorboard(wanted: bool) -> None:
+    """Told before anything runs, not by the first run."""
+    if wanted:
+        from forwardgrad.lab.tensorboard import installed
+
+        installed()
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
