@@ -23,10 +23,12 @@ import torch
 
 from forwardgrad.lab import data, environment, store, train
 from forwardgrad.lab.execute import Place, execute
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Arm, Study, run_study
+from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.tuning import run_study
 
 SPAN = 0.25  # seconds, the latest moment
 PATIENCE = 20  # kills before a study may end
@@ -35,7 +37,7 @@ ARMS = tuple(
     Arm(name, "group", name, name, dataclasses.replace(BASE, estimator={"name": name}), {"lr": (0.01, 0.1)})
     for name in ("backprop", "forward")
 )
-STUDY = Study("killed", "Killed", ARMS, seeds=2, tuning_epochs=1)
+STUDY = Study("killed", "Killed", ARMS, seeds=2, tuning=Length(epochs=1))
 
 
 def work(root: Path, worker: int, workers: int) -> None:

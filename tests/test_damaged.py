@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.stored import put, record, seeds
+from tests.stored import put, record, seeds, tried
 
 from forwardgrad.lab import cli, figures, recipes, store
 from forwardgrad.lab.commands.options import estimator_of
@@ -63,7 +63,7 @@ def kept(tmp_path: Path) -> Store:
     here, study = Store(tmp_path / "out"), recipes.demo(epochs=1, seeds=2)
     record(here, study)
     for arm in study.arms:
-        for _, trial in arm.trials(study.tuning_epochs):
+        for _, trial in tried(study, arm):
             put(here, trial, 0.5, steps=60)
         for run in seeds(arm, 2):
             put(here, run, 0.25, steps=60)

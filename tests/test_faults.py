@@ -18,12 +18,13 @@ from tests import disk
 from forwardgrad.lab import cli, environment, store, train
 from forwardgrad.lab.commands.training import carry_out
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study
 
 RUN = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), epochs=1)
-STUDY = Study("small", "Small", (Arm("arm", "group", "backprop", "arm", RUN, {"lr": (0.1, 1.0)}),), seeds=1, tuning_epochs=1)
+STUDY = Study("small", "Small", (Arm("arm", "group", "backprop", "arm", RUN, {"lr": (0.1, 1.0)}),), seeds=1, tuning=Length(epochs=1))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import duckdb
 import pandas
 import polars
 import pytest
-from tests.stored import put, record, seeds
+from tests.stored import put, record, seeds, tried
 
 from forwardgrad.lab import catalogue, cli, recipes
 from forwardgrad.lab.run import Optimizer, Run, to_json
@@ -41,7 +41,7 @@ def store(tmp_path: Path, demo: Study) -> Store:
             else:
                 lost = "the loss is not finite" if (arm.kind, seed) == ("backprop", 1) else None
                 put(store, run, None if lost else 0.1 * (seed + 1), diverged=lost, accuracy=0.9 - 0.01 * seed)
-    for _, run in demo.arms[0].trials(demo.tuning_epochs):
+    for _, run in tried(demo, demo.arms[0]):
         put(store, run, 0.5)
     put(store, ALONE, 0.25)
     return store
@@ -62,7 +62,7 @@ def test_every_run_is_listed_once_with_what_came_of_it(
     rows, err = listed(monkeypatch, capsys, store.root)
     found = {row["identity"]: row for row in rows}
     assert sorted(found) == [row["identity"] for row in sorted(rows, key=lambda row: row["identity"])] == store.runs()
-    points = demo.arms[0].points
+    points = demo.budget(demo.arms[0])
     assert err == f"{7 + points} runs: {5 + points} finished, 1 diverged, 1 unfinished\n"
     alone = found[ALONE.identity]
     assert (alone["study"], alone["arm"], alone["optimizer"], alone["lr"], alone["seed"]) == ("", "", "adam", "0.5", "7")
