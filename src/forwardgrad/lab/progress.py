@@ -100,6 +100,8 @@ def _note(status: dict[str, Any]) -> str:
 
 def describe(result: dict[str, Any]) -> str:
     """A finished run in one line."""
+    if result["status"] == "failed":
+        return f"failed at step {result['steps']} ({result['reason']})"
     outcome = f"diverged at step {result['diverged_at']} ({result['reason']})" if result["status"] == "diverged" else "finished"
     line = f"{outcome}, validation loss {number(result['validation_loss'])}, accuracy {result['validation_accuracy']:.2%}"
     if test := result["test"]:

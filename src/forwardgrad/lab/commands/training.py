@@ -12,6 +12,7 @@ import typer
 
 from forwardgrad.lab import beyond, noise, recipes
 from forwardgrad.lab.commands.options import (
+    Address,
     Anneal,
     Batched,
     BatchSize,
@@ -24,18 +25,23 @@ from forwardgrad.lab.commands.options import (
     EngineOption,
     Epochs,
     Estimator,
+    ExecutorOption,
+    Gpus,
     Jobs,
     Model,
     OptimizerOption,
     Out,
     Precise,
+    RetryFailed,
     Seed,
     Seeds,
+    Threads,
     estimator_of,
     numbers,
     write_report,
 )
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.lab.store import Store
@@ -73,7 +79,7 @@ def train(
     """Train one network once and print its validation and test results."""
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
-    from forwardgrad.lab.execute import Place, execute
+    from forwardgrad.lab.execute import execute
     from forwardgrad.lab.progress import Progress, describe
 
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
@@ -103,8 +109,14 @@ def tune(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    threads: Threads = None,
+    executor: ExecutorOption = "process",
+    address: Address = None,
+    gpus: Gpus = None,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
+    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, retry_failed=retry_failed)
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first = {name: values[0] for name, values in space.items()}
@@ -117,7 +129,7 @@ def tune(
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
-    write_report(carry_out(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, device, data_dir, jobs, batched))
+    write_report(carry_out(Study("tune", "Tuning", (arm,), seeds, tuning_epochs), out, place))
 
 
 def reproduce(
@@ -135,12 +147,18 @@ def reproduce(
     out: Out = Path("results"),
     jobs: Jobs = 1,
     batched: Batched = None,
+    threads: Threads = None,
+    executor: ExecutorOption = "process",
+    address: Address = None,
+    gpus: Gpus = None,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Run the paper's Table I, its figures, the comparison of Baydin et al., or a study beyond the paper, and write the report.
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
     """
+    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, retry_failed=retry_failed)
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if retune and recipe in RETUNED:
         raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
@@ -153,7 +171,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = carry_out(study.computed_in(precision), out, device, data_dir, jobs, batched)
+    store = carry_out(study.computed_in(precision), out, place)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
@@ -170,20 +188,22 @@ def demo(
     jobs: Jobs = 2,
 ) -> None:
     """Compare both arms on scikit-learn's handwritten digits, without any download, in less than a minute."""
-    write_report(carry_out(recipes.demo(epochs, seeds), out, "cpu", None, jobs))
+    write_report(carry_out(recipes.demo(epochs, seeds), out, Place(jobs=jobs)))
 
 
-def carry_out(study: Study, out: Path, device: str, data_dir: Path | None, jobs: int, batched: bool | None = None) -> Store:
+def carry_out(study: Study, out: Path, place: Place) -> Store:
     """Run what is not finished of a study, under the live display; returns the store it is in."""
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.environment import device as check_device
-    from forwardgrad.lab.execute import Place, execute
+    from forwardgrad.lab.execute import execute, ready
     from forwardgrad.lab.progress import Progress
 
-    check_device(device)
-    store, progress, place = Store(out), Progress(), Place(device, data_dir, jobs, batched)
+    if place.executor == "process":  # nodes of a cluster look for themselves
+        check_device(place.device)
+    store, progress = Store(out), Progress()
     progress.say(study.title)
-    run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
+    with ready(place):
+        run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names)
     return store
 
 
