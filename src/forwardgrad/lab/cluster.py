@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from forwardgrad.lab.store import Store
 
 OBJECT_STORE = 100 * 2**20  # bytes of an instance of our own: what tasks pass is small
 CANCEL_SECONDS = 2.0
+REACH_SECONDS = 10.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # the second: no advice on the next version
 
 
@@ -138,12 +140,20 @@ def _join(ray: Any, place: Place) -> None:
         ray.init(address="local", **own, **options)
     else:
         try:
+            _reach(place.address)
             ray.init(address=place.address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             told = f"cannot join a Ray cluster at {place.address!r} ({reason_of(error)})"
             raise UserError(f"{told}: start one with `ray start --head`, or leave --address out") from error
     with contextlib.suppress(AttributeError):  # what it prints of every worker that died is ours to say, and not on the output
         ray._private.worker._worker_logs_enabled = False
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes whether there is anything at HOST:PORT."""
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
 
 
 def _sees(token: Path) -> bool:
