@@ -282,6 +282,8 @@ class Watch:
                 steps = (_mean([_length(run) for run in trials]) or 0.0) * longer / short or None
             taken = [(run.spent, run.steps if isinstance(run, Ended) else run.step) for run in (*trials, *finals)]
             pace = pace or (sum(s for s, _ in taken) / n if (n := sum(n for _, n in taken)) else None)
+            if steps and pace:
+                break
         return steps, pace
 
     def _work(self, runs: list[str], planned: int, steps: float | None, pace: float | None, now: float) -> Work:
