@@ -227,7 +227,11 @@ class Watch:
         tried = max(len(trials), 0 if finals else _count(arm.get("budget"), "trials"))
         kinds = {"trial": (trials, tried), "seed": (finals, len(finals) or _count(record, "seeds"))}
         group = [a for a in record["arms"] if a["group"] == arm["group"]]
-        works = [self._work(runs, planned, *self._usual(kind, arm, group), now) for kind, (runs, planned) in kinds.items()]
+        works = [
+            self._work(runs, planned, *self._usual(kind, arm, group), now)
+            for kind, (runs, planned) in kinds.items()
+            if planned > len(self._ended_of(runs))
+        ]
         return self._now(record["name"], arm["name"], kinds, _sum(works), now)
 
     def _alone(self, run: str, now: float) -> ArmNow:
