@@ -9,14 +9,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from forwardgrad.lab import figures
 from forwardgrad.lab.comparison_budget import WITHIN, BestOf, Profile, Sensitivity
 from forwardgrad.lab.stats import Curve
+from forwardgrad.lab.tables import exact
 
 FEW = 12  # trials up to which each is marked
 BAND_TOP = 100.0  # times the highest value: where the end of a band is drawn that is infinite, out of sight
+BANDS = 3  # arms up to which their bands can be told apart
+FINE = 1e3  # a range of learning rates up to which thirds of a decade are labelled
 ROW = 0.04  # of the height, between the lost trials of one arm and the next
 
 
@@ -32,22 +35,20 @@ class Searched:
 
 
 def budget(name: str, title: str, arms: Sequence[Searched]) -> str:
-    """The best validation loss against the number of trials, with its band; infinite values are a gap before the line."""
-    lines = [figures.Line(arm.kind, _budget_curve(arm.best), label=arm.label) for arm in arms]
+    """The best validation loss against the number of trials, with its band where arms are few; infinite values are a gap ahead of it."""
+    lines = [figures.Line(arm.kind, _budget_curve(arm.best, len(arms) <= BANDS), label=arm.label) for arm in arms]
     most = max(arm.best.trials[-1] for arm in arms)
     ylabel = "best validation loss (nats)"
     return figures.curves(name, [[figures.Panel(title, tuple(lines))]], xlabel="trials", ylabel=ylabel, marks=most <= FEW)
 
 
-def _budget_curve(best: BestOf) -> Curve:
+def _budget_curve(best: BestOf, band: bool) -> Curve:
     top = BAND_TOP * max((value for value in (*best.value, *best.low) if math.isfinite(value)), default=1.0)
     rows = [row for row in zip(best.trials, best.value, best.low, best.high, strict=True) if math.isfinite(row[1])]
-    return Curve(
-        tuple(float(trials) for trials, *_ in rows),
-        tuple(value for _, value, *_ in rows),
-        tuple(low for *_, low, _ in rows),
-        tuple(min(high, top) for *_, high in rows),
-    )
+    at, values = tuple(float(trials) for trials, *_ in rows), tuple(value for _, value, *_ in rows)
+    if not band:
+        return Curve(at, values, values, values)
+    return Curve(at, values, tuple(low for *_, low, _ in rows), tuple(min(high, top) for *_, high in rows))
 
 
 def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> str:
@@ -59,7 +60,9 @@ def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> str:
         axes = figure.subplots()
         axes.set_title(title, pad=14)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(numticks=12))
+        rates = [rate for arm, line in zip(arms, lines, strict=True) for rate in (*line.curve.at, *arm.lost)]
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if max(rates) / min(rates) < FINE else (1.0,), numticks=12))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: exact(rate)))
         axes.xaxis.set_minor_locator(NullLocator())
         figures._scale(axes, lines, None)
         looks = figures._looks(lines)
@@ -87,10 +90,10 @@ def _rates(axes: Axes, arm: Searched, curve: Curve, look: Mapping[str, Any], hei
         good = [(x, y) for x, y in zip(curve.at, curve.mean, strict=True) if arm.rates.low <= x <= arm.rates.high]
         wide = {"color": look["color"], "alpha": 0.2, "linewidth": 9, "solid_capstyle": "round"}
         axes.plot([x for x, _ in good], [y for _, y in good], **wide)
-    top = axes.get_xaxis_transform()
-    lost = sorted(set(arm.lost))
-    axes.plot(lost, [height] * len(lost), color=look["color"], marker="X", markersize=8, markeredgecolor="white", linestyle="none",
-              transform=top, clip_on=False, zorder=5)  # fmt: skip
+    if lost := sorted(set(arm.lost)):
+        (crosses,) = axes.plot(lost, [height] * len(lost), transform=axes.get_xaxis_transform(), linestyle="none", marker="X", markersize=8,
+                               color=look["color"], markeredgecolor="white", clip_on=False, zorder=5)  # fmt: skip
+        crosses.set_in_layout(False)
 
 
 def profile(name: str, panels: Sequence[tuple[str, Sequence[tuple[str, str, Profile]]]]) -> str:

@@ -10,11 +10,11 @@ from forwardgrad.lab import comparison, comparison_budget, comparison_figures, s
 from forwardgrad.lab import comparison_verdict as verdict
 from forwardgrad.lab.comparison import Interval
 from forwardgrad.lab.comparison_budget import TOLERANCE, WITHIN, BestOf, Profile
-from forwardgrad.lab.comparison_figures import Searched
+from forwardgrad.lab.comparison_figures import BANDS, Searched
 from forwardgrad.lab.comparison_verdict import Pair, error, lost, signed
 from forwardgrad.lab.results import ArmResult, Done, StudyResult, finite
 from forwardgrad.lab.sections import Block, Picture, Section
-from forwardgrad.lab.tables import NONE, TARGETS, TARGETS_ELSEWHERE, Cell, Table, duration, exact, number, percent
+from forwardgrad.lab.tables import NONE, TARGETS, TARGETS_ELSEWHERE, Cell, Table, duration, number, percent
 
 PER_DECADE = 4  # classes of a decade in which rates that were drawn compete, those of a grid being compared as they are
 MOST_PAIRS = 10  # rows of pairs shown in full; of more, those with the best arm or with backpropagation
@@ -22,7 +22,7 @@ FEWEST_TASKS = 3  # for a profile over tasks
 TYPICAL = (
     ("lost", "runs that diverged or failed, of all; each counts as infinitely bad, so that a mean over them is not finite"),
     ("mean, median", "over seeds, with the 95 % BCa bootstrap interval (Efron 1987); where runs were lost, a median's of order statistics"),
-    ("middle half", "the interquartile mean: without the ⌊n/4⌋ best and worst seeds (Agarwal et al. 2021)"),
+    ("IQM", "the interquartile mean: without the ⌊n/4⌋ best and worst seeds (Agarwal et al. 2021)"),
     ("interval", "in brackets; below five seeds it is marked, being too narrow: of three normal values it holds the mean in 72 % of cases"),
 )  # fmt: skip
 PAIRED = (
@@ -69,7 +69,7 @@ def typical(study: StudyResult) -> Table | None:
         shown = [arm for arm in arms if arm.done]
         if any(len(arm.done) > 1 for arm in shown):
             rows.append((title, tuple((tables.arm_cell(arm), _lost_cell(arm), *_losses(arm), *_accuracies(arm)) for arm in shown)))
-    heads = ("mean", "median", "middle half")
+    heads = ("mean", "median", "IQM")
     columns = ("arm", "lost", *(f"{what}, {head}" for what in ("loss", "accuracy") for head in heads))
     return Table(columns, tuple(rows), "Test loss and accuracy over seeds", TYPICAL) if rows else None
 
@@ -131,12 +131,12 @@ def paired(pairs: dict[str, list[Pair]]) -> Table | None:
 
 
 def _pair_row(pair: Pair) -> tuple[Cell, ...]:
-    test = pair.test
+    test, (one, two) = pair.test, pair.lost
     ranks = ", signed ranks" if test.statistic == "signed ranks" else ""
     return (
         tables.arm_cell(pair.first),
         tables.arm_cell(pair.second),
-        Cell("lost runs", tone="warn") if math.isinf(pair.lead.value) else interval_cell(pair.lead, signed),
+        Cell("lost runs", f"{one} and {two}", "warn") if one or two else interval_cell(pair.lead, signed),
         Cell(verdict.p_value(test.p), f"n = {test.n}, least {verdict.p_value(test.least)}{ranks}"),
         Cell(verdict.p_value(pair.corrected), tables.count(pair.comparisons, "comparison")),
         interval_cell(pair.ahead, lambda share: f"{100 * share:.0f} %"),
@@ -209,8 +209,9 @@ def _search_row(arm: ArmResult, found: Searched) -> tuple[Cell, ...]:
         return (tables.arm_cell(arm), *counts, first, last, NONE, NONE)
     rates = found.rates
     bound = "at least, " if rates.below or rates.above else ""
-    good = Cell(exact(rates.best) if rates.low == rates.high else f"{exact(rates.low)} to {exact(rates.high)}", f"best {exact(rates.best)}")
-    width = Cell(number(rates.decades), f"{bound}from {tables.count(len(rates.rates), 'rate')}")
+    alone = rates.low == rates.high
+    good = Cell(number(rates.best)) if alone else Cell(f"{number(rates.low)} to {number(rates.high)}", f"best {number(rates.best)}")
+    width = Cell("no other rate" if alone else number(rates.decades), f"{bound}of {tables.count(len(rates.rates), 'rate')}")
     return (tables.arm_cell(arm), *counts, first, last, good, width)
 
 
@@ -252,8 +253,9 @@ def _positive(value: object) -> bool:
 def _search_pictures(name: str, title: str, found: Sequence[Searched]) -> list[Picture]:
     pictures = []
     if found:
+        band = "band: the middle 95 % over resampled trials" if len(found) <= BANDS else "bands are in the table, being too many to draw"
         what = "expectation" if found[0].best.expected else "median, because trials were lost"
-        caption = f"The best validation loss of so many trials, {title}. Line: {what}; band: the middle 95 % over resampled trials."
+        caption = f"The best validation loss of so many trials, {title}. Line: {what}; {band}."
         pictures.append(Picture(f"{name}-budget", comparison_figures.budget(f"{name}-budget", title, found), caption))
     rated = [arm for arm in found if len({*arm.lost, *(arm.rates.rates if arm.rates else ())}) > 1]
     if rated:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from forwardgrad.lab import comparison
 from forwardgrad.lab.comparison import LEVEL, Interval, Permutation
 from forwardgrad.lab.results import ArmResult, Done, StudyResult
-from forwardgrad.lab.tables import count, number
+from forwardgrad.lab.tables import number
 
 MINUS = "\N{MINUS SIGN}"
 UNDECIDED = "not decided by this budget"
@@ -33,6 +33,12 @@ class Pair:
     comparisons: int
 
     @property
+    def lost(self) -> tuple[int, int]:
+        """How many runs of each diverged or failed."""
+        one, two = (sum(map(lost, arm.done)) for arm in (self.first, self.second))
+        return one, two
+
+    @property
     def undecided(self) -> str:
         """Why this budget does not tell which of the two is better, empty where it does.
 
@@ -41,13 +47,13 @@ class Pair:
         """
         n, least = self.test.n, self.test.least * self.comparisons
         if n == 1:
-            return "one shared seed says nothing of spread"
+            return "one seed says nothing of spread"
         if self.lead.low is not None and not self.lead.excludes_zero:
             return "the interval of the difference spans zero"
         if least > LEVEL:
             needed = comparison.pairs_needed(self.comparisons)
             among = f" in {self.comparisons} comparisons" if self.comparisons > 1 else ""
-            return f"{n} shared seeds give no p below {p_value(min(1.0, least))}{among}, it takes {needed}"
+            return f"{n} shared seeds give no p below {p_value(min(1.0, least))}{among} and it takes {needed}"
         return "" if self.corrected <= LEVEL else f"p = {p_value(self.corrected)}"
 
 
@@ -116,35 +122,32 @@ def verdict(title: str, arms: Sequence[ArmResult], compared: Sequence[Pair]) -> 
     best, *others = order
     rivals = [others[0], *(arm for arm in others[1:] if arm.kind == "backprop")]
     value = comparison.mean([loss(run) for run in best.done]).value
-    if math.isinf(value):
-        return f"{title}: no arm is best, every one has runs that diverged or failed. {_lost(order)}"
     met = {pair.second.name: pair for pair in compared if pair.first is best}
-    against = [_against(rival, met.get(rival.name), best) for rival in rivals]
-    return f"{title}: {best.label} has the lowest test loss, {number(value)} on average, {'; '.join(against)}."
-
-
-def _lost(arms: Sequence[ArmResult]) -> str:
-    parts = [f"{sum(map(lost, arm.done))} of {count(len(arm.done), 'run')} of {arm.label}" for arm in arms]
-    return f"Lost: {', '.join(parts)}."
+    against = " ".join(_against(rival, met.get(rival.name), best) for rival in rivals)
+    if math.isfinite(value):
+        return f"{title}: {best.label} has the lowest mean test loss, {number(value)}. {against}"
+    middle = comparison.median([loss(run) for run in best.done]).value
+    if math.isfinite(middle):
+        return f"{title}: every arm lost runs; {best.label} lost the fewest, its median being {number(middle)}. {against}"
+    return f"{title}: half of the runs or more of every arm diverged or failed, so none is best."
 
 
 def _against(rival: ArmResult, pair: Pair | None, best: ArmResult) -> str:
     if pair is None:
-        return f"not comparable with {rival.label} (different {', '.join(unequal(best, rival)) or 'seeds'})"
-    sure = f"decided, {_sureness(pair)}" if not pair.undecided else f"{UNDECIDED}: {pair.undecided}"
-    if pair.undecided and pair.test.n > 1:
-        sure += f" ({_sureness(pair)})"
-    return f"{lead(pair)} {rival.label}{span(pair)}: {sure}"
+        return f"It is not comparable with {rival.label} (different {', '.join(unequal(best, rival)) or 'seeds'})."
+    sure = f"{UNDECIDED}, because {pair.undecided}" if pair.undecided else "decided"
+    return f"{lead(pair)}{span(pair)}: {sure}{_sureness(pair)}."
 
 
 def lead(pair: Pair) -> str:
-    """By how much the first arm is lower: "0.012 below", or that the other lost runs."""
-    if math.isinf(pair.lead.value):
-        runs = sum(map(lost, pair.second.done))
-        return f"without the {count(runs, 'lost run')} of"
+    """By how much the first arm is lower, or what the other lost."""
+    name = pair.second.label
+    if any(pair.lost):
+        mine, other = pair.lost
+        return f"It lost {mine or 'no'} {'run' if mine <= 1 else 'runs'}, {name} {other} of {len(pair.second.done)}"
     if pair.lead.value == 0:
-        return "level with"
-    return f"{number(abs(pair.lead.value))} {'above' if pair.lead.value < 0 else 'below'}"
+        return f"It is level with {name}"
+    return f"It lies {number(abs(pair.lead.value))} {'above' if pair.lead.value < 0 else 'below'} {name}"
 
 
 def span(pair: Pair) -> str:
@@ -159,5 +162,7 @@ def signed(value: float) -> str:
 
 
 def _sureness(pair: Pair) -> str:
+    if pair.test.n == 1:
+        return ""
     p = f"p = {p_value(pair.corrected)}" + (" by Holm" if pair.comparisons > 1 else "")
-    return f"{p}, lower in {100 * pair.ahead.value:.0f} % of all pairs of runs"
+    return f" ({p}, lower in {100 * pair.ahead.value:.0f} % of all pairs of runs)"
