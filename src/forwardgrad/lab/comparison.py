@@ -202,11 +202,10 @@ def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:
     one, two = _losses(first), _losses(second)
     wins = (one[:, None] < two) + 0.5 * (one[:, None] == two)
     value, n, generator = float(wins.mean()), min(wins.shape), _generator()
+    if n == 1 or wins.min() == wins.max():
+        return Interval(value, None, None, n, caution="n = 1, no interval" if n == 1 else "all pairs alike, no interval")
     rows, columns = _shares(generator, len(one)), _shares(generator, len(two))
-    replicates = np.einsum("bi,ij,bj->b", rows, wins, columns, optimize=True)
-    if n == 1 or np.ptp(replicates) == 0:
-        return Interval(value, None, None, n, caution="n = 1, no interval" if n == 1 else "no overlap, no interval")
-    low, high = _quantiles(replicates)
+    low, high = _quantiles(np.clip(np.sum(rows @ wins * columns, axis=1), 0.0, 1.0))
     return Interval(value, low, high, n, "percentile", _few(n))
 
 

@@ -89,18 +89,18 @@ def _losses(arm: ArmResult) -> list[Cell]:
 
 
 def _accuracies(arm: ArmResult) -> list[Cell]:
-    """Worked out from errors, for which less is better, too."""
+    """Worked out from errors, for which less is better, too; no accuracy lies below 0, that of a lost run's in an interval neither."""
     values = [error(run) for run in arm.done]
     return [interval_cell(_turned(statistic(values)), percent) for statistic in STATISTICS]
 
 
 def _turned(found: Interval) -> Interval:
-    low, high = (None if end is None else 1 - end for end in (found.high, found.low))
+    low, high = (None if end is None else max(0.0, 1 - end) for end in (found.high, found.low))
     return dataclasses.replace(found, value=1 - found.value, low=low, high=high)
 
 
 def interval_cell(found: Interval, words: Callable[[float], str]) -> Cell:
-    """A value with its interval below it, or why there is none; an end without bound is said to be none."""
+    """A value with its interval below it, or why there is none; an end may be infinite."""
     tone = "" if math.isfinite(found.value) else "warn"
     if found.low is None or found.high is None:
         return Cell(words(found.value), found.caution, tone)
@@ -111,7 +111,7 @@ def _to(found: Interval, words: Callable[[float], str]) -> str:
     """Both ends, the unit named once."""
     assert found.low is not None
     assert found.high is not None
-    low, high = (words(end) if math.isfinite(end) else "without bound" for end in (found.low, found.high))
+    low, high = (words(end) if math.isfinite(end) else "∞" for end in (found.low, found.high))
     unit = high[high.index(" ") :] if " " in high and math.isfinite(found.high) else ""
     return f"{low.removesuffix(unit) if unit else low} to {high}"
 
