@@ -54,11 +54,11 @@ def comparison_section(study: StudyResult) -> Section:
 def blocks(study: StudyResult) -> list[Block]:
     """Verdicts, tables and figures, each where there is something to say: spread needs two seeds, a budget two trials."""
     pairs = {title: verdict.pairs(arms) for title, arms in study.groups.items()}
-    searches = {title: _searches(arms) for title, arms in study.groups.items()}
+    tuned = {title: searches(arms) for title, arms in study.groups.items()}
     found: list[Block] = [tuple(verdict.verdict(title, arms, pairs[title]) for title, arms in study.groups.items())]
-    found += [table for table in (typical(study), paired(pairs), *reached(study), searched(searches)) if table is not None]
-    for index, (title, tuned) in enumerate(searches.items()):
-        found += _search_pictures(f"{study.name}-{index}", title, [search for _, search in tuned])
+    found += [table for table in (typical(study), paired(pairs), *reached(study), searched(tuned)) if table is not None]
+    for index, (title, tried) in enumerate(tuned.items()):
+        found += _search_pictures(f"{study.name}-{index}", title, [search for _, search in tried])
     return [*found, *_profiles(study)]
 
 
@@ -192,9 +192,9 @@ def _range(found: Interval, words: Callable[[float], str]) -> str:
     return "" if found.low is None else f" [{_to(found, words)}]"
 
 
-def searched(searches: Mapping[str, Sequence[tuple[ArmResult, Searched]]]) -> Table | None:
+def searched(tuned: Mapping[str, Sequence[tuple[ArmResult, Searched]]]) -> Table | None:
     """What every arm's trials say of its budget and its learning rate; None where no arm has two trials."""
-    rows = [(title, tuple(_search_row(arm, found) for arm, found in tuned)) for title, tuned in searches.items() if tuned]
+    rows = [(title, tuple(_search_row(arm, found) for arm, found in tried)) for title, tried in tuned.items() if tried]
     columns = ("arm", "trials", "lost", "best of 1", "best of all", "good rates", "width")
     return Table(columns, tuple(rows), "What the search bought", SEARCHED) if rows else None
 
@@ -229,7 +229,7 @@ def _trials(arm: ArmResult) -> list[tuple[dict[str, object], float]]:
     ]
 
 
-def _searches(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, Searched]]:
+def searches(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, Searched]]:
     """The arms with two trials or more. Where one lost a trial the median stands for all, or their curves could not be compared."""
     tuned = [arm for arm in arms if len(_trials(arm)) > 1]
     expected = all(math.isfinite(loss) for arm in tuned for _, loss in _trials(arm))
@@ -288,8 +288,7 @@ def profiles(study: StudyResult) -> dict[str, dict[str, Profile]]:
     """By "steps" and "seconds", the profile of every kind of arm that all groups have; empty where they are fewer than three tasks, or
     two kinds. Seconds are left out where runs shared them.
     """
-    groups = [{arm.kind: arm for arm in reversed(arms) if arm.complete} for arms in study.groups.values()]
-    groups = [group for group in groups if len(group) > 1]
+    groups = [group for arms in study.groups.values() if len(group := _first_of_each(arms)) > 1]
     shared = [kind for kind in (groups[0] if groups else {}) if all(kind in group for group in groups)]
     if len(groups) < FEWEST_TASKS or len(shared) < 2:
         return {}
@@ -305,6 +304,15 @@ def profiles(study: StudyResult) -> dict[str, dict[str, Profile]]:
         )
         for what, column in columns.items()
     }  # fmt: skip
+
+
+def _first_of_each(arms: Sequence[ArmResult]) -> dict[str, ArmResult]:
+    """The first finished arm of every kind, in the order stored."""
+    found: dict[str, ArmResult] = {}
+    for arm in arms:
+        if arm.complete:
+            found.setdefault(arm.kind, arm)
+    return found
 
 
 def _hardest(arms: Sequence[ArmResult]) -> float:
