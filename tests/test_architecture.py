@@ -32,6 +32,7 @@ TORCH_FREE = (
     "sections",
     "bench_section",
     "quality_section",
+    "comparison_section",
     "report",
     "spec",
     "cli",

@@ -176,6 +176,14 @@ def test_lost_runs_are_compared_by_rank() -> None:
     assert comparison.permutation([INF, INF, 0.1, 0.2, 0.3, 0.4], [INF, INF, 0.2, 0.3, 0.4, 0.5]).p == 2 / 16
 
 
+def test_many_tests_at_once_are_each_its_own() -> None:
+    generator = np.random.default_rng(2)
+    pairs = [(list(generator.normal(size=n)), list(generator.normal(size=n))) for n in (4, 1, 7, 4, 15, 7, 15)]
+    pairs[3][0][1] = INF
+    assert comparison.permutations(pairs) == [comparison.permutation(*pair) for pair in pairs]
+    assert comparison.permutations([]) == []
+
+
 def test_many_pairs_are_permuted_at_random() -> None:
     generator = np.random.default_rng(3)
     apart = generator.normal(0.5, 1, size=18)

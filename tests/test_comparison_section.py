@@ -273,6 +273,21 @@ def test_seconds_that_runs_shared_are_no_profile(store: Store) -> None:
     assert set(comparison_section.profiles(found)) == {"steps"}
 
 
+def test_a_study_without_the_paper_s_arms_is_headed_by_its_verdict(store: Store) -> None:
+    study = three_arms(7)
+    found = trained(store, dataclasses.replace(study, arms=study.arms[1:]), BACKPROP, MINE)
+    (said,) = comparison_verdict.verdicts(found)
+    text = reported(store)
+    assert f"- **A study of one's own.** {said}" in text
+    assert text.count(said) == 2  # in the list of verdicts, and once in its own part
+    assert "No fair comparison" not in text
+    trained(store, study, FORWARD, BACKPROP, MINE)
+    text = reported(store)
+    assert (
+        text.index("Backpropagation reached the lower test loss") < text.index("has the lowest mean test loss") < text.index("### Results")
+    )
+
+
 def test_the_section_stands_alone_with_its_verdict_first(store: Store) -> None:
     found = trained(store, three_arms(2), FORWARD[:2], BACKPROP[:2], MINE[:2])
     section = comparison_section.comparison_section(found)

@@ -149,20 +149,35 @@ def permutation(first: Sequence[float], second: Sequence[float]) -> Permutation:
     >>> permutation([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
     Permutation(p=0.25, least=0.25, n=3, exact=True, statistic='mean difference')
     """
-    one, two = _paired(first, second)
+    return permutations([(first, second)])[0]
+
+
+def permutations(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Permutation]:
+    """The test of `permutation` for many pairs of arms: those over as many seeds share the choices of signs, which saves time."""
+    differences = [_differences(*_paired(first, second)) for first, second in pairs]
+    p_values: dict[int, float] = {}
+    for n in {len(apart) for apart, _ in differences}:
+        places = [place for place, (apart, _) in enumerate(differences) if len(apart) == n and n > 1]
+        if places:
+            together = np.stack([differences[place][0] for place in places], axis=1)
+            found = scipy_stats.permutation_test(
+                (together,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, axis=0, rng=_generator()
+            )
+            p_values |= zip(places, np.minimum(1.0, found.pvalue), strict=True)
+    return [
+        Permutation(float(p_values.get(place, 1.0)), min(1.0, 2.0 ** (1 - n)), n, 2**n <= PERMUTATIONS, statistic)
+        for place, (apart, statistic) in enumerate(differences)
+        for n in [len(apart)]
+    ]
+
+
+def _differences(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, str]:
+    """What signs are chosen for, and its name: differences, or their signed ranks where losses are infinite."""
     both = np.isinf(one) & np.isinf(two)
-    apart = np.where(both, 0.0, np.where(both, 0.0, one) - np.where(both, 0.0, two))
-    ranked = bool(np.isinf(apart).any() or both.any())
-    if ranked:
-        apart = np.sign(apart) * scipy_stats.rankdata(np.abs(apart))
-    n, exact = len(apart), 2 ** len(apart) <= PERMUTATIONS
-    p = 1.0
-    if n > 1 and apart.any():
-        found = scipy_stats.permutation_test(
-            (apart,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, rng=_generator()
-        )
-        p = min(1.0, float(found.pvalue))
-    return Permutation(p, min(1.0, 2.0 ** (1 - n)), n, exact, "signed ranks" if ranked else "mean difference")
+    apart = np.where(both, 0.0, one) - np.where(both, 0.0, two)
+    if not (np.isinf(apart).any() or both.any()):
+        return apart, "mean difference"
+    return np.sign(apart) * scipy_stats.rankdata(np.abs(apart)), "signed ranks"
 
 
 def pairs_needed(comparisons: int = 1, level: float = LEVEL) -> int:

@@ -16,9 +16,9 @@ from forwardgrad.lab.comparison_budget import WITHIN, BestOf, Profile, Sensitivi
 from forwardgrad.lab.stats import Curve
 from forwardgrad.lab.tables import exact
 
-FEW = 12  # trials up to which each is marked
+FEW, MARKED = 12, 30  # trials, and learning rates, up to which each is marked
 BAND_TOP = 100.0  # times the highest value: where the end of a band is drawn that is infinite, out of sight
-BANDS = 3  # arms up to which their bands can be told apart
+BANDS = 2  # arms up to which their bands can be told apart
 FINE = 1e3  # a range of learning rates up to which thirds of a decade are labelled
 ROW = 0.04  # of the height, between the lost trials of one arm and the next
 
@@ -85,7 +85,8 @@ def _rate_curve(rates: Sensitivity | None) -> Curve:
 
 
 def _rates(axes: Axes, arm: Searched, curve: Curve, look: Mapping[str, Any], height: float) -> None:
-    axes.plot(curve.at, curve.mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, marker=look["marker"], markersize=5)
+    marker = look["marker"] if len(curve.at) <= MARKED else None
+    axes.plot(curve.at, curve.mean, color=look["color"], linestyle=look["linestyle"], linewidth=1.7, marker=marker, markersize=5)
     if arm.rates is not None:
         good = [(x, y) for x, y in zip(curve.at, curve.mean, strict=True) if arm.rates.low <= x <= arm.rates.high]
         wide = {"color": look["color"], "alpha": 0.2, "linewidth": 9, "solid_capstyle": "round"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,17 +21,26 @@ UNDECIDED = "not decided by this budget"
 class Pair:
     """Two arms over the seeds that they share, the one of the lower mean test loss first.
 
-    `lead` is how much lower the first one's test loss is, `ahead` the probability that a run of the first ends lower, `corrected` the p of
-    `test` after Holm's correction for all `comparisons` within the group.
+    `losses` are their test losses, seed by seed, `corrected` is the p of `test` after Holm's correction for all `comparisons` of the group.
     """
 
     first: ArmResult
     second: ArmResult
-    lead: Interval
-    ahead: Interval
+    losses: tuple[tuple[float, ...], tuple[float, ...]]
     test: Permutation
     corrected: float
     comparisons: int
+
+    @functools.cached_property
+    def lead(self) -> Interval:
+        """How much lower the first arm's test loss is."""
+        mine, theirs = self.losses
+        return comparison.difference(theirs, mine)
+
+    @functools.cached_property
+    def ahead(self) -> Interval:
+        """The probability that a run of the first arm ends lower than one of the second."""
+        return comparison.improvement(*self.losses)
 
     @property
     def lost(self) -> tuple[int, int]:
@@ -100,12 +110,11 @@ def pairs(arms: Sequence[ArmResult]) -> list[Pair]:
         one, two = first.by_seed, second.by_seed
         seeds = sorted(one.keys() & two.keys())
         if seeds and not unequal(first, second):
-            found.append((first, second, [loss(one[seed]) for seed in seeds], [loss(two[seed]) for seed in seeds]))
-    tests = [comparison.permutation(theirs, mine) for _, _, mine, theirs in found]
+            found.append((first, second, (tuple(loss(one[seed]) for seed in seeds), tuple(loss(two[seed]) for seed in seeds))))
+    tests = comparison.permutations([losses for _, _, losses in found])
     corrected = comparison.holm([test.p for test in tests])
     return [
-        Pair(first, second, comparison.difference(theirs, mine), comparison.improvement(mine, theirs), test, p, len(found))
-        for (first, second, mine, theirs), test, p in zip(found, tests, corrected, strict=True)
+        Pair(first, second, losses, test, p, len(found)) for (first, second, losses), test, p in zip(found, tests, corrected, strict=True)
     ]
 
 

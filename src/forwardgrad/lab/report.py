@@ -70,7 +70,10 @@ def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
     if study.name == "noise":  # asks what holds an explosion back, not which arm is best
         return noise_section(study)
     section = beyond_section(study, studies) if study.name == "beyond" else study_section(study)
-    return dataclasses.replace(section, blocks=(*section.blocks, *comparison_section.blocks(study)))
+    said, *compared = comparison_section.blocks(study)
+    first, *others = section.blocks
+    headed = isinstance(first, tuple) and isinstance(said, tuple) and first[: len(said)] == said
+    return dataclasses.replace(section, blocks=(first, *([] if headed else [said]), *others, *compared))
 
 
 def html(sections: list[Section]) -> str:
