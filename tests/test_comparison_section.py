@@ -216,6 +216,16 @@ def test_the_search_is_told_with_its_lost_trials(store: Store) -> None:
     assert backprop["width"] == "no other rate (at least, of 5 rates)"
 
 
+def test_a_trial_that_was_lost_counts_so_whatever_it_measured(store: Store) -> None:
+    study = three_arms(1)
+    trained(store, study, *[[0.3]] * 3)
+    searched(store, study, *[[0.5, 0.4, 0.3]] * 3)
+    put(store, study.arms[0].trials(study.tuning_epochs)[1][1], 0.01, diverged="the loss stayed above 46.1 for 500 steps")
+    forward = row(reported(store), "What the search bought", GROUP, "forward gradient")
+    assert (forward["lost"], forward["good rates"]) == ("1", "0.0100")
+    assert forward["best of all"].startswith("0.300 (")
+
+
 def test_searched_rates_that_are_no_numbers_are_left_out(store: Store) -> None:
     study = three_arms(1)
     trained(store, study, *[[0.3]] * 3)
