@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.stored import put, record, reported, row, seeds
+from tests.stored import put, record, reported, row, seeds, tried
 
 from forwardgrad.lab import comparison_section, comparison_verdict, figures, recipes, results
 from forwardgrad.lab.results import StudyResult
@@ -50,7 +50,7 @@ def trained(store: Store, study: Study, *losses: Losses) -> StudyResult:
 def searched(store: Store, study: Study, *losses: Losses) -> None:
     """Trials with these validation losses, arm by arm; None is one that diverged."""
     for arm, row_ in zip(study.arms, losses, strict=True):
-        for (_, run), loss in zip(arm.trials(study.tuning_epochs), row_, strict=False):
+        for (_, run), loss in zip(tried(study, arm), row_, strict=False):
             put(store, run, loss, diverged="the loss is not finite" if loss is None else None)
 
 
@@ -220,7 +220,7 @@ def test_a_trial_that_was_lost_counts_so_whatever_it_measured(store: Store) -> N
     study = three_arms(1)
     trained(store, study, *[[0.3]] * 3)
     searched(store, study, *[[0.5, 0.4, 0.3]] * 3)
-    put(store, study.arms[0].trials(study.tuning_epochs)[1][1], 0.01, diverged="the loss stayed above 46.1 for 500 steps")
+    put(store, tried(study, study.arms[0])[1][1], 0.01, diverged="the loss stayed above 46.1 for 500 steps")
     forward = row(reported(store), "What the search bought", GROUP, "forward gradient")
     assert (forward["lost"], forward["good rates"]) == ("1", "0.0100")
     assert forward["best of all"].startswith("0.300 (")
