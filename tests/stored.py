@@ -10,7 +10,7 @@ from typing import Any
 
 from forwardgrad.lab import report
 from forwardgrad.lab.run import SCHEMA, Run, to_json
-from forwardgrad.lab.store import Store, write_json, write_table
+from forwardgrad.lab.store import Store, write_json, write_result, write_table
 from forwardgrad.lab.study import Arm, Study
 
 ENVIRONMENT = {
@@ -51,7 +51,7 @@ def put(store: Store, run: Run, test_loss: float | None, *, steps: int = 400, di
         "validation_accuracy": accuracy,
         "test": {"loss": test_loss, "accuracy": accuracy, "examples": 10000, **spread} if run.test else None,
     }
-    write_json(folder / "result.json", result)
+    write_result(folder, result)
 
 
 def timed(store: Store, run: Run, begun: float, told: float) -> None:

@@ -38,7 +38,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 def left_behind(folder: Path) -> tuple[Any, ...]:
     """Every bit a run leaves behind, but for the time it took."""
-    result = json.loads((folder / "result.json").read_text())
+    result = store.read_result(folder) or {}
     return {**result, "seconds": 0}, tables(folder), (folder / "losses.csv.gz").read_bytes(), (folder / "walk.csv").read_bytes()
 
 

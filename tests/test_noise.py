@@ -15,7 +15,7 @@ from forwardgrad.lab import figures, noise, recipes, report, walk
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.noise import EPOCHS, LABELS
 from forwardgrad.lab.run import Run
-from forwardgrad.lab.store import Store, read_json, write_json, write_table
+from forwardgrad.lab.store import Store, read_result, write_result, write_table
 from forwardgrad.lab.tuning import run_study
 
 GROUP, TABLE = "CNN · CIFAR-10 · SGD", "The walk of the parameters"
@@ -63,14 +63,14 @@ def walked(store: Store, rows: list[str], exploding: Sequence[str], seeds: int =
         for run in runs:
             put(store, run, 2.3, steps=1250, accuracy=0.1)
             folder = store.folder(run.identity)
-            stored = read_json(folder / "result.json") or {}
-            write_json(folder / "result.json", {**stored, "parameters": 17_967_690, "initial_norm": 40.85})
+            stored = read_result(folder) or {}
             explodes = names[run.optimizer] in exploding
             loss = [2.5 if 300 < step <= 400 else 50.0 if step > 400 else 2.3 for step in range(1, 1251)] if explodes else [2.3] * 1250
             write_table(folder / "losses.csv.gz", ["step", "loss", "derivative"], ([i + 1, v, 0.5] for i, v in enumerate(loss)))
             growth = walk.growth([0.5] * 1250, run.optimizer, clip=1.0, parameters=17_967_690, norm=40.85, planned=1250)
             seen = [[step, 1.01 * growth[step - 1], 0.01] for step in range(100, 1201, 100)]
             write_table(folder / "walk.csv", ["step", "norm_growth", "relative_step"], seen)
+            write_result(folder, {**stored, "parameters": 17_967_690, "initial_norm": 40.85})
         return {run.identity: store.result(run.identity) for run in runs}
 
     run_study(study, store, execute, "forwardgrad reproduce noise")
@@ -126,6 +126,7 @@ def test_a_run_that_kept_no_walk_has_a_row_without_it(store: Store) -> None:
     for path in store.root.glob("runs/*/walk.csv"):
         path.unlink()
         write_table(path.parent / "losses.csv.gz", ["step", "loss"], [[1, 2.3], [2, 2.3]])
+        write_result(path.parent, read_result(path.parent) or {})
     cells = row(reported(store), TABLE, GROUP, "the paper's, rate × 10")
     assert (cells["norm, measured"], cells["norm, a random walk's"], cells["exploded"]) == ("–", "–", "never")
 

@@ -14,7 +14,7 @@ import forwardgrad as fg
 from forwardgrad.lab import quality_section, report
 from forwardgrad.lab.quality_section import Estimate
 from forwardgrad.lab.spec import format_estimator, parse_estimators
-from forwardgrad.lab.store import Store
+from forwardgrad.lab.store import Store, write_json
 
 ON_DIGITS = ("quality", "--data", "digits", "--model", "logistic", "--batch-size", 16, "--repeats", 20, "--tangents", "1,4")
 
@@ -159,7 +159,7 @@ def test_the_section_says_what_was_found() -> None:
 def test_a_report_of_a_measurement_alone_is_the_same_bytes_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "out")
     content = {"schema": 1, "environment": {}, "settings": [{**SETTING, "estimates": [estimate("backprop", None, 1.0, 0.0, 0.0)]}]}
-    (store.root / "quality.json").write_text(json.dumps(content))
+    write_json(store.root / "quality.json", content)
     report.write(store)
     written = {path: path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
     report.write(store)

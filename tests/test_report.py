@@ -1,5 +1,6 @@
 import dataclasses
 import html.parser
+import json
 import re
 import subprocess
 import sys
@@ -231,7 +232,7 @@ def test_every_part_has_its_computed_words(whole: Store) -> None:
 
 def test_stored_text_is_escaped(table1: Store) -> None:
     path = table1.root / "studies" / "table1.json"
-    path.write_text(path.read_text().replace('"forwardgrad reproduce table1"', '"<script>|`"'))
+    write_json(path, json.loads(path.read_text().replace('"forwardgrad reproduce table1"', '"<script>|`"')))
     text = reported(table1)
     assert "<script>" not in (table1.root / "report.html").read_text()
     assert "| `<script>\\|'` |" in text

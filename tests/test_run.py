@@ -22,7 +22,8 @@ def test_json_and_back() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results" / "runs").glob("*/run.json")), ids=lambda path: path.parent.name)
 def test_stored_runs_keep_their_identity(path: Path) -> None:
-    stored = json.loads(path.read_text())
+    stored = store.read_json(path)
+    assert stored is not None
     assert to_json(from_json(stored)) == stored
     assert from_json(stored).identity == path.parent.name
 
@@ -125,7 +126,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         store.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
+    assert store.read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 

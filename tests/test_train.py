@@ -1,7 +1,6 @@
 """The training loop: against a loop written by hand, killed and resumed, diverging, and evaluated on whole splits."""
 
 import dataclasses
-import io
 import json
 import math
 import time
@@ -31,7 +30,8 @@ UNTIMED = {"seconds"}
 
 def left_behind(folder: Path) -> tuple[Any, ...]:
     """Everything a run leaves behind, but for the time it took."""
-    result = json.loads((folder / "result.json").read_text())
+    result = store.read_result(folder)
+    assert result is not None
     evaluations = store.read_table(folder / "evaluations.csv")
     kept = [{key: value for key, value in table.items() if key not in UNTIMED} for table in (result, evaluations)]
     return (*kept, (folder / "losses.csv.gz").read_bytes(), (folder / "walk.csv").read_bytes())
@@ -267,19 +267,6 @@ def test_the_watched_step_counts_as_long_as_those_before(tmp_path: Path, monkeyp
     peak_bytes = train.peak_bytes
     monkeypatch.setattr(train, "peak_bytes", lambda work, devices: time.sleep(0.5) or peak_bytes(work, devices))
     assert train.train(RUN, tmp_path)["seconds"] < 0.5  # three watched steps of 51
-
-
-def test_a_checkpoint_of_the_time_before_the_walk_is_read(tmp_path: Path) -> None:
-    digits = data.load("digits", 0)
-    state = begin(RUN, digits, torch.device("cpu"))
-    train.advance(RUN, digits, state, 5)
-    content = torch.load(io.BytesIO(state.dump()), weights_only=True)
-    torch.save({name: value for name, value in content.items() if name not in ("walk", "derivatives")}, tmp_path / "checkpoint.pt")
-    other = begin(RUN, digits, torch.device("cpu"))
-    other.load(tmp_path / "checkpoint.pt")
-    assert other.step == 5
-    assert torch.equal(other.losses, state.losses)
-    assert other.walk == []
 
 
 def test_an_unknown_estimator_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ holds them all, in OUT/batches/<identity>: a killed batch goes on with the same 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -43,7 +44,7 @@ from forwardgrad.lab.state import (
     steps_per_epoch,
     total_steps,
 )
-from forwardgrad.lab.store import Store, alone, check, damaged, read_json, write_json, write_whole
+from forwardgrad.lab.store import Store, alone, check, damaged, make_folder, read_checkpoint, read_json, write_checkpoint, write_json
 from forwardgrad.lab.tensorboard import Board
 from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_epoch, next_look
 from forwardgrad.step import cap_step
@@ -194,7 +195,7 @@ class _Batch:
         for index in self.going_on:
             write_json(self.folders[index] / "run.json", to_json(self.runs[index]))
             say_where(self.folders[index], where)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(folder / "batch.json", {"schema": SCHEMA, "runs": [to_json(run) for run in self.runs]})
 
     def dump(self) -> bytes:
@@ -211,7 +212,7 @@ class _Batch:
         if not path.exists():
             return
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(read_checkpoint(path)), map_location="cpu", weights_only=True)
             if any(content["runs"][index]["step"] != content["step"] for index in self.going_on):
                 return  # the result of a run that had diverged was deleted: from the start it comes to the same
             self.step = content["step"]
@@ -220,6 +221,8 @@ class _Batch:
             for state, kept in zip(self.states, content["runs"], strict=True):
                 state.model.load_state_dict(kept["model"])
                 state.take(kept)
+        except UserError:
+            raise
         except Exception as error:  # torch.load raises many kinds for a damaged file
             raise damaged(path, type(error).__name__) from error
 
@@ -261,7 +264,7 @@ def _loop(batch: _Batch, checkpoint: Path, checkpoint_seconds: float) -> None:
         if now - saved >= checkpoint_seconds:
             for index in batch.going_on:
                 batch.boards[index].flush()
-            write_whole(checkpoint, batch.dump())
+            write_checkpoint(checkpoint, batch.dump())
             saved = time.monotonic()
     for index in list(batch.going_on):
         batch.finish(index, None)

@@ -101,10 +101,11 @@ def _stored(store: Store) -> dict[str, Any]:
 
 def _store(store: Store, where: dict[str, Any], new: dict[str, Any]) -> None:
     """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
-    stored = _stored(store)
-    alike = all(stored["environment"].get(key) == where[key] for key in SAME)
-    kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if alike else []
-    write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
+    with store.changing():
+        stored = _stored(store)
+        alike = all(stored["environment"].get(key) == where[key] for key in SAME)
+        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if alike else []
+        write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
 
 
 def _layout(case: Case, on: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -28,6 +29,7 @@ for command in (
     reading.watch,
 ):
     app.command()(command)
+app.command("list")(reading.list_runs)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Download the data sets, or check the files that are there.")
 for command in (datasets.fetch, datasets.verify):
     data_app.command()(command)
@@ -37,6 +39,9 @@ app.add_typer(data_app, name="data")
 def main() -> None:
     """Run the command line: every mistake of the user's is one sentence and status 2, Ctrl-C is status 130."""
     interrupts.listen()
+    for stream in (sys.stdout, sys.stderr):  # a path, or a stored name, may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(prog_name="forwardgrad", standalone_mode=False)
     except typer.TyperException as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ def say_where(folder: Path, here: dict[str, Any]) -> None:
     if before is not None and {key: before.get(key) for key in here} != here:
         here = {**here, "before": before}
     store.write_json(folder / "environment.json", here)
+    store.sync(folder.parent)  # from here on a power cut leaves the folder
 
 
 def evaluate(run: Run, dataset: data.Dataset, state: State, per_epoch: int) -> None:
@@ -69,9 +69,7 @@ def say(state: State, total: int, folder: Path) -> None:
     loss = float(state.losses[max(0, state.step - SHOWN) : state.step].mean())
     validation = state.evaluations[-1][3] if state.evaluations else math.nan
     status = {"step": state.step, "steps": total, "loss": loss, "validation_loss": validation, "seconds": state.seconds}
-    temporary = folder / ".status.json"
-    temporary.write_text(json.dumps({key: finite(value) for key, value in status.items()}, indent=1) + "\n")
-    temporary.replace(folder / "status.json")
+    store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()}, durable=False)
 
 
 def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: str | None, replicas: int | None = None) -> dict[str, Any]:
@@ -119,7 +117,7 @@ def finish(run: Run, dataset: data.Dataset, state: State, folder: Path, reason: 
         "test": test,
         **({"replicas": replicas} if replicas else {}),
     }
-    store.write_json(folder / "result.json", result)
+    store.write_result(folder, result)
     for name in ("checkpoint.pt", "status.json"):
         (folder / name).unlink(missing_ok=True)
     return result

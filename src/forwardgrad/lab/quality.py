@@ -84,7 +84,8 @@ def measure(
         estimates = _estimates(setting, chosen, dataset, on, say)
     new = {**dataclasses.asdict(setting), **estimates}
     path = store.root / "quality.json"
-    write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, new), new]})
+    with store.changing():
+        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, new), new]})
     return text(new)
 
 

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forwardgrad.lab.run import from_json, to_json
-from forwardgrad.lab.store import Store, damaged, read_json, read_table
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import Run, from_json, to_json
+from forwardgrad.lab.store import Store, Stored, beside, damaged, parse_json, table_beside
 
 
 @dataclass(frozen=True)
 class Done:
-    """A run with a result."""
+    """A run with a result; `files` are the digests of what lies beside it."""
 
     folder: Path
     result: dict[str, Any]
     environment: dict[str, Any]
+    files: dict[str, str]
 
     @property
     def diverged(self) -> bool:
@@ -48,20 +50,26 @@ class Done:
 
     @functools.cached_property
     def evaluations(self) -> dict[str, list[float]]:
-        return _columns(self.folder / "evaluations.csv", ("step", "epoch", "seconds", "validation_loss", "validation_accuracy"))
+        return self._columns("evaluations.csv", ("step", "epoch", "seconds", "validation_loss", "validation_accuracy"))
 
     def losses(self) -> list[float]:
         """The training loss of every step; not kept, because a study's worth of them is large."""
-        return _columns(self.folder / "losses.csv.gz", ("step", "loss"))["loss"]
+        return self._columns("losses.csv.gz", ("step", "loss"))["loss"]
 
     def derivatives(self) -> list[float]:
         """The directional derivative of every step, empty for estimators that have none and for runs that did not keep it."""
-        return _columns(self.folder / "losses.csv.gz", ("step", "loss")).get("derivative", [])
+        return self._columns("losses.csv.gz", ("step", "loss")).get("derivative", [])
 
     @functools.cached_property
     def walk(self) -> dict[str, list[float]]:
         """Norm growth and relative step every 100 steps; without columns for runs that did not keep them."""
-        return read_table(self.folder / "walk.csv")
+        return table_beside(self.folder, "walk.csv", self.files)
+
+    def _columns(self, name: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
+        table = table_beside(self.folder, name, self.files)
+        if missing := [column for column in wanted if column not in table]:
+            raise damaged(self.folder / name, f"it has no column {missing[0]!r}" if table else "it is missing or empty")
+        return table
 
 
 @dataclass(frozen=True)
@@ -156,13 +164,6 @@ class StudyResult:
         return found
 
 
-def _columns(path: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
-    table = read_table(path)
-    if missing := [name for name in names if name not in table]:
-        raise damaged(path, f"it has no column {missing[0]!r}" if table else "it is missing or empty")
-    return table
-
-
 def finite(value: float | None) -> float:
     """A stored loss as a number: null means that it was not finite."""
     return math.inf if value is None or not math.isfinite(value) else float(value)
@@ -177,20 +178,23 @@ def _study(record: dict[str, Any], store: Store) -> StudyResult:
 
 
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
-    folders = [store.folder(identity) for identity in record["runs"]]
-    descriptions = [_description(folder / "run.json") for folder in folders]
-    done = tuple(
-        Done(folder, result, read_json(folder / "environment.json") or {})
-        for folder in folders
-        if (result := store.result(folder.name)) is not None
-    )
+    begun = [(store.folder(identity), found) for identity in record["runs"] if (found := store.stored(identity)) is not None]
+    runs = [to_json(described(folder, found)) for folder, found in begun]
+    done = tuple(Done(folder, found.result, environment(folder, found), found.files) for folder, found in begun if found.result is not None)
     trials = tuple(store.result(trial["run"]) for trial in record["trials"])
-    begun = [description for description in descriptions if description]
-    return ArmResult(study, record, begun[0] if begun else {}, done, trials, tuple(description["seed"] for description in begun))
+    return ArmResult(study, record, runs[0] if runs else {}, done, trials, tuple(run["seed"] for run in runs))
 
 
-def _description(path: Path) -> dict[str, Any]:
-    """The checked description of a run, empty where it was never begun."""
-    if (stored := read_json(path)) is None:
-        return {}
-    return to_json(from_json(stored, str(path)))
+def described(folder: Path, found: Stored) -> Run:
+    """The run that a stored description is of."""
+    path = folder / "run.json"
+    try:
+        return from_json(found.description, str(path))
+    except UserError as error:
+        raise error if str(path) in str(error) else damaged(path, error) from error
+
+
+def environment(folder: Path, found: Stored) -> dict[str, Any]:
+    """Where a run was finished, empty where it did not say."""
+    content = beside(folder, "environment.json", found.files)
+    return {} if content is None else parse_json(folder / "environment.json", content)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forwardgrad.estimators import Estimator
 from forwardgrad.lab import data, own, store
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.norms import norm
 from forwardgrad.lab.precision import arranged
 from forwardgrad.lab.run import Optimizer, Run, is_path, stream
@@ -69,9 +70,8 @@ class State:
         for name in COUNTED:
             setattr(self, name, content[name])
         self.losses[: self.step] = content["losses"].to(self.losses.device)
-        if "walk" in content:  # checkpoints were without these once
-            self.derivatives[: self.step] = content["derivatives"].to(self.losses.device)
-            self.walk = content["walk"]
+        self.derivatives[: self.step] = content["derivatives"].to(self.losses.device)
+        self.walk = content["walk"]
         self.memory = {name: kept if at_home else kept.to(self.losses.device) for name, (at_home, kept) in content["memory"].items()}
 
     def dump(self) -> bytes:
@@ -79,7 +79,7 @@ class State:
         return as_bytes({**parts, "global": torch.get_rng_state(), **self.own()})
 
     def load(self, path: Path) -> None:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(store.read_checkpoint(path)), map_location="cpu", weights_only=True)
         for name, part in self.parts().items():
             part.load_state_dict(content[name])
         torch.set_rng_state(content["global"])
@@ -150,6 +150,8 @@ def resume(state: State, folder: Path) -> None:
         return
     try:
         state.load(path)
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise store.damaged(path, type(error).__name__) from error
 

@@ -7,45 +7,79 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     evaluations.csv     validation loss and accuracy against step, epoch and training seconds
                     walk.csv            the parameters' norm over that before the first step, and the relative step, every 100 steps
                     losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
-                    result.json         written last: a folder that has it is finished
+                    result.json         written last, with the digests of the files beside it: a folder that has it is finished
 OUT/batches/<identity>/batch.json       the runs that are trained as one program, until all of them have a result
                        checkpoint.pt    the state that all of them go on from
 OUT/studies/<name>.json                 which runs belong to which arm of a comparison
+OUT/records.lock                        held by who changes a record or a measurement that others may change too
+
+After a kill, a full disk or a power cut at any moment a run is finished, goes on from a checkpoint or begins anew. What was changed
+since it was written is refused: a JSON file carries its digest, that of run.json names its folder, and result.json vouches for the rest.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import os
+import hashlib
+import math
+import re
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import SCHEMA
+from forwardgrad.lab.files import (
+    check,
+    damaged,
+    digest,
+    is_huge,
+    make_folder,
+    parse_json,
+    parse_table,
+    read_json,
+    read_table,
+    read_whole,
+    sync,
+    write_json,
+    write_table,
+    write_whole,
+)
+from forwardgrad.lab.run import SCHEMA, identity
 
+__all__ = [  # with the files that it is made of, so that those who read or write a store need no other module
+    "CHOSEN",
+    "LATER",
+    "RESULT",
+    "TEST",
+    "Store",
+    "Stored",
+    "alone",
+    "beside",
+    "check",
+    "damaged",
+    "make_folder",
+    "parse_json",
+    "read_checkpoint",
+    "read_json",
+    "read_result",
+    "read_study",
+    "read_table",
+    "sweep",
+    "sync",
+    "table_beside",
+    "write_checkpoint",
+    "write_json",
+    "write_result",
+    "write_table",
+    "write_whole",
+]
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary file and a rename: after a kill or a power cut the file is the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+BESIDE = ("run.json", "environment.json", "evaluations.csv", "walk.csv", "losses.csv.gz", "error.txt")  # what result.json vouches for
+CHECKPOINT_SEAL = 32  # bytes at the end of a checkpoint
+PATIENCE = 60.0  # seconds to wait for others who change a record
 
 
 class Busy(UserError):
@@ -113,65 +147,54 @@ def sweep(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json, with the digests of the files beside it; the run is finished, and stays so, once this returns."""
+    found = {name: content for name in BESIDE if (content := read_whole(folder / name)) is not None}
+    write_json(folder / "result.json", {**result, "files": {name: digest(content) for name, content in found.items()}})
+    sync(folder.parent)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no file; UserError where it is damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
+def beside(folder: Path, name: str, files: dict[str, str]) -> bytes | None:
+    """The content of a file that result.json vouches for by `files`, None where it names no such file; UserError where it is another."""
+    if name not in files:
         return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(value, dict):
-        raise damaged(path, "it holds no JSON object")
-    return value
+    if (content := read_whole(folder / name)) is None or digest(content) != files[name]:
+        raise damaged(folder / name, "it is missing" if content is None else "it is not what the result was written beside")
+    return content
 
 
-def damaged(path: Path, why: object) -> UserError:
-    """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
-    if path.parent.parent.name in ("runs", "batches"):
-        return UserError(f"{path} is damaged ({why}): delete the folder {path.parent} to run it again")
-    return UserError(f"{path} is damaged ({why}): delete this file and run its command again; finished runs are kept")
+def table_beside(folder: Path, name: str, files: dict[str, str]) -> dict[str, list[float]]:
+    """The columns of such a file; none where there is no such file."""
+    return {} if (content := beside(folder, name, files)) is None else parse_table(folder / name, content)
 
 
-def check(path: Path, value: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """`value` as an object with these fields of these types; UserError, naming the file, where it is none."""
-    if not isinstance(value, dict):
-        raise damaged(path, "an object is missing")
-    for name, kind in fields.items():
-        if name not in value:
-            raise damaged(path, f"{name!r} is missing")
-        if not isinstance(value[name], kind) or isinstance(value[name], bool):
-            raise damaged(path, f"{name!r} is {value[name]!r}")
-    return value
+def write_checkpoint(path: Path, content: bytes) -> None:
+    """A checkpoint, sealed together with what the run is: neither a damaged one nor another run's is gone on from."""
+    write_whole(path, content + _checkpoint_seal(path, content))
 
 
-def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file, gzipped where the name ends in .gz (the same rows give the same bytes)."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    content = text.getvalue().encode()
-    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+def read_checkpoint(path: Path) -> bytes:
+    """What `write_checkpoint` was given; UserError where it is damaged or of another run."""
+    stored = read_whole(path, math.inf) or b""
+    content, seal = stored[:-CHECKPOINT_SEAL], stored[-CHECKPOINT_SEAL:]
+    if seal != _checkpoint_seal(path, content):
+        raise damaged(path, "its content and its digest do not agree")
+    return content
 
 
-def read_table(path: Path) -> dict[str, list[float]]:
-    """The columns of a CSV file written by `write_table`, all of one length; an empty field is NaN, a missing file has no columns."""
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-        header, *rows = csv.reader(io.StringIO(text))
-        if any(len(row) != len(header) for row in rows):
-            raise ValueError("a row is cut short")
-        return {name: [float(row[i]) if row[i] else float("nan") for row in rows] for i, name in enumerate(header)}
-    except FileNotFoundError:
-        return {}
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise damaged(path, error) from error
+def _checkpoint_seal(path: Path, content: bytes) -> bytes:
+    seal = hashlib.sha256(content)
+    for name in ("run.json", "batch.json"):
+        seal.update(read_whole(path.parent / name) or b"")
+    return seal.digest()
+
+
+class Stored(NamedTuple):
+    """What a run's folder holds: the description, the result if there is one by now, and the digests of the files beside it."""
+
+    description: dict[str, Any]
+    result: dict[str, Any] | None
+    files: dict[str, str]
 
 
 class Store:
@@ -184,7 +207,7 @@ class Store:
                 raise UserError("the output folder must be one of its own, not the current folder: name it with --out")
             try:
                 for name in ("runs", "studies"):
-                    (root / name).mkdir(parents=True, exist_ok=True)
+                    make_folder(root / name)
                 with tempfile.TemporaryFile(dir=root):
                     pass
             except OSError as error:
@@ -195,15 +218,38 @@ class Store:
     def folder(self, identity: str) -> Path:
         return self.root / "runs" / identity
 
+    def stored(self, identity: str) -> Stored | None:
+        """What is stored of a run, None for one that was never begun; UserError where any of it is damaged."""
+        return _stored(self.folder(identity), name=identity)
+
     def result(self, identity: str) -> dict[str, Any] | None:
         """The result of a finished run, None for a run that is absent or unfinished."""
-        return read_result(self.folder(identity))
+        return None if (found := self.stored(identity)) is None else found.result
+
+    def runs(self) -> list[str]:
+        """The identities of all runs that were begun."""
+        return sorted(path.name for path in (self.root / "runs").iterdir() if IDENTITY.fullmatch(path.name))
 
     def studies(self) -> list[dict[str, Any]]:
         """Every stored study; UserError for one that is damaged or of another version."""
         return [read_study(path) for path in sorted((self.root / "studies").glob("*.json"))]
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold what many processes may change, a study's record or a measurement: read it again inside, then write it."""
+        lock = FileLock(self.root / "records.lock")
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            raise UserError(f"another process keeps {self.root} locked: wait for it, or choose another output folder with --out") from error
+        try:
+            sweep(self.root / "studies")
+            yield
+        finally:
+            lock.release()
 
+
+IDENTITY = re.compile(r"[0-9a-f]{12}")
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 RESULT = {
     "status": str,
@@ -234,22 +280,44 @@ ARM = {
     "chosen": dict,
     "runs": list,
 }
+LATER_STUDY = {"seeds": int}  # what not every study has
 LATER_ARM = {"full_epochs": int, "budget": dict, "sampler": str}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}
+VALUE = (int, float, str)  # of a hyperparameter; a bool is an int
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The checked result of the run in a folder, None where it has none."""
+    return None if (found := _stored(folder)) is None else found.result
+
+
+def _stored(folder: Path, name: str | None = None) -> Stored | None:
+    """What is in a run's folder; `name` is what the description has to hash to."""
     path = folder / "result.json"
-    if (result := read_json(path)) is None:
+    result, asked = read_json(path), read_whole(folder / "run.json")  # in this order: what is written last is read first
+    if asked is None:
+        if result is not None:
+            raise damaged(folder / "run.json", "it is missing")
         return None
+    description = parse_json(folder / "run.json", asked)
+    if name is not None and identity(description) != name:
+        raise damaged(folder / "run.json", "it is not what its folder is named after")
+    if result is None:
+        return Stored(description, None, {})
+    files = check(path, result, {"files": dict}).pop("files")
+    if files.get("run.json") != digest(asked):
+        raise damaged(path, "it belongs to another run.json")
+    return Stored(description, _checked(path, result), files)
+
+
+def _checked(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     check(path, result, RESULT)
-    check(path, result, {name: kind for name, kind in LATER.items() if name in result})
+    check(path, result, _there(result, LATER))
     if result["test"] is not None:
         check(path, result["test"], TEST)
-        check(path, result["test"], {name: kind for name, kind in LATER_TEST.items() if name in result["test"]})
+        check(path, result["test"], _there(result["test"], LATER_TEST))
     if result["status"] not in ("finished", "diverged", "failed") or (result["status"] == "diverged") != (
         result["diverged_at"] is not None
     ):
@@ -265,11 +333,38 @@ def read_study(path: Path) -> dict[str, Any]:
             f"{path} was written by another version of forwardgrad (schema {study.get('schema')!r}, this one reads {SCHEMA}): "
             "use that version, or choose a new output folder with --out"
         )
-    for arm in check(path, study, STUDY)["arms"]:
-        check(path, check(path, arm, ARM)["chosen"], CHOSEN)
-        check(path, arm, {name: kind for name, kind in LATER_ARM.items() if name in arm})
-        for trial in arm["trials"]:
-            check(path, trial, TRIAL)
-        if arm["published"] is not None:
-            check(path, arm["published"], PUBLISHED)
+    if check(path, study, {**STUDY, **_there(study, LATER_STUDY)})["name"] != path.stem:
+        raise damaged(path, f"it holds the study {study['name']!r}")
+    for arm in study["arms"]:
+        _check_arm(path, arm)
     return study
+
+
+def _check_arm(path: Path, arm: Any) -> None:
+    check(path, arm, ARM)
+    check(path, arm, _there(arm, LATER_ARM))
+    if arm["published"] is not None:
+        check(path, arm["published"], PUBLISHED)
+    chosen = check(path, arm["chosen"], CHOSEN)
+    values = [chosen["values"], *(check(path, trial, TRIAL)["values"] for trial in arm["trials"])]
+    spaces = arm["space"].values()
+    listed = [value for point in values for value in point.values()] + [value for space in spaces for value in _flat(space)]
+    alike = all(len({isinstance(value, str) for value in space}) == 1 for space in spaces if isinstance(space, list))
+    if not alike or not all(isinstance(value, VALUE) and not is_huge(value) for value in listed):
+        raise damaged(path, f"the values tried by {arm['name']!r} are no numbers or words")
+    named = [*arm["runs"], *(trial["run"] for trial in arm["trials"])]
+    if not all(isinstance(name, str) and IDENTITY.fullmatch(name) for name in named):
+        raise damaged(path, f"{arm['name']!r} has runs that are none")
+    if not all(isinstance(name, str) for name in chosen["at_edge"]):
+        raise damaged(path, f"{arm['name']!r} has edges that are none")
+
+
+def _there(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of the fields that an object has."""
+    return {name: kind for name, kind in fields.items() if name in value}
+
+
+def _flat(space: Any) -> Iterator[Any]:
+    """The values of a grid, or the bounds of a space that is none, or the choices in it."""
+    for value in space if isinstance(space, list) else space.values() if isinstance(space, dict) else [None]:
+        yield from value if isinstance(value, list) else [value]

@@ -91,7 +91,7 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
         board.note()
         if time.monotonic() - saved >= checkpoint_seconds:
             board.flush()
-            store.write_whole(folder / "checkpoint.pt", state.dump())
+            store.write_checkpoint(folder / "checkpoint.pt", state.dump())
             saved = time.monotonic()
     return None
 

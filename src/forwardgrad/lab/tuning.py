@@ -42,6 +42,7 @@ class Campaign:
     def __init__(self, study: Study, store: Store, execute: Execute, command: str, pace: Callable[[Run], Pace] = unpaced) -> None:
         check(study)
         self.study, self.store, self.execute, self.command = study, store, execute, command
+        self.store = store
         self.path = store.root / "studies" / f"{study.name}.json"
         self.names: dict[str, str] = {}
         self.arms = [_Progress(arm) for arm in study.arms]
@@ -124,17 +125,18 @@ class Campaign:
 
     def record(self) -> dict[str, Any]:
         """Store the study; arms of the same study that were run before and are not part of this call are kept."""
-        before = {arm["name"]: arm for arm in (read_study(self.path)["arms"] if self.path.exists() else [])}
-        before |= {state.arm.name: self._described(state) for state in self.arms}
-        record = {
-            "schema": SCHEMA,
-            "name": self.study.name,
-            "title": self.study.title,
-            "seeds": self.study.seeds,
-            **({"paces": self.paces} if self.paces else {}),
-            "arms": list(before.values()),
-        }
-        write_json(self.path, record)
+        with self.store.changing():
+            before = {arm["name"]: arm for arm in (read_study(self.path)["arms"] if self.path.exists() else [])}
+            before |= {state.arm.name: self._described(state) for state in self.arms}
+            record = {
+                "schema": SCHEMA,
+                "name": self.study.name,
+                "title": self.study.title,
+                "seeds": self.study.seeds,
+                **({"paces": self.paces} if self.paces else {}),
+                "arms": list(before.values()),
+            }
+            write_json(self.path, record)
         return record
 
     def _described(self, state: _Progress) -> dict[str, Any]:

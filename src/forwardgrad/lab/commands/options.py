@@ -83,4 +83,8 @@ def counts(text: str, option: str) -> list[int]:
 def write_report(store: Store) -> None:
     from forwardgrad.lab.report import write
 
-    print(f"report: {write(store)}")
+    try:
+        page = write(store)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # fields that only another program writes so
+        raise UserError(f"no report can be made of {store.root} ({error!r}): one of its files is not as this version writes it") from error
+    print(f"report: {page}")

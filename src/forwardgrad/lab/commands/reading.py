@@ -3,18 +3,82 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from forwardgrad.lab import catalogue
 from forwardgrad.lab.commands.options import write_report
 from forwardgrad.lab.store import Store
 
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]
+Column = Literal[
+    "identity", "study", "arm", "data", "model", "estimator", "optimizer", "lr", "seed", "status", "validation-loss", "test-accuracy",
+    "steps", "seconds",
+]  # fmt: skip
 
-def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]) -> None:
+
+def report(directory: Directory) -> None:
     """Write the report of an output folder again, from its stored runs."""
     write_report(Store(directory, create=False))
+
+
+def list_runs(
+    directory: Directory,
+    study: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only runs of this study, which may have * and ? in it; can be repeated.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only runs of this arm; likewise.")] = None,
+    status: Annotated[
+        Literal["finished", "diverged", "failed", "unfinished"] | None, typer.Option(help="Only runs that ended so, or have not.")
+    ] = None,
+    sort: Annotated[Column | None, typer.Option(help="Order by this column. [default: by study]")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="The greatest first.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show at most so many. [default: all]")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a CSV file instead, every hyperparameter and result a column.")
+    ] = None,
+) -> None:
+    """List the stored runs: a table on a terminal, fields separated by tabs elsewhere."""
+    wanted = catalogue.Wanted(tuple(study or ()), tuple(arm or ()), status)
+    found = catalogue.rows(Store(directory, create=False), wanted, where=table is not None)
+    if sort or reverse:
+        found = catalogue.ordered(found, (sort or "study").replace("-", " "), reverse=reverse)
+    counted = Counter(row["status"] for row in found)
+    shown = found[:limit]
+    if table:
+        catalogue.write_csv(table, shown)
+        print(table)
+    else:
+        _show(shown)
+    ended = ", ".join(f"{counted[name]:,} {name}" for name in catalogue.STATUSES if counted[name])
+    print(f"{len(found):,} run{'' if len(found) == 1 else 's'}{f': {ended}' if ended else ''}", file=sys.stderr)
+
+
+def _show(shown: list[catalogue.Row]) -> None:
+    if not sys.stdout.isatty():
+        print("\t".join(catalogue.SHOWN))
+        for row in shown:
+            print("\t".join(catalogue.cells(row)))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console, names = Console(markup=False, highlight=False), list(catalogue.SHOWN)
+    table, kept = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False), catalogue.fitting(shown, console.width)
+    for place in kept:
+        numeric = names[place] in ("lr", "seed", "validation loss", "test accuracy", "steps", "seconds")
+        table.add_column(
+            names[place].replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=numeric or place == 0, overflow="fold"
+        )
+    for row in shown:
+        cells = catalogue.cells(row)
+        table.add_row(*(cells[place] for place in kept))
+    console.print(table)
 
 
 def watch(

@@ -1,0 +1,169 @@
+"""Files that are written whole or not at all, stay written through a power cut, and tell when they are not what was written.
+
+A JSON file carries the SHA-256 of the rest of its content; a table's stands in a JSON file beside it. Loads without torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import stat
+import tempfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from forwardgrad.lab.errors import UserError
+
+SEAL = "sha256"  # the field of a JSON object that holds the digest of the others
+LARGEST = 1 << 30  # bytes of a stored JSON file or table
+LARGEST_INT, LARGEST_FLOAT = 1 << 63, 1e100
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write through a temporary file and a rename: after a kill or a power cut the file is the old one or the new one.
+
+    Once this returns the new one is there to stay; without `durable`, which costs no wait for the disk, a power cut may leave anything.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            Path(temporary).chmod(0o644)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: a rename, a new file or a new folder is lost with the power until then."""
+    if os.name == "nt":  # which has no such call, and keeps its names by itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what file systems say that keep their names by themselves
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, to stay."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def read_whole(path: Path, largest: float = LARGEST) -> bytes | None:
+    """The content of a regular file, None where there is none; a device or a pipe in its place could be read for ever."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise damaged(path, "it is no file")
+        if found.st_size > largest:
+            raise damaged(path, f"it has {found.st_size:,} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise damaged(path, error.strerror or error) from error
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
+    """An object as a JSON file that carries its own digest."""
+    plain = json.loads(json.dumps(value, allow_nan=False))
+    plain.pop(SEAL, None)
+    write_whole(path, (json.dumps({**plain, SEAL: _seal(plain)}, indent=1) + "\n").encode(), durable=durable)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of `write_json`, without its digest; None where there is no file; UserError where it is damaged."""
+    return None if (content := read_whole(path)) is None else parse_json(path, content)
+
+
+def parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    """The object that `content`, read from the file at `path`, holds."""
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        if value.pop(SEAL, None) != _seal(value):
+            raise ValueError("its content and its digest do not agree")
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    """The digest of an object, whatever the order and the spaces it was written with; ValueError where it is not JSON."""
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
+
+
+def damaged(path: Path, why: object) -> UserError:
+    """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
+    if path.parent.parent.name in ("runs", "batches"):
+        return UserError(f"{path} is damaged ({why}): delete the folder {path.parent} to run it again")
+    return UserError(f"{path} is damaged ({why}): delete this file and run its command again; finished runs are kept")
+
+
+def check(path: Path, value: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """`value` as an object with these fields of these types; UserError, naming the file, where it is none."""
+    if not isinstance(value, dict):
+        raise damaged(path, "an object is missing")
+    for name, kind in fields.items():
+        if name not in value:
+            raise damaged(path, f"{name!r} is missing")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool) or is_huge(value[name]):
+            raise damaged(path, f"{name!r} is {str(value[name])[:40]!r}")
+    return value
+
+
+def is_huge(value: object) -> bool:
+    """Whether a value is a number that nothing counts to or that no float32 comes near: its square, or itself, is no float."""
+    return abs(value) >= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT) if isinstance(value, (int, float)) else False
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, gzipped where the name ends in .gz (the same rows give the same bytes)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    content = text.getvalue().encode()
+    write_whole(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def read_table(path: Path) -> dict[str, list[float]]:
+    """The columns of a CSV file written by `write_table`, all of one length; an empty field is NaN, a missing file has no columns."""
+    return {} if (content := read_whole(path)) is None else parse_table(path, content)
+
+
+def parse_table(path: Path, content: bytes) -> dict[str, list[float]]:
+    """The columns of the CSV file that `content`, read from the file at `path`, holds."""
+    try:
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        header, *rows = csv.reader(io.StringIO(text))
+        if any(len(row) != len(header) for row in rows):
+            raise ValueError("a row is cut short")
+        return {name: [float(row[i]) if row[i] else float("nan") for row in rows] for i, name in enumerate(header)}
+    except (OSError, EOFError, ValueError, IndexError, csv.Error, zlib.error) as error:
+        raise damaged(path, error) from error
