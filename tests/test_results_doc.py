@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from forwardgrad.lab.execute import Place, execute
+from forwardgrad.lab.length import Length
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store, read_table
-from forwardgrad.lab.study import Arm, Study, run_study
+from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.tuning import run_study
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
@@ -30,7 +32,7 @@ STUDY = Study(
         Arm("forward", "digits", "forward", "forward gradient", FORWARD, {"lr": (0.01, 0.1)}),
     ),
     seeds=2,
-    tuning_epochs=1,
+    tuning=Length(epochs=1),
 )
 EXPLODES = dataclasses.replace(BACKPROP, model="mlp", optimizer=Optimizer("sgd", 1e20), epochs=10)
 

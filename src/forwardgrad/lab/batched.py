@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment, interrupts, own
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.norms import norm
 from forwardgrad.lab.outcome import diverged, evaluate, finish, say, say_where
 from forwardgrad.lab.parts import paths
