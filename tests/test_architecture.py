@@ -37,6 +37,7 @@ TORCH_FREE = (
     "sections",
     "bench_section",
     "quality_section",
+    "comparison_section",
     "report",
     "spec",
     "watch",

@@ -235,13 +235,6 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged .* delete the folder"):
         batched.train(runs, here)
 
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(batched, "_Batch", full)
-    with pytest.raises(UserError, match=r"too small for 4 runs at once: use --no-batched"):
-        batched.train(runs, here)
-
 
 def test_the_command_batches_and_the_report_says_that_time_was_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -26,3 +26,10 @@ def test_a_benchmark_runs(chosen: str, passed: int) -> None:
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert f"{passed} passed" in done.stdout
+
+
+def test_the_overhead_is_measured_beside_the_same_steps() -> None:
+    command = [sys.executable, "benchmarks/overhead.py", "--empty", "--blocks", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 blocks of 100 steps of each loop in turn, the same parameters to the bit" in done.stdout

@@ -113,6 +113,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("quality", "--repeats", "9"), "--repeats must be an even number of at least 10, not 9"),
     (("quality", "--data", "digits", "--model", "mlp", "--batch-size", "2000"), "needs more than the 1,077 examples"),
     (("report", "NOWHERE"), "not an output folder of forwardgrad"),
+    (("watch", "NOWHERE"), "not an output folder of forwardgrad"),
     (("data", "fetch", "imagenet"), "imagenet"),
     (("tarin",), "train"),
     (("train", "--learning-rate", "1"), "--learning-rate"),

@@ -1,37 +1,32 @@
 """Execution: in process and in a pool the same results; nothing finished is repeated; failures are told."""
 
 import dataclasses
+import errno
+import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from tests.faults import seeded, tidy
 
-from forwardgrad.lab import functions, train
+from forwardgrad.lab import attempt, batched, failure, functions, train
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execute import Place, execute
+from forwardgrad.lab.execute import Place, execute, ready
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
-from forwardgrad.lab.store import Store, alone
+from forwardgrad.lab.store import Busy, Store, alone, held
 
 RUN = Run("digits", "logistic", {"name": "forward", "clip": 1.0}, Optimizer("sgd", 0.01), epochs=2)
 QUIET = Progress(quiet=True)
-
-
-def test_a_pool_gives_the_same_results_as_one_process(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    runs = [dataclasses.replace(RUN, seed=seed) for seed in range(3)]
-    serial = execute(runs, Store(tmp_path / "serial"), Place(), QUIET)
-    pooled = execute(runs, Store(tmp_path / "pooled"), Place(jobs=2), QUIET)
-    assert set(serial) == {run.identity for run in runs}
-    for run in runs:
-        one, other = (dict(results[run.identity], seconds=0) for results in (serial, pooled))
-        assert one == other
 
 
 def test_what_is_finished_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,18 +36,216 @@ def test_what_is_finished_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     assert execute([RUN], store, Place(jobs=2), QUIET) == first
 
 
-def test_two_processes_never_train_in_one_folder(tmp_path: Path) -> None:
+class Listening(Progress):
+    """Hears when it is said that another process is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.waiting = threading.Event()
+
+    def say(self, line: str) -> None:
+        if "that another process is training" in line:
+            self.waiting.set()
+
+
+def test_a_run_that_another_process_holds_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    store, progress, others = Store(tmp_path), Listening(), dataclasses.replace(RUN, seed=1)
+    begun = threading.Event()
+
+    def hold() -> None:
+        with alone(store.folder(RUN.identity)):
+            begun.set()
+            assert progress.waiting.wait(60)
+            assert store.result(others.identity) is not None  # what nobody holds came first
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    begun.wait()
+    results = execute([RUN, others], store, Place(), progress)
+    holder.join()
+    assert progress.waiting.is_set()
+    assert {result["status"] for result in results.values()} == {"finished"}
+    tidy(store)
+
+
+TWO = """
+import json, os, sys, time
+from pathlib import Path
+from tests.faults import seeded
+from forwardgrad.lab import train
+from forwardgrad.lab.execute import Place, execute
+from forwardgrad.lab.progress import Progress
+from forwardgrad.lab.store import Store
+out, log = Path(sys.argv[1]), Path(sys.argv[2])
+real = train._loop
+def loop(run, *rest):
+    with log.open("a") as file:
+        file.write(f"{os.getpid()} {run.identity}\\n")
+    deadline = time.monotonic() + 60  # until both are at a run
+    while len({line.split()[0] for line in log.read_text().splitlines()}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return real(run, *rest)
+train._loop = loop
+print(json.dumps(execute(seeded(*range(5)), Store(out), Place(threads=1), Progress(quiet=True))))
+"""
+
+
+@pytest.mark.slow
+def test_two_commands_share_the_runs_of_one_store(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TWO, str(tmp_path / "out"), str(tmp_path / "log")]
+    root = Path(__file__).parents[1]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) for _ in range(2)]
+    one, other = (json.loads(process.communicate(timeout=300)[0]) for process in both)
+    assert one == other
+    assert len(one) == 5
+    trained = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(identity for _, identity in trained) == sorted(one)  # each once
+    assert len({pid for pid, _ in trained}) == 2
+    tidy(Store(tmp_path / "out"))
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, acquire, others = tmp_path / "run", FileLock.acquire, FileLock(tmp_path / "run.lock")
+
+    def late(lock: FileLock, **options: Any) -> Any:
+        got = acquire(lock, **options)
+        monkeypatch.setattr(FileLock, "acquire", acquire)
+        Path(lock.lock_file).unlink()  # as the holder before does at its end ...
+        others.acquire(timeout=0)  # ... after which the next one is quicker
+        return got
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(Busy), alone(folder):
+        pass
+    assert held(folder)
+    others.release()
+    assert not held(folder)
+    with alone(folder):
+        assert (tmp_path / "run.lock").exists()
+    assert not (tmp_path / "run.lock").exists()
+
+
+THROWN: list[tuple[BaseException, str]] = [
+    (ValueError("the loss\nis not one"), "ValueError: the loss is not one"),
+    (MemoryError(), "the memory was exhausted (MemoryError)"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "the memory was exhausted (OutOfMemoryError)"),
+    (ZeroDivisionError(), "ZeroDivisionError"),
+    (SystemExit("enough"), "SystemExit: enough"),
+    (ValueError("x" * 1000), "ValueError: " + "x" * 286 + " …"),
+]
+
+
+@pytest.mark.parametrize(("error", "reason"), THROWN, ids=lambda value: type(value).__name__)
+def test_a_run_that_fails_is_a_result_and_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
+) -> None:
+    store, fine, real = Store(tmp_path), dataclasses.replace(RUN, seed=1), train._loop
+
+    def loop(run: Run, *rest: Any) -> Any:
+        if run == RUN:
+            raise error
+        return real(run, *rest)
+
+    monkeypatch.setattr(train, "_loop", loop)
+    results = execute([RUN, fine], store, Place(), Progress())
+    assert results[fine.identity]["status"] == "finished"
+    failed = store.result(RUN.identity)
+    assert failed == results[RUN.identity]
+    assert failed["status"] == "failed"
+    assert failed["reason"] == reason
+    assert failed["test"] is failed["validation_loss"] is failed["validation_accuracy"] is failed["diverged_at"] is None
+    assert "in loop\n    raise error" in (store.folder(RUN.identity) / "error.txt").read_text()
+    said = capsys.readouterr().err
+    assert f"failed at step 0 ({reason})" in said
+    assert "1 of 2 runs failed: error.txt in their folders says why" in said
+    tidy(store)
+
+
+def test_failed_runs_are_run_again_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, tries = Store(tmp_path), []
+
+    def loop(run: Run, *_: Any) -> Any:
+        tries.append(run.seed)
+        raise ValueError
+
+    runs = seeded(*range(2))
+    monkeypatch.setattr(train, "_loop", loop)
+    execute(runs, store, Place(), QUIET)
+    execute(runs, store, Place(), QUIET)
+    assert tries == [0, 1]
+    execute(runs, store, Place(retry_failed=True), QUIET)
+    assert tries == [0, 1, 0, 1]
+    execute(runs, store, Place(retry_failed=True), QUIET)  # the same command comes to the same runs again
+    assert tries == [0, 1, 0, 1]
+    monkeypatch.undo()
+    monkeypatch.setattr(failure, "_retried", set())  # as in another process
+    results = execute(runs, store, Place(retry_failed=True), QUIET)
+    assert {result["status"] for result in results.values()} == {"finished"}
+    assert not list(tmp_path.rglob("error.txt"))
+
+
+def test_a_full_disk_is_no_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
-    with alone(store.folder(RUN.identity)), pytest.raises(UserError, match="another process is training"):
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
         execute([RUN], store, Place(), QUIET)
+    assert store.result(RUN.identity) is None
+    monkeypatch.undo()
     assert execute([RUN], store, Place(), QUIET)[RUN.identity]["status"] == "finished"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [RUN.identity]
 
 
-def test_a_mistake_in_a_worker_reaches_the_user(tmp_path: Path) -> None:
-    runs = [Run("mnist", "nn", {"name": "backprop"}, Optimizer("sgd", 0.1), 1, seed=seed) for seed in (0, 1)]
-    with pytest.raises(UserError, match="forwardgrad data fetch mnist"):
-        execute(runs, Store(tmp_path / "out"), Place(data_dir=tmp_path / "empty", jobs=2), QUIET)
+def test_runs_that_fail_together_are_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is too large becomes smaller ones, down to the run that does not even fit alone."""
+    store, runs = Store(tmp_path), seeded(*range(5))
+    one, several, sizes = train._loop, batched._loop, []
+
+    def loop(batch: Any, *rest: Any) -> None:
+        sizes.append(len(batch.runs))
+        if len(batch.runs) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        several(batch, *rest)
+
+    def alone_loop(run: Run, *rest: Any) -> Any:
+        sizes.append(1)
+        return one(run, *rest)
+
+    monkeypatch.setattr(batched, "_loop", loop)
+    monkeypatch.setattr(train, "_loop", alone_loop)
+    results = execute(runs, store, Place(batched=True), QUIET)
+    assert sizes == [5, 3, 2, 2, 1]
+    assert {result["status"] for result in results.values()} == {"finished"}
+    assert not list((tmp_path / "batches").iterdir())
+    tidy(store)
+
+
+def test_a_gpu_that_is_lost_ends_the_command_and_not_the_next_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, runs = Store(tmp_path), seeded(0, 1)
+
+    def loop(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(attempt, "_gpu_is_lost", lambda device: True)
+    with pytest.raises(UserError, match=r"device-side assert triggered\): run the same command again to go on"):
+        execute(runs, store, Place(), QUIET)
+    first, second = (store.result(run.identity) for run in runs)
+    assert first is not None
+    assert first["status"] == "failed"
+    assert second is None
+
+
+def test_workers_are_kept_between_calls(tmp_path: Path) -> None:
+    with ready(Place()) as workers:
+        with ready(Place()) as again:
+            assert again is workers
+        with ready(Place(threads=1)) as others:
+            assert others is not workers
+    with ready(Place()) as new:
+        assert new is not workers
 
 
 @pytest.mark.slow
@@ -85,9 +278,23 @@ def test_lines_of_finished_runs_where_there_is_no_terminal(tmp_path: Path, capsy
     assert "[1/1] logistic forward: finished, validation loss" in capsys.readouterr().err
 
 
-def test_fewer_than_one_job_is_refused() -> None:
-    with pytest.raises(UserError, match="jobs must be at least 1"):
-        Place(jobs=0)
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"jobs": 0}, "jobs must be at least 1"),
+    ({"threads": 0}, "threads must be at least 1"),
+    ({"executor": "slurm"}, "unknown executor 'slurm': choose one of process, ray"),
+    ({"address": "auto"}, "belong to --executor ray"),
+    ({"gpus": 0.5}, "belong to --executor ray"),
+    ({"executor": "ray", "gpus": 0.5}, "add --device cuda"),
+    ({"executor": "ray", "device": "cuda", "gpus": 0.0}, "must be above 0 and at most 1"),
+    ({"executor": "ray", "device": "cuda", "gpus": math.nan}, "must be above 0 and at most 1"),
+    ({"executor": "ray", "device": "cuda:1"}, "the device is cpu or cuda, not 'cuda:1'"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), REFUSED)
+def test_places_that_are_none_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Place(**options)
 
 
 @pytest.mark.parametrize("task", functions.TASKS, ids=lambda task: task.name)

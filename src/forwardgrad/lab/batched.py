@@ -14,8 +14,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,27 +102,41 @@ def train(
 ) -> dict[str, dict[str, Any]]:
     """Train runs of one plan together, or go on with them, and return their results by identity.
 
-    Raises UserError as `train.train` does, and where the device's memory is too small for all.
+    Raises UserError as `train.train` does, and Busy where another process holds one of the runs.
     """
     on = environment.device(device)
-    folder = store.root / "batches" / identity({"batch": [run.identity for run in runs]})
-    with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), ExitStack() as held:
+    folder = _folder(runs, store)
+    with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), _alone(runs, store), ExitStack() as held:
+        batch = _Batch(runs, store, on, data_dir)
+        if batch.going_on:
+            batch.write_what_and_where(folder)
+            batch.resume(folder / "checkpoint.pt")
+            for index in batch.going_on:
+                run = batch.runs[index]
+                batch.boards[index] = held.enter_context(Board(tensorboard and tensorboard / run.identity, run, batch.states[index]))
+            _loop(batch, folder / "checkpoint.pt", checkpoint_seconds)
+        shutil.rmtree(folder, ignore_errors=True)
+    return {run.identity: result for run in runs if (result := store.result(run.identity)) is not None}
+
+
+def forget(runs: Sequence[Run], store: Store) -> None:
+    """Delete what a batch has come to: its runs that have no result are begun again, together with others or alone."""
+    with _alone(runs, store):
+        shutil.rmtree(_folder(runs, store), ignore_errors=True)
+
+
+def _folder(runs: Sequence[Run], store: Store) -> Path:
+    return store.root / "batches" / identity({"batch": [run.identity for run in runs]})
+
+
+@contextmanager
+def _alone(runs: Sequence[Run], store: Store) -> Iterator[None]:
+    """Hold the folders of all runs that have no result yet."""
+    with ExitStack() as held:
         for run in sorted(runs, key=lambda run: run.identity):
             if store.result(run.identity) is None:
                 held.enter_context(alone(store.folder(run.identity)))
-        try:
-            batch = _Batch(runs, store, on, data_dir)
-            if batch.going_on:
-                batch.write_what_and_where(folder)
-                batch.resume(folder / "checkpoint.pt")
-                for index in batch.going_on:
-                    run = batch.runs[index]
-                    batch.boards[index] = held.enter_context(Board(tensorboard and tensorboard / run.identity, run, batch.states[index]))
-                _loop(batch, folder / "checkpoint.pt", checkpoint_seconds)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the memory of {device} is too small for {len(runs)} runs at once: use --no-batched") from error
-        shutil.rmtree(folder, ignore_errors=True)
-    return {run.identity: result for run in runs if (result := store.result(run.identity)) is not None}
+        yield
 
 
 class _Batch:

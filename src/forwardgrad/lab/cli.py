@@ -10,7 +10,7 @@ import typer
 
 from forwardgrad import __version__
 from forwardgrad.lab import interrupts
-from forwardgrad.lab.commands import datasets, measuring, reading, training
+from forwardgrad.lab.commands import datasets, measuring, reading, studies, training
 from forwardgrad.lab.errors import UserError
 
 INTERRUPTED = 130
@@ -19,8 +19,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 for command in (
     training.train,
     training.tune,
-    training.study,
-    training.reproduce,
+    studies.study,
+    studies.reproduce,
     training.demo,
     measuring.bench,
     measuring.estimators,

@@ -31,13 +31,24 @@ BACKWARD = 2  # forward passes that a backward pass counts for, in a budget of f
 EXAMPLES = 1000  # that an evaluation is timed on, at most
 
 
-def measure(run: Run, device: str = "cpu", data_dir: Path | None = None) -> Pace:
+def measure(run: Run, device: str = "cpu", data_dir: Path | None = None, threads: int | None = None) -> Pace:
     """Seconds (the median of timed steps) and forward passes (their mean) of a step of this run, on this machine as it is now.
+
+    `threads` is how many a run will have; a backward pass counts as two forward passes.
 
     Raises UserError as training does.
     """
     on = environment.device(device)
     run = dataclasses.replace(run, steps=WARM_UP + TIMED)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _measure(run, on, data_dir)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(run: Run, on: torch.device, data_dir: Path | None) -> Pace:
     dataset = own.dataset(run, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         state = begin(run, dataset, on)

@@ -283,13 +283,18 @@ def rate(per_second: float | None) -> str:
 def describe(result: dict[str, Any]) -> str:
     """A run that has ended in one line."""
     status, accuracy = result["status"], result["validation_accuracy"]
-    outcome = f"diverged at step {result['diverged_at']}" if status == "diverged" else status
+    outcome = status if status == "finished" else f"{status} at step {result['steps']}"
     line = outcome if status == "finished" else f"{outcome} ({result['reason']})"
     if status != "failed":
-        line += f", validation loss {number(result['validation_loss'])}, accuracy {'–' if accuracy is None else f'{accuracy:.2%}'}"
+        line += f", validation loss {number(result['validation_loss'])}{_accuracy(accuracy)}"
     if test := result["test"]:
-        line += f"; test loss {number(test['loss'])}, accuracy {test['accuracy']:.2%}"
+        line += f"; test loss {number(test['loss'])}{_accuracy(test['accuracy'])}"
     return f"{line}; {result['seconds']:.1f} s"
+
+
+def _accuracy(value: float | None) -> str:
+    """The part classified rightly, or nothing where targets are no classes."""
+    return "" if value is None else f", accuracy {value:.2%}"
 
 
 def number(value: float | None) -> str:

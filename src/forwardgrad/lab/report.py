@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from forwardgrad.lab import results
+from forwardgrad.lab import comparison_section, results
 from forwardgrad.lab.bench_section import bench_section, cost_section
 from forwardgrad.lab.beyond_section import beyond_section
 from forwardgrad.lab.errors import UserError
@@ -66,9 +67,13 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
 
 
 def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
-    if study.name == "beyond":
-        return beyond_section(study, studies)
-    return noise_section(study) if study.name == "noise" else study_section(study)
+    if study.name == "noise":  # asks what holds an explosion back, not which arm is best
+        return noise_section(study)
+    section = beyond_section(study, studies) if study.name == "beyond" else study_section(study)
+    said, *compared = comparison_section.blocks(study)
+    first, *others = section.blocks
+    headed = isinstance(first, tuple) and isinstance(said, tuple) and first[: len(said)] == said
+    return dataclasses.replace(section, blocks=(first, *([] if headed else [said]), *others, *compared))
 
 
 def html(sections: list[Section]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forwardgrad.lab import figures, findings, stats, tables
+from forwardgrad.lab import comparison_verdict, figures, findings, stats, tables
 from forwardgrad.lab.results import ArmResult, StudyResult, finite
 from forwardgrad.lab.tables import Cell, Table, exact, number
 
@@ -46,7 +46,8 @@ class Section:
 def study_section(study: StudyResult) -> Section:
     published = any(arm.record.get("published") for arm in study.arms)
     tuning = tables.tuning(study)
-    headlines = findings.headlines(study)
+    of_the_paper = any({"forward", "backprop"} <= {arm.kind for arm in arms} for arms in study.groups.values())
+    headlines = findings.headlines(study) if of_the_paper else comparison_verdict.verdicts(study)
     blocks: list[Block] = [
         (*headlines, *findings.details(study)),
         *([READING] if published else []),

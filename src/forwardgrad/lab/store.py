@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -82,24 +83,63 @@ CHECKPOINT_SEAL = 32  # bytes at the end of a checkpoint
 PATIENCE = 60.0  # seconds to wait for others who change a record
 
 
+class Busy(UserError):
+    """Another process holds the folder of a run."""
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a run's folder, swept of what a killed writer left there; the lock of a process that died is free.
 
-    Raises UserError where another process holds it.
+    Raises Busy where another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process is training in {folder}: wait for it, or choose another output folder with --out") from error
+    if (lock := _locked(folder)) is None:
+        raise Busy(f"another process is training in {folder}: wait for it, or choose another output folder with --out")
     try:
         sweep(folder)
         yield
-        Path(lock.lock_file).unlink(missing_ok=True)
     finally:
+        _let_go(lock)
+
+
+def held(folder: Path) -> bool:
+    """Whether another process holds a run's folder at this moment."""
+    if not folder.with_suffix(".lock").exists():
+        return False
+    if (lock := _locked(folder)) is None:
+        return True
+    _let_go(lock)
+    return False
+
+
+def _locked(folder: Path) -> FileLock | None:
+    """The lock of a run's folder, held; None where another process holds it.
+
+    A holder removes the lock's file before it lets go: who had opened it just before gets a lock that stands for no name, and tries again.
+    """
+    path = folder.with_suffix(".lock")
+    while True:
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if path.exists():
+                return None
+            continue
+        try:
+            descriptor, named = os.fstat(lock._context.lock_file_fd or 0), path.stat()
+        except FileNotFoundError:
+            lock.release()
+            continue
+        if (descriptor.st_dev, descriptor.st_ino) == (named.st_dev, named.st_ino):
+            return lock
         lock.release()
+
+
+def _let_go(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else can hold what the name stands for
+    lock.release()
 
 
 def sweep(folder: Path) -> None:

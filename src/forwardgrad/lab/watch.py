@@ -227,7 +227,11 @@ class Watch:
         tried = max(len(trials), 0 if finals else _count(arm.get("budget"), "trials"))
         kinds = {"trial": (trials, tried), "seed": (finals, len(finals) or _count(record, "seeds"))}
         group = [a for a in record["arms"] if a["group"] == arm["group"]]
-        works = [self._work(runs, planned, *self._usual(kind, arm, group), now) for kind, (runs, planned) in kinds.items()]
+        works = [
+            self._work(runs, planned, *self._usual(kind, arm, group), now)
+            for kind, (runs, planned) in kinds.items()
+            if planned > len(self._ended_of(runs))
+        ]
         return self._now(record["name"], arm["name"], kinds, _sum(works), now)
 
     def _alone(self, run: str, now: float) -> ArmNow:
@@ -282,6 +286,8 @@ class Watch:
                 steps = (_mean([_length(run) for run in trials]) or 0.0) * longer / short or None
             taken = [(run.spent, run.steps if isinstance(run, Ended) else run.step) for run in (*trials, *finals)]
             pace = pace or (sum(s for s, _ in taken) / n if (n := sum(n for _, n in taken)) else None)
+            if steps and pace:
+                break
         return steps, pace
 
     def _work(self, runs: list[str], planned: int, steps: float | None, pace: float | None, now: float) -> Work:

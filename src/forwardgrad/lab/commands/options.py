@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.place import ExecutorName
 from forwardgrad.lab.run import DataName, Engine, ModelName, OptimizerName, Precision
 from forwardgrad.lab.spec import parse_estimator
 from forwardgrad.lab.store import Store
@@ -24,6 +25,13 @@ Batched = Annotated[
     typer.Option("--batched/--no-batched", help="Train runs that differ in seed and rates alone as one program. [default: on a GPU only]"),
 ]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write events for TensorBoard, to the output folder's tensorboard/.")]
+ExecutorOption = Annotated[
+    ExecutorName, typer.Option(help="Where --jobs runs go: processes on this machine, or a Ray cluster (pip install 'forwardgrad[ray]').")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join, HOST:PORT or auto. [default: one is started on this machine]")]
+Gpus = Annotated[float | None, typer.Option(help="Part of a GPU that each run takes on Ray, such as 0.25. [default: a whole one]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each run. [default: the processor's cores over --jobs]")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before, from its last checkpoint.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
 Data = Annotated[DataName, typer.Option(help="Data set.")]
 Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]

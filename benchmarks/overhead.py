@@ -1,0 +1,219 @@
+"""What the laboratory adds to a step of training: its own loop beside the same steps without it, in turn, and piece by piece.
+
+python benchmarks/overhead.py              # the NN on MNIST, batch 64, forward gradient, SGD; the goal is below 1 % of a step
+python benchmarks/overhead.py --empty      # the laboratory's own Python alone: a step that does nothing
+
+Both loops take the same `TrainingStep`s on the same batches, gathered from the same tensors, under the same schedule. The laboratory's
+also notes losses and derivatives, looks for divergence, measures relative step and norm every 100 steps, and writes its status: that is
+what the loops differ in. Pieces that come seldom are timed by themselves and counted as often as they come: the memory's watch in a step
+before an evaluation, a checkpoint a minute, a look of the display every half second. Evaluations and the reading of data are work, not
+overhead, and left out. `--empty` and `--processor-time` count the time of this thread on its processor, which other programs do not
+disturb much; without them the clock on the wall is read, on a machine that should be quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forwardgrad.estimators.base import Estimate
+from forwardgrad.lab import data, environment, state, store, train
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.precision import arranged
+from forwardgrad.lab.progress import POLL_SECONDS
+from forwardgrad.lab.run import Optimizer, Run, to_json
+from forwardgrad.lab.spec import parse_estimator
+from forwardgrad.lab.state import State, begin, draw_order, steps_per_epoch
+from forwardgrad.lab.tensorboard import Board
+from forwardgrad.lab.watch import Watch
+from forwardgrad.training_step import TrainingStep
+
+GOAL = 0.01
+CHECKPOINT_SECONDS = 60.0
+BLOCK = train.CHECK_EVERY  # steps that each loop takes before the other has its turn
+PROCESSOR = False  # which clock is read
+WARM_UP = max(train.FIRST_EVALUATIONS)  # steps
+
+
+def clock() -> float:
+    return time.thread_time() if PROCESSOR else time.perf_counter()
+
+
+class Nothing(nn.Module):
+    """Ten numbers, whatever the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def no_step(at: State) -> Callable[..., Estimate]:
+    """In place of a step: what a forward gradient would have said."""
+    at.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule asks
+    said = Estimate(torch.tensor(2.3), torch.tensor([0.1]), 2)
+    return lambda *batch: said
+
+
+class Over(Exception):
+    """Enough has been measured."""
+
+
+def step_of(run: Run, at: State) -> Callable[..., Estimate]:
+    pieces = train.loss_of(run), at.model, at.optimizer, at.estimator
+    return TrainingStep(*pieces, generator=at.generator, state=at.memory, engine=run.engine)
+
+
+def bare(run: Run, dataset: data.Dataset, at: State, take: Callable[..., Estimate]) -> Callable[[int], float]:
+    """A function that takes the steps up to one, and nothing else, and returns the seconds that takes."""
+    per_epoch = steps_per_epoch(run, dataset)
+
+    def advance(until: int) -> float:
+        began = clock()
+        while at.step < until:
+            order = draw_order(run, dataset, at)
+            start = at.step % per_epoch * run.batch_size
+            batch = order[start : start + run.batch_size]
+            take(arranged(dataset.pixels(dataset.train.images[batch]), run.precision), dataset.train.labels[batch])
+            at.schedule.step()
+            at.step += 1
+        return clock() - began
+
+    return advance
+
+
+def in_turn(
+    run: Run, dataset: data.Dataset, at: State, other: Callable[[int], float], folder: Path, blocks: int
+) -> list[tuple[float, float]]:
+    """Seconds of every block of the laboratory's loop and of the other, blocks with an evaluation left out."""
+    per_epoch, found = steps_per_epoch(run, dataset), list[tuple[float, float]]()
+    say, began = train.say, 0.0
+
+    def turn(now: State, *rest: Any) -> None:
+        nonlocal began
+        say(now, *rest)
+        if now.step % BLOCK:
+            return
+        took = clock() - began
+        alone = other(now.step)
+        if now.step > WARM_UP and now.step // per_epoch == (now.step - BLOCK) // per_epoch:
+            found.append((took, alone))
+        if len(found) == blocks:
+            raise Over
+        began = clock()
+
+    train.say = turn
+    try:
+        began = clock()
+        train._loop(run, dataset, at, folder, float("inf"), Board(None, run, at))
+    except Over:
+        pass
+    finally:
+        train.say = say
+    return found
+
+
+def pieces(run: Run, dataset: data.Dataset, at: State, folder: Path, step: float) -> dict[str, float]:
+    """Seconds a step of what comes seldom."""
+    watched = typical(lambda: train._watched(run, dataset, at)) - step
+    checkpoint = typical(lambda: store.write_whole(folder / "checkpoint.pt", at.dump()))
+    watch = Watch(store.Store(folder.parent.parent), runs=[run.identity])
+    return {
+        "watching the memory, once an epoch": max(0.0, watched) / steps_per_epoch(run, dataset),
+        "a checkpoint a minute": checkpoint * step / CHECKPOINT_SECONDS,
+        "the display's looks": typical(watch.snapshot) * step / POLL_SECONDS,
+    }
+
+
+def typical(work: Callable[[], object], repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats):
+        began = clock()
+        work()
+        times.append(clock() - began)
+    return statistics.median(times)
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of their median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return medians[draws // 40], medians[-draws // 40]
+
+
+def prepared(options: argparse.Namespace) -> tuple[Run, data.Dataset]:
+    spec = parse_estimator(options.estimator)
+    run = Run("mnist", options.model, spec, Optimizer(options.optimizer, 1e-6, 1e-6), 50, options.batch_size)
+    if not options.empty:
+        return run, data.load("mnist", 0, "cpu", options.data_dir)
+    state.build_model = lambda run, dataset, on: Nothing()
+    splits = [data.Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
+    return run, data.Dataset("none", 10, *splits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--empty", action="store_true", help="a model of ten numbers, and no data")
+    parser.add_argument("--model", default="nn", choices=["logistic", "nn", "cnn"])
+    parser.add_argument("--batch-size", default=64, type=int)
+    parser.add_argument("--estimator", default="forward", help="as for `forwardgrad train --estimator`")
+    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "nesterov", "adam"])
+    parser.add_argument("--blocks", default=60, type=int, help=f"blocks of {BLOCK} steps of each loop")
+    parser.add_argument("--processor-time", action="store_true", help="count this thread's time on its processor; with one thread only")
+    parser.add_argument("--data-dir", type=Path)
+    options = parser.parse_args()
+    global PROCESSOR
+    PROCESSOR = options.empty or options.processor_time
+    if PROCESSOR:
+        torch.set_num_threads(1)
+    try:
+        run, dataset = prepared(options)
+        lab, alone = (begin(run, dataset, torch.device("cpu")) for _ in range(2))
+    except UserError as error:
+        parser.error(str(error))
+    if options.blocks < 2:
+        parser.error("--blocks is at least 2")
+    take = no_step(alone) if options.empty else step_of(run, alone)
+    if options.empty:
+        lab.whole = no_step(lab)  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "runs" / run.identity
+        folder.mkdir(parents=True)
+        store.write_json(folder / "run.json", to_json(run))
+        found = in_turn(run, dataset, lab, bare(run, dataset, alone, take), folder, options.blocks)
+        assert all(torch.equal(p, q) for p, q in zip(lab.model.parameters(), alone.model.parameters(), strict=True))
+        step = statistics.median(other for _, other in found) / BLOCK
+        seldom = pieces(run, dataset, lab, folder, step)
+    tell(options, step, [(mine - other) / BLOCK for mine, other in found], seldom)
+
+
+def tell(options: argparse.Namespace, step: float, more: Sequence[float], seldom: dict[str, float]) -> None:
+    where = environment.describe(torch.device("cpu"))
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}, commit {where['commit']}")
+    what = "a step that does nothing" if options.empty else f"{options.model}, batch {options.batch_size}, {options.estimator}"
+    print(f"{what}, {options.optimizer}: {len(more)} blocks of {BLOCK} steps of each loop in turn, the same parameters to the bit")
+    print(f"times are {'those of one thread on its processor' if PROCESSOR else 'by the clock on the wall'}")
+    low, high = interval(more)
+    loop = statistics.median(more)
+    total = loop + sum(seldom.values())
+    print(f"{'a step without the laboratory':40} {1e6 * step:10.1f} µs")
+    print(f"{'the loop':40} {1e6 * loop:10.1f} µs  (95 % of the median: {1e6 * low:.1f} to {1e6 * high:.1f})")
+    for name, seconds in seldom.items():
+        print(f"{name:40} {1e6 * seconds:10.1f} µs")
+    share = "" if options.empty else f"{total / step:.2%} of a step (goal: below {GOAL:.0%})"
+    print(f"{'all':40} {1e6 * total:10.1f} µs  {share}")
+
+
+if __name__ == "__main__":
+    main()

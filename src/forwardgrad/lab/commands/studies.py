@@ -1,0 +1,156 @@
+"""Commands that run studies: a user's own, and the paper's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from forwardgrad.lab import beyond, noise, recipes
+from forwardgrad.lab.commands.carrying import carry_out, show_cost
+from forwardgrad.lab.commands.options import (
+    Address,
+    Batched,
+    DataDir,
+    Device,
+    ExecutorOption,
+    Gpus,
+    Jobs,
+    Out,
+    Precise,
+    RetryFailed,
+    TensorBoard,
+    Threads,
+    write_report,
+)
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.everything import Budget, everything
+from forwardgrad.lab.place import Place
+from forwardgrad.lab.store import Store
+from forwardgrad.lab.study import Study
+
+RETUNED = {
+    "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
+    "beyond": "always tunes every arm",
+    "noise": "has the paper's hyperparameters, times a factor",
+}  # recipes that decide themselves what is tuned
+
+
+def study(
+    file: Annotated[str, typer.Argument(metavar="FILE.py", help="A file with a function that returns a Study, or FILE.py:FUNCTION.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of that function.")] = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only print what it would cost, from a timed warm-up of every arm.")] = False,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+    batched: Batched = None,
+    threads: Threads = None,
+    executor: ExecutorOption = "process",
+    address: Address = None,
+    gpus: Gpus = None,
+    retry_failed: RetryFailed = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once."""
+    from forwardgrad.lab.studyfile import load
+
+    found, folder = load(file, dict(_setting(text) for text in settings or []))
+    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, folder, retry_failed, tensorboard)
+    if budget:
+        show_cost(found, out, place)
+    else:
+        write_report(carry_out(found, out, place))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.isidentifier():
+        raise UserError(f"--set takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
+def reproduce(
+    recipe: Annotated[
+        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")
+    ],
+    rows: Annotated[
+        str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
+    retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
+    tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
+    budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
+    precision: Precise = "float32",
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+    out: Out = Path("results"),
+    jobs: Jobs = 1,
+    batched: Batched = None,
+    threads: Threads = None,
+    executor: ExecutorOption = "process",
+    address: Address = None,
+    gpus: Gpus = None,
+    retry_failed: RetryFailed = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Run the paper, or a part of it: Table I, its figures, the comparison of Baydin et al., a study beyond it; and write the report.
+
+    `all` runs everything that the paper's claims need, tuned anew with equal budgets on fresh seeds, and ends in the page on those claims.
+
+    Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
+    estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
+    """
+    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, None, retry_failed, tensorboard)
+    if recipe == "all":
+        unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
+        if given := [option for option, value in unused.items() if value is not None]:
+            raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
+        return _reproduce_all([study.computed_in(precision) for study in everything(budget or "paper", seeds)], out, place)
+    if budget is not None:
+        raise UserError("--budget belongs to `reproduce all`: shorten other recipes with --epochs")
+    chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
+    if retune and recipe in RETUNED:
+        raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "beyond":
+        study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
+    elif recipe == "noise":
+        study = noise.noise(chosen, epochs, seeds or 1)
+    elif recipe == "baydin":
+        study = recipes.baydin(epochs, seeds or 1, tuning_epochs, chosen)
+    else:
+        chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
+        study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
+    store = carry_out(study.computed_in(precision), out, place)
+    if recipe == "baydin":
+        from forwardgrad.lab import functions
+
+        functions.write(store)
+    if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
+        _time_steps(store, {arm.run.model for arm in study.arms}, device)
+    write_report(store)
+
+
+def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
+    from forwardgrad.lab import functions
+
+    for study in studies:
+        store = carry_out(study, out, place)
+    functions.write(store)
+    _time_steps(store, {arm.run.model for study in studies for arm in study.arms}, place.device)
+    write_report(store)
+
+
+def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
+    """Time a step of the networks that were not timed before in this store."""
+    from forwardgrad.lab import bench as benchmark
+    from forwardgrad.lab.bench_arms import TABLE_1
+    from forwardgrad.lab.bench_cases import Case
+
+    if untimed := [Case(name, 64) for name in sorted(set(networks) - benchmark.measured(store, device))]:
+        method = benchmark.Method(rounds=15)
+        print(benchmark.measure(store, untimed, TABLE_1, method, device=device, say=lambda _: None), file=sys.stderr)
