@@ -13,7 +13,7 @@ from tests.stored import put, record, reported, row, seeds, tried
 from forwardgrad.lab import comparison_section, comparison_verdict, figures, recipes, results
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Picture
-from forwardgrad.lab.store import Store, read_json, read_study, write_json
+from forwardgrad.lab.store import Store, read_json, read_study, write_json, write_result
 from forwardgrad.lab.study import Study
 from forwardgrad.lab.tables import Table
 
@@ -137,7 +137,7 @@ def test_a_failed_run_without_files_counts_as_lost(store: Store) -> None:
     nothing = dict.fromkeys(("diverged_at", "validation_loss", "validation_accuracy", "test"))
     counts = {"steps": 0, "epochs": 0.0, "parameters": 0, "seconds": 0.0}
     failed = {"status": "failed", "reason": "out of memory", **nothing, **counts}
-    write_json(folder / "result.json", failed)
+    write_result(folder, failed)
     (found,) = results.studies(store)
     (said,) = comparison_verdict.verdicts(found)
     assert "my estimator has the lowest mean test loss" in said

@@ -67,6 +67,8 @@ class Done:
 
     def _columns(self, name: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
         table = table_beside(self.folder, name, self.files)
+        if not table and self.result["status"] == "failed":  # it ended before it could leave any
+            return {column: [] for column in wanted}
         if missing := [column for column in wanted if column not in table]:
             raise damaged(self.folder / name, f"it has no column {missing[0]!r}" if table else "it is missing or empty")
         return table
