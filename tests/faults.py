@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from forwardgrad.lab.run import Optimizer, Run
-from forwardgrad.lab.store import Store, read_json
+from forwardgrad.lab.store import Store, read_result
 
 THROWS, ALWAYS_DIES, DIES_ONCE, EXHAUSTS, EXITS, FULL = 101, 102, 103, 104, 105, 106  # seeds
 
@@ -72,7 +72,7 @@ def seeded(*seeds: int) -> list[Run]:
 def left(store: Store, run: Run) -> tuple[Any, ...]:
     """What a run has come to, to the bit: without its seconds."""
     folder = store.folder(run.identity)
-    result = read_json(folder / "result.json") or {}
+    result = read_result(folder) or {}
     return {**result, "seconds": None}, *((folder / name).read_bytes() for name in ("losses.csv.gz", "walk.csv"))
 
 
