@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwardgrad.lab import bench_goals, figures, tables
-from forwardgrad.lab.sections import Block, Picture, Section
+from forwardgrad.lab.blocks import Block, Picture, Section
 from forwardgrad.lab.tables import NONE, Cell, Table, number, percent
 
 Record = dict[str, Any]  # what is stored of one arm
@@ -271,9 +271,9 @@ def _bars(name: str, cases: Sequence[Record]) -> Picture:
     for case in cases:
         there = [arm for arm in case["arms"] if not arm["failed"] and arm["to_backprop"] and arm["to_backprop"]["value"] is not None]
         groups.append((_title(case), [_bar(arm) for arm in there]))
-    svg = figures.bars(name, groups, xlabel="time of a step relative to backpropagation")
+    drawing = figures.bars(name, groups, xlabel="time of a step relative to backpropagation")
     caption = "The cost of one step: its time over that of backpropagation (dotted line); a plain forward pass has no gradient."
-    return Picture(name, svg, f"{caption} Whiskers: 95 % intervals; what was too noisy is left out.")
+    return Picture(name, drawing, f"{caption} Whiskers: 95 % intervals; what was too noisy is left out.")
 
 
 def _bar(arm: Record) -> figures.Bar:
@@ -303,9 +303,9 @@ def _sweep(name: str, axis: str, fixed: str, points: Sequence[tuple[float, Recor
         ("time / backpropagation", _trends(points, lambda arm: arm["to_backprop"] or {})),
         ("peak memory (bytes)", _trends(points, lambda arm: {key: arm.get("peak_bytes") for key in ("value", "low", "high")})),
     ]
-    svg = figures.trends(name, panels, xlabel={"depth": "layers", "width": "width", "batch": "batch"}[axis])
+    drawing = figures.trends(name, panels, xlabel={"depth": "layers", "width": "width", "batch": "batch"}[axis])
     caption = f"The cost of one step against {axis}; {fixed}. Bands: 95 % intervals; gaps: too noisy, or not measured."
-    return Picture(name, svg, caption)
+    return Picture(name, drawing, caption)
 
 
 def _trends(points: Sequence[tuple[float, Record]], read: Callable[[Record], Record]) -> list[figures.Trend]:
