@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from forwardgrad.lab import report
+from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.run import SCHEMA, Run, to_json
 from forwardgrad.lab.store import Store, write_json, write_table
 from forwardgrad.lab.study import Arm, Study
@@ -51,6 +52,11 @@ def put(store: Store, run: Run, test_loss: float | None, *, steps: int = 400, di
         "test": {"loss": test_loss, "accuracy": accuracy, "examples": 10000, **spread} if run.test else None,
     }
     write_json(folder / "result.json", result)
+
+
+def undrawn(name: str, rows: object, **_: object) -> Drawing:
+    """In place of `figures.curves`: drawing takes the most time of a report, and most tests do not look at it."""
+    return Drawing(f'<svg id="{name}"></svg>', lambda: b"%PDF")
 
 
 def seeds(arm: Arm, n: int) -> list[Run]:

@@ -40,8 +40,8 @@ def lower(model: str, title: str) -> Decide:
             "“when the learning rate for backpropagation and forward gradients is optimized separately, backpropagation achieves a "
             f"significantly lower loss on the MNIST data”: the {title}",
             "the paper, V", status(yes, no), tuple(readings),
-            "ratio of test losses, forward gradient over backpropagation: the 95 % t interval of its mean logarithm over the optimizers, all "
-            "trained at full length, lies above 0 (confirmed) or below it (refuted).",
+            "ratio of test losses, forward gradient over backpropagation: the 95 % t interval of its mean logarithm over the optimizers, "
+            "all trained at full length, lies above 0 (confirmed) or below it (refuted).",
             "" if yes or no else f"{len(usable)} of {count(len(mine), 'optimizer')} trained at full length in both arms.",
             "" if yes or no else f"forwardgrad reproduce table1 --rows {model}", "table1",
         )  # fmt: skip
@@ -139,11 +139,11 @@ def rates(evidence: Evidence) -> Judged:
         steps = _grid_step(forward) * _grid_step(backprop)
         edge = "lr" in forward.record["chosen"]["at_edge"]
         verdicts.append((factor > steps and not edge, factor <= 1))
-        rate = " and ".join(exact(float(arm.run["optimizer"]["lr"])) for arm in (backprop, forward))
-        span = f"{number(factor)} times; {number(factor / steps)} to {number(factor * steps)} within one grid point on either side"
+        best, other = (exact(float(arm.run["optimizer"]["lr"])) for arm in (backprop, forward))
+        words = f"learning rate {best} for backpropagation, {other} for the forward gradient: {number(factor)} times"
+        span = f"; {number(factor / steps)} to {number(factor * steps)} within one grid point on either side"
         trials = f"{count(len(forward.trials), 'trial')} an arm, 1 seed"
-        where = f"{tables.MODELS[model]}, backpropagation and forward gradient"
-        readings.append(Reading(where, f"learning rates {rate}: {span}{'; on the edge of its grid' if edge else ''}", trials))
+        readings.append(Reading(tables.MODELS[model], words + span + ("; on the edge of its grid" if edge else ""), trials))
     yes, no = len(verdicts) == 2 and all(one for one, _ in verdicts), any(one for _, one in verdicts)
     return Judged(
         "rates",

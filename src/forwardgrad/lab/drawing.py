@@ -8,11 +8,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from forwardgrad.lab.looks import PAGE, STYLE, variable
@@ -44,10 +47,10 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: one <svg> element, the same as PDF, and for each panel its box, limits and lines."""
+    """A figure: one <svg> element, the same as PDF once it is asked for, and for each panel its box, limits and lines."""
 
     svg: str
-    pdf: bytes
+    pdf: Callable[[], bytes]
     panels: tuple[dict[str, Any], ...] = ()
     xlabel: str = ""
     ylabel: str = ""
@@ -75,15 +78,24 @@ class Drawing:
 
 
 def render(name: str, draw: Callable[[], tuple[Figure, Sequence[Sketch]]], xlabel: str = "", ylabel: str = "") -> Drawing:
-    """Draw once, lay out once, write twice; ids in the SVG begin with the name, so that several can stand in one page."""
-    with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]):
+    """Draw and lay out once; ids in the SVG begin with the name, so that several can stand in one page."""
+    style: list[str | Path | dict[str, Any]] = ["default", {**STYLE, "svg.hashsalt": name}]
+    with matplotlib.style.context(style):
         figure, sketches = draw()
-        svg, pdf = io.BytesIO(), io.BytesIO()
+        svg = io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: it would name other sites, and the hour
-        figure.savefig(svg, format="svg", metadata=nothing)
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(svg, metadata=nothing)  # savefig would draw twice, once for nothing
         figure.set_layout_engine("none")
-        figure.savefig(pdf, format="pdf", metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
-    return Drawing(_cleaned(svg.getvalue().decode(), name), pdf.getvalue(), tuple(map(_panel, sketches)), xlabel, ylabel)
+
+    def pdf() -> bytes:
+        with matplotlib.style.context(style):
+            content = io.BytesIO()
+            canvas: Any = FigureCanvasPdf(figure)
+            canvas.print_pdf(content, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+        return content.getvalue()
+
+    return Drawing(_cleaned(svg.getvalue().decode(), name), pdf, tuple(map(_panel, sketches)), xlabel, ylabel)
 
 
 def _cleaned(text: str, name: str) -> str:

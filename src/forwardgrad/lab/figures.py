@@ -129,11 +129,16 @@ def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
     if log or (log is None and most / least > 15):
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(least / 1.4, most * 1.6)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most / least < 100 else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
-        axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
+        _plain_ticks(axes, most / least)
     else:
         axes.set_ylim(0, most * 1.12)
+
+
+def _plain_ticks(axes: Axes, span: float) -> None:
+    """Ticks of a logarithmic axis without powers of ten where a reader can do without."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
+    axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
 
 
 def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, Any]]) -> None:
@@ -259,7 +264,10 @@ def _bar(axes: Axes, bar: Bar, place: float, reach: float) -> None:
 
 @dataclass(frozen=True)
 class Trend:
-    """A quantity with its intervals at several x, and what theory says there; at no x in particular where `at` is empty."""
+    """A quantity with its intervals at several x, and what theory says there; at no x in particular where `at` is empty.
+
+    `kind` is that of an arm whose look it has, where no other line of the figure has it already.
+    """
 
     label: str
     at: tuple[float, ...]
@@ -267,12 +275,16 @@ class Trend:
     low: tuple[float, ...]
     high: tuple[float, ...]
     theory: tuple[float | None, ...] = ()
+    kind: str = ""
 
 
 def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: str) -> Drawing:
     """Panels side by side on one logarithmic x; y is logarithmic where positive values span more than a factor of fifteen."""
     labels = [trend.label for _, group in panels for trend in group]
-    looks = with_rest({label: LOOKS[label] for label in dict.fromkeys(labels) if label in LOOKS}, labels)
+    first: dict[str, str] = {}
+    for trend in (trend for _, group in panels for trend in group):
+        first.setdefault(trend.kind or trend.label, trend.label)
+    looks = with_rest({first[kind]: look for kind, look in (LOOKS | FURTHER).items() if kind in first}, labels)
     ticks = sorted({x for _, group in panels for trend in group for x in trend.at})
 
     def draw() -> tuple[Figure, list[Sketch]]:
@@ -289,6 +301,7 @@ def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: 
             if positive and max(positive) / min(positive) > 15:
                 axes.set_yscale("log", nonpositive="mask")
                 axes.set_ylim(min(positive) / 2, max(positive) * 2)
+                _plain_ticks(axes, max(positive) / min(positive))
             for trend in group:
                 _trend(axes, trend, looks[trend.label])
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)

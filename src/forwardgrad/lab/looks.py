@@ -32,9 +32,11 @@ MARKERS = ("^", "D", "v", "P", "*")
 INK, QUIET, AXIS, GRID, LEVEL = "#1f2933", "#5f6b76", "#9aa5b1", "#e4e7eb", "#8492a0"
 STYLE = {
     "figure.facecolor": "white",
+    "figure.dpi": 72,  # the SVG's unit
     "axes.facecolor": "white",
     "axes.edgecolor": AXIS,
     "axes.labelcolor": INK,
+    "text.color": INK,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",

@@ -197,7 +197,7 @@
         links.get(entry.target.id)?.setAttribute("aria-current", "true");
       }
     }, { rootMargin: "0px 0px -75% 0px" });
-    document.querySelectorAll("main section[id]").forEach((section) => seen.observe(section));
+    document.querySelectorAll("main section[id], #verdict").forEach((section) => seen.observe(section));
   }
 
   document.addEventListener("DOMContentLoaded", () => {

@@ -56,9 +56,12 @@ def _export(store: Store, sections: list[Section]) -> None:
     for folder in ("figures", "tables"):
         (store.root / folder).mkdir(exist_ok=True)
     for picture in blocks.pictures(sections):
-        path = store.root / "figures" / picture.name
-        write_whole(path.with_name(f"{picture.name}.svg"), f'<?xml version="1.0" encoding="utf-8"?>\n{picture.drawing.svg}'.encode())
-        write_whole(path.with_name(f"{picture.name}.pdf"), picture.drawing.pdf)
+        path, pdf = (store.root / "figures" / f"{picture.name}.{ending}" for ending in ("svg", "pdf"))
+        svg = f'<?xml version="1.0" encoding="utf-8"?>\n{picture.drawing.svg}'.encode()
+        if pdf.exists() and path.exists() and path.read_bytes() == svg:
+            continue  # embedding letters takes longer than all else
+        write_whole(pdf, picture.drawing.pdf())
+        write_whole(path, svg)  # last: it says of which figure the PDF is
     for name, table in blocks.tables(sections):
         write_whole(store.root / "tables" / f"{name}.tex", latex(table).encode())
 
