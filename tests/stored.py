@@ -54,6 +54,18 @@ def put(store: Store, run: Run, test_loss: float | None, *, steps: int = 400, di
     write_json(folder / "result.json", result)
 
 
+def fail(store: Store, run: Run, reason: str, *, steps: int = 0) -> None:
+    """A run that failed before its first evaluation: a result, a description, a traceback, and no tables."""
+    folder = store.folder(run.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", to_json(run))
+    write_json(folder / "environment.json", ENVIRONMENT)
+    (folder / "error.txt").write_text(reason)
+    nothing = dict.fromkeys(("diverged_at", "validation_loss", "validation_accuracy", "test"))
+    counts = {"steps": steps, "epochs": 0.0, "parameters": 0, "seconds": 0.0}
+    write_json(folder / "result.json", {"status": "failed", "reason": reason, **counts, **nothing})
+
+
 def undrawn(name: str, rows: object, **_: object) -> Drawing:
     """In place of `figures.curves`: drawing takes the most time of a report, and most tests do not look at it."""
     return Drawing(f'<svg id="{name}"></svg>', lambda: b"%PDF")

@@ -152,4 +152,4 @@ def test_norms_and_losses_are_drawn(store: Store) -> None:
     report.write(store)
     page = (store.root / "report.html").read_text()
     assert '<figure id="noise-norm" data-read>' in page
-    assert '<figure id="noise-loss">' in page
+    assert '<figure id="noise-loss" data-read>' in page

@@ -54,7 +54,7 @@ def views(
     runs = [run for _, arms in settings for arm in arms for run in arm.done if has_curve(run)]
     found = []
     for axis in AXES:
-        if any(axis.place(run) is None for run in runs):
+        if any(axis.place(run) is None for run in runs if run.result["status"] != "failed"):
             continue
         panels = [_panel(title, arms, axis, measured, end) for title, arms in settings]
         drawing = figures.curves(f"{name}{axis.name}", [panels], xlabel=axis.label, ylabel=ylabel, marks=True, log=log)
@@ -74,8 +74,8 @@ def _panel(
 ) -> figures.Panel:
     lines = []
     for arm in arms:
-        runs = [run for run in arm.done if has_curve(run)]
-        curve = along([(axis.place(run) or (), run.evaluations["step"], measured(run)) for run in runs])
+        placed = [(axis.place(run), run) for run in arm.done if has_curve(run)]  # one that failed may have counted less than others
+        curve = along([(at, run.evaluations["step"], measured(run)) for at, run in placed if at is not None])
         if curve.at:
             lines.append(figures.Line(arm.kind, curve, end(arm), all(map(lost, arm.done)), arm.label))
     return figures.Panel(title, tuple(lines), "" if lines else "not run" if not arms else "unfinished")
