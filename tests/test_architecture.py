@@ -32,6 +32,8 @@ TORCH_FREE = (
     "sections",
     "bench_section",
     "quality_section",
+    "claims",
+    "verdict",
     "report",
     "spec",
     "cli",

@@ -13,6 +13,8 @@ import pytest
 from tests.stored import put, record, seeds, undrawn
 
 from forwardgrad.lab import figures, latex, recipes, report, stats
+from forwardgrad.lab.blocks import Picture, Section
+from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.tables import Cell, Table
 
@@ -90,17 +92,11 @@ def test_a_pdf_is_the_same_in_another_process_and_has_no_date() -> None:
 
 def test_a_figure_that_did_not_change_keeps_its_pdf(tmp_path: Path) -> None:
     store = Store(tmp_path / "out")
-    study = recipes.demo(1, seeds=1)
-    record(store, study)
-    put(store, study.arms[0].run, 0.3)
-    pdf = store.root / "figures" / "demo-training.pdf"
-    report.write(store)
-    drawn, written = pdf.read_bytes(), pdf.stat().st_mtime_ns
-    report.write(store)
-    assert (pdf.stat().st_mtime_ns, pdf.read_bytes()) == (written, drawn)
-    put(store, study.arms[0].run, 0.2)
-    report.write(store)
-    assert pdf.read_bytes() != drawn
+    pdf = store.root / "figures" / "one.pdf"
+    for svg, content in (("<svg/>", b"first"), ("<svg/>", b"never asked for"), ("<svg></svg>", b"second")):
+        picture = Picture("one", Drawing(svg, lambda content=content: content), "A figure.")
+        report._export(store, [Section("a", "A part", "", (picture,))])
+        assert pdf.read_bytes() == {"<svg/>": b"first", "<svg></svg>": b"second"}[svg]
 
 
 def test_the_numbers_of_a_figure_are_those_it_draws() -> None:

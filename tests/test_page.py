@@ -293,6 +293,21 @@ def test_lost_runs_are_shown_with_their_reasons(store: Store, browser: Any) -> N
     assert "diverged at step 400 (the loss is not finite)" in words
 
 
+def test_nothing_but_the_pages_own_script_runs(store: Store, browser: Any) -> None:
+    visit = Visit(browser, store)
+    visit.page.evaluate("""() => {
+        const added = document.createElement('script');
+        added.textContent = 'window.stolen = 1';
+        document.body.append(added);
+        document.body.insertAdjacentHTML('beforeend', '<img src="https://example.org/a.png" onerror="window.stolen = 2">');
+    }""")
+    visit.page.wait_for_timeout(200)
+    assert visit.page.evaluate("window.stolen") is None
+    assert visit.asked == []
+    assert any("Content Security Policy" in complaint for complaint in visit.complaints)
+    visit.context.close()
+
+
 def test_every_picture_has_words(store: Store, browser: Any) -> None:
     with Visit(browser, store) as page:
         assert page.locator("img").count() == 0

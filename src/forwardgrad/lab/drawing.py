@@ -86,16 +86,16 @@ def render(name: str, draw: Callable[[], tuple[Figure, Sequence[Sketch]]], xlabe
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: it would name other sites, and the hour
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(svg, metadata=nothing)  # savefig would draw twice, once for nothing
-        figure.set_layout_engine("none")
+        panels = tuple(map(_panel, sketches))
 
     def pdf() -> bytes:
-        with matplotlib.style.context(style):
-            content = io.BytesIO()
-            canvas: Any = FigureCanvasPdf(figure)
-            canvas.print_pdf(content, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
+        with matplotlib.style.context(style):  # drawn anew: a report of many figures could not keep them all
+            content, canvas = io.BytesIO(), FigureCanvasPdf(draw()[0])
+            write: Any = canvas.print_pdf
+            write(content, metadata=dict.fromkeys(("CreationDate", "Creator", "Producer")))
         return content.getvalue()
 
-    return Drawing(_cleaned(svg.getvalue().decode(), name), pdf, tuple(map(_panel, sketches)), xlabel, ylabel)
+    return Drawing(_cleaned(svg.getvalue().decode(), name), pdf, panels, xlabel, ylabel)
 
 
 def _cleaned(text: str, name: str) -> str:

@@ -144,8 +144,9 @@
       const scale = drawn.width / svg.viewBox.baseVal.width;
       const x = drawn.left - frame.left + at * scale, room = frame.width - tip.offsetWidth;
       const beside = x + 14 + tip.offsetWidth > frame.width ? x - 14 - tip.offsetWidth : x + 14;
-      tip.style.left = `${Math.max(0, Math.min(beside, room))}px`;
-      tip.style.top = `${drawn.top - frame.top + (panel.box[1] + 6) * scale}px`;
+      const narrow = frame.width < 560;  // there it would hide the curves, and stands below them
+      tip.style.left = `${narrow ? 0 : Math.max(0, Math.min(beside, room))}px`;
+      tip.style.top = `${drawn.top - frame.top + (narrow ? drawn.height + 10 : (panel.box[1] + 6) * scale)}px`;
     }
 
     function follow(event) {
