@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from tests.stored import fail, put, record, seeds
 
-from forwardgrad.lab import looks, recipes, report
+from forwardgrad.lab import looks, recipes, report, stats
 from forwardgrad.lab.page import GROUND
 from forwardgrad.lab.store import Store, read_json, read_table, write_json
 
@@ -20,14 +21,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: install the package chromium")
 EVIL = "</script><script>window.stolen = 1</script>"
 FORWARD = "forward gradient"
+TABLE1 = recipes.table1(rows=["1", "2"], epochs=1, seeds=2)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Two studies: one with forward passes counted, a run that diverged and one that failed, and a label that tries to be code."""
     store = Store(tmp_path_factory.mktemp("page"))
-    table1, demo = recipes.table1(rows=["1", "2"], epochs=1, seeds=2), recipes.demo(1, seeds=2)
-    for study in (table1, demo):
+    demo = recipes.demo(1, seeds=2)
+    for study in (TABLE1, demo):
         record(store, study)
         for place, arm in enumerate(study.arms):
             for number, run in enumerate(seeds(arm, 2)):
@@ -35,7 +37,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
                     fail(store, run, "memory was exhausted")
                     continue
                 lost = place == number == 1 and study is demo
-                put(store, run, 0.4 - 0.2 * place + 0.02 * number, steps=400, diverged="the loss is not finite" if lost else None)
+                loss = 0.4 + 0.02 * number if place == 0 else 0.004
+                put(store, run, loss, steps=400, diverged="the loss is not finite" if lost else None)
                 path = store.folder(run.identity) / "result.json"
                 write_json(path, {**(read_json(path) or {}), "forward_passes": 800})
     path = store.root / "studies" / "table1.json"
@@ -90,13 +93,16 @@ def place(page: Any, figure: str, panel: int, x: float, y: float) -> tuple[float
     page.locator(f"#{figure} .card").scroll_into_view_if_needed()
     data = json.loads(page.locator(f"#{figure} script").text_content())
     box = data["panels"][panel]["box"]
-    axes = data["panels"][panel]["x"], data["panels"][panel]["y"]
-    assert not axes[0]["log"]
-    assert not axes[1]["log"]
-    along, up = ((value - axis["from"]) / (axis["to"] - axis["from"]) for value, axis in zip((x, y), axes, strict=True))
+    along, up = (share(data["panels"][panel][axis], value) for axis, value in (("x", x), ("y", y)))
     drawn = page.locator(f"#{figure} .card svg").bounding_box()
     scale = drawn["width"] / page.evaluate("id => document.querySelector(`#${id} .card svg`).viewBox.baseVal.width", figure)
     return drawn["x"] + (box[0] + along * box[2]) * scale, drawn["y"] + (box[1] + (1 - up) * box[3]) * scale
+
+
+def share(axis: dict[str, Any], value: float) -> float:
+    """How far along an axis a value lies."""
+    low, high, at = (math.log(v) if axis["log"] else v for v in (axis["from"], axis["to"], value))
+    return (at - low) / (high - low)
 
 
 def evaluated(store: Store, column: str, step: int) -> list[float]:
@@ -142,6 +148,21 @@ def test_every_view_has_its_own_axis_and_its_own_values(store: Store, browser: A
         assert page.locator("#demo-validation-seconds").is_visible()
         page.mouse.move(*place(page, "demo-validation-seconds", 0, 0.2, mean))  # a step takes 2 ms
         assert page.locator("#demo-validation-seconds .tip-head").text_content() == "training time (seconds) 0.2"
+
+
+def test_a_logarithmic_axis_is_read_as_one(store: Store, browser: Any) -> None:
+    with Visit(browser, store) as page:
+        panel = json.loads(page.locator("#table1-figure-2 script").text_content())["panels"][0]
+        assert panel["y"]["log"]
+        line = panel["lines"][1]
+        i = len(line["x"]) // 2
+        at = place(page, "table1-figure-2", 0, line["x"][i], line["y"][i])
+        page.mouse.move(*at)
+        circles = [circle.bounding_box() for circle in page.locator("#table1-figure-2 .crosshair circle").all()]
+        centres = [(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) for box in circles]
+        assert any(centre == pytest.approx(at, abs=1) for centre in centres)
+        drawn = stats.binned([read_table(store.folder(r.identity) / "losses.csv.gz")["loss"] for r in seeds(TABLE1.arms[1], 2)], 150)
+        assert float(reading(page, "table1-figure-2", EVIL)) == pytest.approx(drawn.mean[drawn.at.index(line["x"][i])], rel=2e-4)
 
 
 def test_keys_walk_along_a_curve(store: Store, browser: Any) -> None:
