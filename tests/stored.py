@@ -11,7 +11,7 @@ from typing import Any
 from forwardgrad.lab import report
 from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.run import SCHEMA, Run, to_json
-from forwardgrad.lab.store import Store, write_json, write_result, write_table
+from forwardgrad.lab.store import Store, read_result, write_json, write_result, write_table
 from forwardgrad.lab.study import Arm, Study
 
 ENVIRONMENT = {
@@ -82,7 +82,7 @@ def fail(store: Store, run: Run, reason: str, *, steps: int = 0) -> None:
     (folder / "error.txt").write_text(reason)
     nothing = dict.fromkeys(("diverged_at", "validation_loss", "validation_accuracy", "test"))
     counts = {"steps": steps, "epochs": 0.0, "parameters": 0, "seconds": 0.0}
-    write_json(folder / "result.json", {"status": "failed", "reason": reason, **counts, **nothing})
+    write_result(folder, {"status": "failed", "reason": reason, **counts, **nothing})
 
 
 def undrawn(name: str, rows: object, **_: object) -> Drawing:
@@ -92,6 +92,12 @@ def undrawn(name: str, rows: object, **_: object) -> Drawing:
 
 def seeds(arm: Arm, n: int) -> list[Run]:
     return [dataclasses.replace(arm.run, seed=seed) for seed in range(n)]
+
+
+def vouch(store: Store, run: Run) -> None:
+    """A result that vouches for the files beside it as they are now."""
+    folder = store.folder(run.identity)
+    write_result(folder, read_result(folder) or {})
 
 
 def tried(study: Study, arm: Arm) -> list[tuple[dict[str, Any], Run]]:

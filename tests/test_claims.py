@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from scipy import stats as reference
-from tests.stored import ENVIRONMENT, fail, put, record, reported, seeds, undrawn
+from tests.stored import ENVIRONMENT, fail, put, record, reported, seeds, undrawn, vouch
 
 from forwardgrad.lab import claims, evidence, figures, recipes, results, verdict
 from forwardgrad.lab.beyond import beyond
@@ -123,6 +123,7 @@ def test_two_to_four_times_faster_is_counted_in_steps(store: Store, slower: floa
         step = round(1000 * (slower * (1 + place / 50) if arm.kind == "forward" else 1))
         header = ["step", "epoch", "seconds", "validation_loss", "validation_accuracy"]
         write_table(store.folder(arm.run.identity) / "evaluations.csv", header, [[10, 1, 1, 2.0, 0.5], [step, 2, 2, 0.4, 0.9]])
+        vouch(store, arm.run)
     claim = judged(store)["faster"]
     assert claim.status == status
     assert claim.readings[-1].n == "3 configurations"
@@ -173,6 +174,7 @@ def test_cifar_fails_or_learns_and_explodes_where_it_does(store: Store) -> None:
     run = study.arms[0].run
     losses = [2.3] * 41_000 + [50.0] * 100
     write_table(store.folder(run.identity) / "losses.csv.gz", ["step", "loss"], [(i + 1, loss) for i, loss in enumerate(losses)])
+    vouch(store, run)
     assert judged(store)["cifar-explodes"].status == CONFIRMED
     put(store, run, 1.5, steps=800)
     assert judged(store)["cifar-fails"].status == REFUTED

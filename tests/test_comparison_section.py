@@ -11,9 +11,10 @@ import pytest
 from tests.stored import put, record, reported, row, seeds, tried
 
 from forwardgrad.lab import comparison_section, comparison_verdict, figures, recipes, results
+from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Picture
-from forwardgrad.lab.store import Store, read_json, read_study, write_json
+from forwardgrad.lab.store import Store, read_json, read_study, write_json, write_result
 from forwardgrad.lab.study import Study
 from forwardgrad.lab.tables import Table
 
@@ -24,7 +25,7 @@ Losses = Sequence[float | None]
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: f'<svg id="{name}"></svg>')
+    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: Drawing(f'<svg id="{name}"></svg>', bytes))
     return Store(tmp_path / "out")
 
 
@@ -137,7 +138,7 @@ def test_a_failed_run_without_files_counts_as_lost(store: Store) -> None:
     nothing = dict.fromkeys(("diverged_at", "validation_loss", "validation_accuracy", "test"))
     counts = {"steps": 0, "epochs": 0.0, "parameters": 0, "seconds": 0.0}
     failed = {"status": "failed", "reason": "out of memory", **nothing, **counts}
-    write_json(folder / "result.json", failed)
+    write_result(folder, failed)
     (found,) = results.studies(store)
     (said,) = comparison_verdict.verdicts(found)
     assert "my estimator has the lowest mean test loss" in said
@@ -254,8 +255,8 @@ def test_figures_show_bands_and_lost_trials(tmp_path: Path) -> None:
     again = {block.name: block for block in comparison_section.blocks(found) if isinstance(block, Picture)}
     assert again == pictures
     for picture in pictures.values():
-        assert "nan" not in picture.svg.lower()
-        assert len(picture.svg) < 100_000
+        assert "nan" not in picture.drawing.svg.lower()
+        assert len(picture.drawing.svg) < 100_000
 
 
 def test_a_profile_needs_three_tasks_with_the_same_arms(store: Store) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.stored import fail, put, record, seeds
+from tests.test_bench import arm, case, made
 
 from forwardgrad.lab import looks, recipes, report, stats
 from forwardgrad.lab.page import GROUND
@@ -31,8 +32,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     demo = recipes.demo(1, seeds=2)
     for study in (TABLE1, demo):
         record(store, study)
-        for place, arm in enumerate(study.arms):
-            for number, run in enumerate(seeds(arm, 2)):
+        for place, member in enumerate(study.arms):
+            for number, run in enumerate(seeds(member, 2)):
                 if study is demo and (place, number) == (1, 0):
                     fail(store, run, "memory was exhausted")
                     continue
@@ -45,6 +46,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     stored = json.loads(path.read_text())
     stored["arms"][1]["label"] = EVIL
     write_json(path, stored)
+    cases = [case(model, 64, arm("backprop", 0.004, 1.0), arm("forward", 0.006, 1.5)) for model in ("nn", "cnn", "cifar-cnn", "logistic")]
+    write_json(store.root / "bench.json", made(*cases))
     report.write(store)
     return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tests.stored import fail, put, record, reported, row, seeds, undrawn
 
 from forwardgrad.lab import figures, recipes
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, read_json, write_json
 from forwardgrad.lab.study import Study
 
@@ -88,8 +90,26 @@ def test_more_comparisons_than_are_drawn_are_said(store: Store) -> None:
     (arm, _) = recipes.demo(1).arms
     arms = tuple(recipes.replace(arm, name=f"arm {n}", group=f"group {n}", space={}) for n in range(8))
     record(store, Study("mine", "A study of my own", arms, 1))
+    record(store, Study("theme", "A study with a name of the page's own", arms[:1], 1))
+    record(store, Study("a b", "A study with a gap in its name", arms[:1], 1))
     put(store, arm.run, 0.3)
     text = reported(store)
+    ids = re.findall(r' id="([^"]*)"', (store.root / "report.html").read_text())
+    assert len(ids) == len(set(ids))
+    assert {"theme", "study-theme", "a-b"} <= set(ids)
+    text = text[text.index("## A study of my own") : text.index("## A study with a name")]
     assert "The curves of 2 further comparisons are not drawn" in text
     assert text.count("-training.svg)") == 6
     assert row(text, "Results", "group 7", "forward gradient")["test loss"] == "0.300 (n = 1, no interval)"
+
+
+SPACE = {"lr": {"low": "small", "high": 1}}
+CHOSEN = {"values": {"lr": [1]}, "validation_loss": 0.1, "at_edge": [3]}
+
+
+@pytest.mark.parametrize("fields", [{"space": SPACE}, {"space": {"lr": 3}}, {"chosen": CHOSEN}])
+def test_a_record_that_makes_no_sense_is_one_sentence(store: Store, fields: dict[str, Any]) -> None:
+    record(store, recipes.demo(2))
+    changed(store, "demo", **fields)
+    with pytest.raises(UserError, match=r"demo\.json is damaged .*: delete"):
+        reported(store)

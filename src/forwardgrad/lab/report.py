@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from forwardgrad.lab.sections import functions_section, provenance_section, stud
 from forwardgrad.lab.store import Store, read_json, write_whole
 from forwardgrad.lab.tables import place, source
 
+TAKEN = ("claims", "provenance", "functions", "bench", "cost", "quality", "verdict", "main", "theme")  # places that the page has itself
 TITLE = "Forward gradients beside backpropagation"
 ORDER = ("table1", "table1-retuned", "baydin", "beyond", "noise", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
@@ -43,7 +46,8 @@ def write(store: Store) -> Path:
     if not studies and not measured:
         raise UserError(f"nothing to report in {store.root}: run `forwardgrad reproduce table1 --out {store.root}` first")
     sections = _sections(store, studies, measured)
-    said = verdict.verdict(studies, measured.get("bench.json"))
+    with _checked(store.root / "bench.json", "measure it again"):
+        said = verdict.verdict(studies, measured.get("bench.json"))
     _export(store, sections)
     write_whole(store.root / "report.md", markdown(TITLE, said, sections).encode())
     page = store.root / "report.html"
@@ -71,22 +75,39 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
     extra, environments = {}, []
     for name, stored in measured.items():
         title, make = MEASURED[name]
-        try:
+        with _checked(store.root / name, "measure it again"):
             extra[name] = dataclasses.replace(make(stored), source=place("source", title))
             environments.append((title, stored["environment"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{store.root / name} is damaged ({error!r}): delete it and measure it again") from error
-    ahead = [_study(study, studies) for study in studies if study.name != "demo"]
-    behind = [_study(study, studies) for study in studies if study.name == "demo"]
-    judged = claims_section(studies, measured)
+    ahead = [_study(store, study, studies) for study in studies if study.name != "demo"]
+    behind = [_study(store, study, studies) for study in studies if study.name == "demo"]
+    with _checked(store.root / "studies", "run its commands again"):
+        judged = claims_section(studies, measured)
     return [*([judged] if judged else []), *ahead, *extra.values(), *behind, provenance_section(studies, environments)]
 
 
-def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
-    if study.name == "noise":  # asks what holds an explosion back, not which arm is best
-        section = noise_section(study)
-    else:
-        section = _compared(beyond_section(study, studies) if study.name == "beyond" else study_section(study), study)
+@contextmanager
+def _checked(path: Path, mend: str) -> Iterator[None]:
+    """What is stored but cannot be read as what it should be is told in a sentence."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): delete it and {mend}") from error
+
+
+def _named(study: StudyResult) -> StudyResult:
+    """The study under a name that can be a place on the page and a part of a file's name, and is nothing else's."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", study.name)
+    return dataclasses.replace(study, name=f"study-{name}" if name in TAKEN else name)
+
+
+def _study(store: Store, study: StudyResult, studies: list[StudyResult]) -> Section:
+    with _checked(store.root / "studies" / f"{study.name}.json", "run its command again; finished runs are kept"):
+        if study.name == "noise":  # asks what holds an explosion back, not which arm is best
+            section = noise_section(study)
+        elif study.name == "beyond":
+            section = _compared(beyond_section(study, studies), study)
+        else:
+            section = _compared(study_section(_named(study)), _named(study))
     return dataclasses.replace(section, source=source(study.arms[0]) if study.arms else "")
 
 
