@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Run, to_json
-from forwardgrad.lab.store import Store, alone, read_json, read_result, write_json, write_whole
+from forwardgrad.lab.store import Store, alone, read_json, read_result, write_json, write_result, write_whole
 
 LONGEST = 300  # characters of a reason
 _retried: set[Path] = set()  # folders whose failure this process deleted: once, or a run that always fails would never end
@@ -21,7 +22,7 @@ def record(run: Run, store: Store, reason: str, details: str) -> dict[str, Any]:
     with alone(folder):
         if (done := read_result(folder)) is not None:
             return done
-        status = read_json(folder / "status.json") or {}
+        status = _status(folder / "status.json")
         step, total = status.get("step", 0), status.get("steps", 0)
         result = {
             "status": "failed",
@@ -39,10 +40,18 @@ def record(run: Run, store: Store, reason: str, details: str) -> dict[str, Any]:
             "test": None,
         }
         write_json(folder / "run.json", to_json(run))
-        write_whole(folder / "error.txt", details.encode())
-        write_json(folder / "result.json", result)
+        write_whole(folder / "error.txt", details.encode(errors="backslashreplace"))
+        write_result(folder, result)
         (folder / "status.json").unlink(missing_ok=True)
     return result
+
+
+def _status(path: Path) -> dict[str, Any]:
+    """How far a run had come; it was only for a display, and a power cut may have left nothing of it."""
+    try:
+        return read_json(path) or {}
+    except UserError:
+        return {}
 
 
 def forget(run: Run, store: Store) -> None:

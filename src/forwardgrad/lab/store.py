@@ -367,5 +367,8 @@ def _there(value: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(space: Any) -> Iterator[Any]:
     """The values of a grid, or the bounds of a space that is none, or the choices in it."""
-    for value in space if isinstance(space, list) else space.values() if isinstance(space, dict) else [None]:
-        yield from value if isinstance(value, list) else [value]
+    if isinstance(space, dict):
+        for value in space.values():
+            yield from value if isinstance(value, list) else [value]
+    else:
+        yield from space if isinstance(space, list) else [None]
