@@ -72,7 +72,7 @@ def test_runs_and_trials_that_failed_are_listed_with_their_reasons(store: Store)
     for name in ("evaluations.csv", "losses.csv.gz"):
         (store.folder(lost.identity) / name).unlink()
     fail(store, lost, "the worker died three times", steps=7)
-    fail(store, forward.trials(1)[0][1], "memory was exhausted")
+    fail(store, tried(study, forward)[0][1], "memory was exhausted")
     text = reported(store)
     results = row(text, "Results", DIGITS, "forward gradient")
     assert results["outcome"] == "failed (the worker died three times) (in 1 of 2 runs)"
@@ -91,7 +91,7 @@ def test_more_comparisons_than_are_drawn_are_said(store: Store) -> None:
     arms = tuple(recipes.replace(arm, name=f"arm {n}", group=f"group {n}", space={}) for n in range(8))
     record(store, Study("mine", "A study of my own", arms, 1))
     record(store, Study("theme", "A study with a name of the page's own", arms[:1], 1))
-    record(store, Study("a b", "A study with a gap in its name", arms[:1], 1))
+    record(store, Study("a.b", "A study with a dot in its name", arms[:1], 1))
     put(store, arm.run, 0.3)
     text = reported(store)
     ids = re.findall(r' id="([^"]*)"', (store.root / "report.html").read_text())
