@@ -9,8 +9,9 @@ import re
 from typing import Any
 
 from forwardgrad.lab import report
+from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.run import SCHEMA, Run, to_json
-from forwardgrad.lab.store import Store, write_json, write_result, write_table
+from forwardgrad.lab.store import Store, read_result, write_json, write_result, write_table
 from forwardgrad.lab.study import Arm, Study
 
 ENVIRONMENT = {
@@ -72,8 +73,31 @@ def under_way(store: Store, run: Run, step: int, steps: int, seconds: float, val
     write_json(folder / "status.json", status)
 
 
+def fail(store: Store, run: Run, reason: str, *, steps: int = 0) -> None:
+    """A run that failed before its first evaluation: a result, a description, a traceback, and no tables."""
+    folder = store.folder(run.identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", to_json(run))
+    write_json(folder / "environment.json", ENVIRONMENT)
+    (folder / "error.txt").write_text(reason)
+    nothing = dict.fromkeys(("diverged_at", "validation_loss", "validation_accuracy", "test"))
+    counts = {"steps": steps, "epochs": 0.0, "parameters": 0, "seconds": 0.0}
+    write_result(folder, {"status": "failed", "reason": reason, **counts, **nothing})
+
+
+def undrawn(name: str, rows: object, **_: object) -> Drawing:
+    """In place of `figures.curves`: drawing takes the most time of a report, and most tests do not look at it."""
+    return Drawing(f'<svg id="{name}"></svg>', lambda: b"%PDF")
+
+
 def seeds(arm: Arm, n: int) -> list[Run]:
     return [dataclasses.replace(arm.run, seed=seed) for seed in range(n)]
+
+
+def vouch(store: Store, run: Run) -> None:
+    """A result that vouches for the files beside it as they are now."""
+    folder = store.folder(run.identity)
+    write_result(folder, read_result(folder) or {})
 
 
 def tried(study: Study, arm: Arm) -> list[tuple[dict[str, Any], Run]]:

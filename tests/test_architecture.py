@@ -38,6 +38,8 @@ TORCH_FREE = (
     "bench_section",
     "quality_section",
     "comparison_section",
+    "claims",
+    "verdict",
     "report",
     "spec",
     "watch",

@@ -12,7 +12,7 @@ import torch
 from tests.stored import ENVIRONMENT, reported, row
 from tests.test_cli import run
 
-from forwardgrad.lab import bench, bench_goals, bench_memory, bench_section, roofline, timing
+from forwardgrad.lab import bench, bench_goals, bench_memory, bench_section, blocks, roofline, timing
 from forwardgrad.lab.bench_arms import NAMED, TABLE_1
 from forwardgrad.lab.bench_cases import Case
 from forwardgrad.lab.errors import UserError
@@ -261,7 +261,7 @@ def test_a_sweep_is_drawn_against_what_was_varied(tmp_path: Path) -> None:
     depths = [case(f"mlp-{n}x16", 4, arm("backprop", n, 1.0), arm("low-rank", n, 0.5 + n / 100)) for n in (2, 4, 8)]
     batches = [case("nn", n, arm("backprop", n, 1.0), arm("low-rank", n, None if n == 16 else 0.5)) for n in (1, 16, 64)]
     section = bench_section.bench_section(made(*depths, *batches))
-    pictures = [block.name for block in section.blocks if isinstance(block, bench_section.Picture)]
+    pictures = [picture.name for picture in blocks.pictures([section])]
     assert pictures == ["cost-of-one-step", "cost-of-one-step-depth-0", "cost-of-one-step-batch-0"]
     trends = bench_section._trends([(n, c) for n, c in zip((1, 16, 64), batches, strict=True)], lambda a: a["to_backprop"])
     assert [(trend.label, trend.at) for trend in trends] == [("backpropagation, plain torch", (1, 16, 64)), ("rank 1", (1, 64))]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.stored import put, record, reported, row, seeds
+from tests.stored import put, record, reported, row, seeds, undrawn
 
 from forwardgrad.lab import figures, recipes, report
 from forwardgrad.lab.beyond import beyond
@@ -21,7 +21,7 @@ Reached = Callable[[Run], float]  # the test accuracy of a run
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: f'<svg id="{name}"></svg>')
+    monkeypatch.setattr(figures, "curves", undrawn)
     return Store(tmp_path / "out")
 
 
@@ -151,5 +151,5 @@ def test_every_kind_of_arm_has_a_look_of_its_own_on_page_and_plot(tmp_path: Path
     looks = figures.LOOKS | figures.FURTHER
     assert kinds <= looks.keys()
     assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == len(looks)
-    assert all(f'class="{kind}"' in page and f"td.{kind} > span::before" in page for kind in kinds)
-    assert '<figure id="beyond-0">' in page
+    assert all(f'class="{kind} dot"' in page and f"td.{kind} {{ --dot: var(--" in page for kind in kinds)
+    assert '<figure id="beyond-0"' in page

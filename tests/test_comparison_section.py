@@ -11,6 +11,7 @@ import pytest
 from tests.stored import put, record, reported, row, seeds, tried
 
 from forwardgrad.lab import comparison_section, comparison_verdict, figures, recipes, results
+from forwardgrad.lab.drawing import Drawing
 from forwardgrad.lab.results import StudyResult
 from forwardgrad.lab.sections import Picture
 from forwardgrad.lab.store import Store, read_json, read_study, write_json, write_result
@@ -24,7 +25,7 @@ Losses = Sequence[float | None]
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: f'<svg id="{name}"></svg>')
+    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: Drawing(f'<svg id="{name}"></svg>', bytes))
     return Store(tmp_path / "out")
 
 
@@ -252,10 +253,10 @@ def test_figures_show_bands_and_lost_trials(tmp_path: Path) -> None:
     assert set(pictures) == {"own-0-budget", "own-0-rates"}
     assert "median, because trials were lost" in pictures["own-0-budget"].caption
     again = {block.name: block for block in comparison_section.blocks(found) if isinstance(block, Picture)}
-    assert again == pictures
+    assert {name: picture.drawing.svg for name, picture in again.items()} == {name: each.drawing.svg for name, each in pictures.items()}
     for picture in pictures.values():
-        assert "nan" not in picture.svg.lower()
-        assert len(picture.svg) < 100_000
+        assert "nan" not in picture.drawing.svg.lower()
+        assert len(picture.drawing.svg) < 100_000
 
 
 def test_a_profile_needs_three_tasks_with_the_same_arms(store: Store) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import stored
 from tests.stored import put, reported, row
 
 from forwardgrad.estimators import from_config
@@ -85,7 +86,7 @@ def store(tmp_path: Path) -> Store:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures without drawing: what would have been drawn."""
     drawn: list[Any] = []
-    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: drawn.append(rows) or f'<svg id="{name}"></svg>')
+    monkeypatch.setattr(figures, "curves", lambda name, rows, **_: drawn.append(rows) or stored.undrawn(name, rows))
     return drawn
 
 
@@ -151,5 +152,5 @@ def test_norms_and_losses_are_drawn(store: Store) -> None:
     walked(store, ["paper-x5", "paper-x10", "cap"], exploding=["paper-x10"])
     report.write(store)
     page = (store.root / "report.html").read_text()
-    assert '<figure id="noise-norm">' in page
-    assert '<figure id="noise-loss">' in page
+    assert '<figure id="noise-norm" data-read>' in page
+    assert '<figure id="noise-loss" data-read>' in page

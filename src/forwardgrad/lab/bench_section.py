@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwardgrad.lab import bench_goals, figures, tables
-from forwardgrad.lab.sections import Block, Picture, Section
+from forwardgrad.lab.blocks import Block, Picture, Section, Views
 from forwardgrad.lab.tables import NONE, Cell, Table, number, percent
 
 Record = dict[str, Any]  # what is stored of one arm
@@ -95,7 +96,7 @@ def _section(name: str, title: str, cases: Sequence[Record], figure: str, furthe
     groups = tuple((_title(case), tuple(_full(_row(arm, case), case, cases) for arm in case["arms"])) for case in cases)
     verdict = _sentence(cases)
     blocks: list[Block] = [verdict, Table(_all_heads(cases), groups, title, MEANING), *_notes(cases), *further]
-    blocks += [_bars(figure, cases), *_sweeps(figure, cases)]
+    blocks += [_bars(figure, _usual(cases)), *_sweeps(figure, cases)]
     return Section(name, title, verdict, tuple(blocks))
 
 
@@ -265,15 +266,17 @@ def _goal_row(outcome: bench_goals.Outcome) -> tuple[Cell, ...]:
     return Cell(outcome.goal.figure), Cell(outcome.goal.bound), value, Cell(outcome.verdict, tone=tone)
 
 
-def _bars(name: str, cases: Sequence[Record]) -> Picture:
-    """Every arm's time in steps of backpropagation."""
-    groups = []
-    for case in cases:
+def _bars(name: str, cases: Sequence[Record]) -> Views:
+    """Every arm's time in steps of backpropagation, one view for each network."""
+    views = []
+    for place, case in enumerate(cases):
         there = [arm for arm in case["arms"] if not arm["failed"] and arm["to_backprop"] and arm["to_backprop"]["value"] is not None]
-        groups.append((_title(case), [_bar(arm) for arm in there]))
-    svg = figures.bars(name, groups, xlabel="time of a step relative to backpropagation")
-    caption = "The cost of one step: its time over that of backpropagation (dotted line); a plain forward pass has no gradient."
-    return Picture(name, svg, f"{caption} Whiskers: 95 % intervals; what was too noisy is left out.")
+        own = f"{name}-{case['model']}" if place else name
+        drawing = figures.bars(own, [(_title(case), [_bar(arm) for arm in there])], xlabel="time of a step relative to backpropagation")
+        caption = f"The cost of one step, {_network(case)}: its time over that of backpropagation (dotted line)"
+        words = f"{caption}; a plain forward pass has no gradient. Whiskers: 95 % intervals; what was too noisy is left out."
+        views.append((_network(case), Picture(own, drawing, words)))
+    return Views(name, "network", tuple(views))
 
 
 def _bar(arm: Record) -> figures.Bar:
@@ -303,29 +306,33 @@ def _sweep(name: str, axis: str, fixed: str, points: Sequence[tuple[float, Recor
         ("time / backpropagation", _trends(points, lambda arm: arm["to_backprop"] or {})),
         ("peak memory (bytes)", _trends(points, lambda arm: {key: arm.get("peak_bytes") for key in ("value", "low", "high")})),
     ]
-    svg = figures.trends(name, panels, xlabel={"depth": "layers", "width": "width", "batch": "batch"}[axis])
+    drawing = figures.trends(name, panels, xlabel={"depth": "layers", "width": "width", "batch": "batch"}[axis])
     caption = f"The cost of one step against {axis}; {fixed}. Bands: 95 % intervals; gaps: too noisy, or not measured."
-    return Picture(name, svg, caption)
+    return Picture(name, drawing, caption)
 
 
 def _trends(points: Sequence[tuple[float, Record]], read: Callable[[Record], Record]) -> list[figures.Trend]:
+    """Arms that ran at more than two places: fewer make no line."""
     lines: dict[str, list[tuple[float, Record]]] = {}
+    ran = [arm for _, case in points for arm in case["arms"] if not arm["failed"]]
+    kinds, often = {arm["label"]: str(arm["kind"]) for arm in ran}, Counter(arm["label"] for arm in ran)
     for x, case in points:
         for arm in case["arms"]:
             if not arm["failed"] and read(arm).get("value") is not None:
                 lines.setdefault(arm["label"], []).append((x, read(arm)))
-    return [
-        figures.Trend(label, tuple(x for x, _ in line), *(tuple(found[key] for _, found in line) for key in ("value", "low", "high")))
-        for label, line in lines.items()
-    ]
+    found = []
+    for label, line in lines.items():
+        if often[label] > 2:
+            value, low, high = (tuple(measured[key] for _, measured in line) for key in ("value", "low", "high"))
+            found.append(figures.Trend(label, tuple(x for x, _ in line), value, low, high, kind=kinds[label]))
+    return found
 
 
 def _sentence(cases: Sequence[Record]) -> str:
     """What a step costs on the networks at the paper's batch, or on the first few cases where there are none of these."""
-    usual = [case for case in cases if case["batch"] == 64 and case["data"] and not case["model"].startswith("mlp-")] or cases[:3]
     spoken = (("forward", "the forward gradient"), ("low-rank", "rank 1"), ("low-rank-compiled", "rank 1 compiled"))
     parts = []
-    for case in usual:
+    for case in _usual(cases):
         told = {arm["name"]: arm["to_backprop"] for arm in case["arms"] if not arm["failed"]}
         shown = [(words, told.get(name)) for name, words in spoken]
         costs = [f"{number(found['value'])} ({words})" for words, found in shown if found and found["value"] is not None]
@@ -333,6 +340,13 @@ def _sentence(cases: Sequence[Record]) -> str:
     if not parts:
         return "No network has both arms timed well enough to compare them."
     return f"In steps of backpropagation, a step costs {'; '.join(parts)}."
+
+
+def _usual(cases: Sequence[Record]) -> Sequence[Record]:
+    """The networks at the paper's batch, each once, or the first few cases where there are none."""
+    found = [case for case in cases if case["batch"] == 64 and case["data"] and not case["model"].startswith("mlp-")]
+    order = [model for model in tables.MODELS if any(case["model"] == model for case in found)]
+    return [next(case for case in found if case["model"] == model) for model in order] or cases[:3]
 
 
 def _listed(words: list[str]) -> str:

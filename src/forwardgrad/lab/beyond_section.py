@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
-from forwardgrad.lab import figures, findings, goals, stats, tables
+from forwardgrad.lab import findings, goals, learning, tables
+from forwardgrad.lab.blocks import Block, Section, Views
 from forwardgrad.lab.goals import MINUS, MODELS
 from forwardgrad.lab.recipes import TABLE1, TITLES
-from forwardgrad.lab.results import ArmResult, StudyResult
-from forwardgrad.lab.sections import STEP, Block, Picture, Section
+from forwardgrad.lab.results import ArmResult, Done, StudyResult
+from forwardgrad.lab.sections import further_tables
 from forwardgrad.lab.spec import format_estimator
 from forwardgrad.lab.study import Arm
 from forwardgrad.lab.tables import NONE, Cell, Table, exact
@@ -53,8 +55,7 @@ def beyond_section(study: StudyResult, others: Sequence[StudyResult]) -> Section
         blocks.append(_table(title, arms, others))
         if any(arm.done for arm in arms):
             blocks.append(_learning(f"{study.name}-{index}", title, arms))
-    tuning = tables.tuning(study)
-    return Section(study.name, study.title, " ".join(verdicts), (*blocks, *tables.speed(study), *([tuning] if tuning else [])))
+    return Section(study.name, study.title, " ".join(verdicts), (*blocks, *further_tables(study)))
 
 
 def _table(title: str, arms: Sequence[ArmResult], others: Sequence[StudyResult]) -> Table:
@@ -74,7 +75,7 @@ def _table(title: str, arms: Sequence[ArmResult], others: Sequence[StudyResult])
 def _makers(arms: Sequence[ArmResult], backprop: ArmResult | None) -> list[Callable[[ArmResult], Cell]]:
     devices = {run.environment.get("device") for arm in arms for run in arm.done}
     return [
-        lambda arm: Cell(arm.label, format_estimator(arm.run["estimator"]) if arm.run else "", arm.kind),
+        lambda arm: Cell(arm.label, format_estimator(arm.run["estimator"]) if arm.run else "", arm.kind, tables.source(arm)),
         _rate,
         tables.epochs,
         tables.accuracy,
@@ -101,7 +102,7 @@ def _trained(arm: ArmResult, row: Arm) -> tuple[Cell, ...]:
     """A row of Table I from runs of ours."""
     _, rate, *_, only, _ = _published(row)
     cells = (tables.epochs(arm), tables.accuracy(arm), tables.test_loss(arm), NONE, _steps(arm), _time(arm, False), _memory(arm))
-    return (_paper_arm(row), rate, *cells, only, tables.outcome(arm))
+    return (dataclasses.replace(_paper_arm(row), link=tables.source(arm)), rate, *cells, only, tables.outcome(arm))
 
 
 def _paper_arm(row: Arm) -> Cell:
@@ -168,17 +169,12 @@ def _yes(yes: bool) -> Cell:
     return Cell("yes" if yes else "no", tone="" if yes else "quiet")
 
 
-def _learning(name: str, title: str, arms: Sequence[ArmResult]) -> Picture:
-    """Validation errors against steps, on a logarithmic axis: accuracies close to 1 could not be told apart."""
-    lines = []
-    for arm in sorted(arms, key=lambda arm: -goals.accuracy(arm)):
-        errors = [(run.evaluations["step"], [100 * (1 - a) for a in run.evaluations["validation_accuracy"]]) for run in arm.done]
-        curve = stats.pooled(errors)
-        if curve.at:
-            lines.append(figures.Line(arm.kind, curve, stopped=all(run.diverged for run in arm.done), label=arm.label))
-    ylabel = "validation error (% of images)"
-    svg = figures.curves(name, [[figures.Panel(title, tuple(lines))]], xlabel=STEP, ylabel=ylabel, log=True)
-    caption = (
-        f"Validation error of every arm, {title}. Line: mean over the runs still training there; band: from the least to the greatest."
-    )
-    return Picture(name, svg, caption)
+def _learning(name: str, title: str, arms: Sequence[ArmResult]) -> Views:
+    """Validation errors on a logarithmic axis: accuracies close to 1 could not be told apart."""
+    ordered = sorted(arms, key=lambda arm: -goals.accuracy(arm))
+    ylabel, caption = "validation error (% of images)", f"Validation error of every arm, {title}"
+    return learning.views(name, [(title, ordered)], _errors, caption, ylabel=ylabel, log=True)
+
+
+def _errors(run: Done) -> list[float]:
+    return [100 * (1 - accuracy) for accuracy in run.evaluations["validation_accuracy"]]

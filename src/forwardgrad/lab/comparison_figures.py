@@ -13,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from forwardgrad.lab import figures
 from forwardgrad.lab.comparison_budget import WITHIN, BestOf, Profile, Sensitivity
+from forwardgrad.lab.drawing import Drawing, Sketch, render
+from forwardgrad.lab.looks import INK
 from forwardgrad.lab.stats import Curve
 from forwardgrad.lab.tables import exact
 
@@ -34,7 +36,7 @@ class Searched:
     lost: tuple[float, ...] = ()
 
 
-def budget(name: str, title: str, arms: Sequence[Searched]) -> str:
+def budget(name: str, title: str, arms: Sequence[Searched]) -> Drawing:
     """The best validation loss against the number of trials, with its band where arms are few; infinite values are a gap ahead of it."""
     lines = [figures.Line(arm.kind, _budget_curve(arm.best, len(arms) <= BANDS), label=arm.label) for arm in arms]
     most = max(arm.best.trials[-1] for arm in arms)
@@ -51,11 +53,11 @@ def _budget_curve(best: BestOf, band: bool) -> Curve:
     return Curve(at, values, tuple(low for *_, low, _ in rows), tuple(min(high, top) for *_, high in rows))
 
 
-def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> str:
+def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> Drawing:
     """Validation loss against learning rate; crosses at the upper edge are trials that were lost, the wide line what is good enough."""
     lines = [figures.Line(arm.kind, _rate_curve(arm.rates), label=arm.label) for arm in arms]
 
-    def draw() -> Figure:
+    def draw() -> tuple[Figure, list[Sketch]]:
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, pad=14)
@@ -70,12 +72,13 @@ def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> str:
         for arm, line in zip(arms, lines, strict=True):
             _rates(axes, arm, line.curve, looks[line.name], 1 - ROW * crossed)
             crossed += bool(arm.lost)
-        figure.supxlabel("learning rate", fontsize=9.5, color=figures.INK)
-        figure.supylabel("validation loss (nats)", fontsize=9.5, color=figures.INK)
+        figure.supxlabel("learning rate", fontsize=9.5, color=INK)
+        figure.supylabel("validation loss (nats)", fontsize=9.5, color=INK)
         figures._legend(figure, looks, True)
-        return figure
+        traces = [figures._trace(line, looks[line.name]) for line in lines if line.curve.at]
+        return figure, [Sketch(axes, title, traces)]
 
-    return figures._svg(name, draw)
+    return render(name, draw, "learning rate", "validation loss (nats)")
 
 
 def _rate_curve(rates: Sensitivity | None) -> Curve:
@@ -97,7 +100,7 @@ def _rates(axes: Axes, arm: Searched, curve: Curve, look: Mapping[str, Any], hei
         crosses.set_in_layout(False)
 
 
-def profile(name: str, panels: Sequence[tuple[str, Sequence[tuple[str, str, Profile]]]]) -> str:
+def profile(name: str, panels: Sequence[tuple[str, Sequence[tuple[str, str, Profile]]]]) -> Drawing:
     """Staircases side by side, each arm (kind, label, profile) with its share of tasks against how many times the fastest arm's time."""
     drawn = [(title, [figures.Line(kind, _stairs(found), label=label) for kind, label, found in arms]) for title, arms in panels]
     row = [figures.Panel(title, tuple(lines)) for title, lines in drawn]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from forwardgrad.lab import comparison, comparison_budget, comparison_figures, stats, tables
 from forwardgrad.lab import comparison_verdict as verdict
+from forwardgrad.lab.blocks import Block, Picture, Section
 from forwardgrad.lab.comparison import Interval
 from forwardgrad.lab.comparison_budget import TOLERANCE, WITHIN, BestOf, Profile
 from forwardgrad.lab.comparison_figures import BANDS, Searched
 from forwardgrad.lab.comparison_verdict import Pair, error, lost, signed
 from forwardgrad.lab.results import ArmResult, Done, StudyResult, finite
-from forwardgrad.lab.sections import Block, Picture, Section
 from forwardgrad.lab.tables import NONE, TARGETS, TARGETS_ELSEWHERE, Cell, Table, duration, number, percent
 
 PER_DECADE = 4  # classes of a decade in which rates that were drawn compete, those of a grid being compared as they are

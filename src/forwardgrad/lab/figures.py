@@ -1,73 +1,21 @@
-"""The plots: plain numbers in, SVG text out, the same bytes for the same numbers; matplotlib's global settings stay as they are."""
+"""The plots: plain numbers in, drawings out, the same bytes for the same numbers; matplotlib's global settings stay as they are."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from forwardgrad.lab.drawing import Drawing, Sketch, Trace, render
+from forwardgrad.lab.looks import FURTHER, INK, LEVEL, LOOKS, QUIET, with_rest
 from forwardgrad.lab.stats import Curve
-
-# One look for each arm in every figure: Okabe and Ito's colours, told apart without colour by line style and marker.
-LOOKS: dict[str, dict[str, Any]] = {
-    "backprop": {"color": "#0072B2", "linestyle": "-", "marker": "o", "name": "backpropagation"},
-    "forward": {"color": "#D55E00", "linestyle": (0, (3.5, 1.2)), "marker": "s", "name": "forward gradient"},
-}
-DASHES, DOTS = (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2))
-FURTHER: dict[str, dict[str, Any]] = {
-    "local": {"color": "#009E73", "linestyle": "-", "marker": "^"},
-    "local-scalar": {"color": "#009E73", "linestyle": DOTS, "marker": "^"},
-    "zeroth-order": {"color": "#009E73", "linestyle": DASHES, "marker": "^"},
-    "feedback": {"color": "#CC79A7", "linestyle": "-", "marker": "D"},
-    "feedback-average": {"color": "#CC79A7", "linestyle": DASHES, "marker": "D"},
-    "feedback-cv": {"color": "#CC79A7", "linestyle": DOTS, "marker": "D"},
-    "activity": {"color": "#E69F00", "linestyle": "-", "marker": "v"},
-    "per-example": {"color": "#E69F00", "linestyle": DASHES, "marker": "v"},
-    "low-rank": {"color": "#D55E00", "linestyle": DOTS, "marker": "s"},
-    "cheapest": {"color": "#56B4E9", "linestyle": "-", "marker": "P"},
-    "fixed-feedback": {"color": "#000000", "linestyle": "-", "marker": "*"},
-    "readout": {"color": "#000000", "linestyle": DASHES, "marker": "*"},
-    "linear": {"color": "#000000", "linestyle": DOTS, "marker": "*"},
-}  # relatives share a colour
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # further arms, in the order in which they come
-STROKES: tuple[Any, ...] = ("-", DASHES, DOTS)
-MARKERS = ("^", "D", "v", "P", "*")
-INK, QUIET = "#1f2933", "#5f6b76"
-STYLE = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelsize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.7,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
-    "svg.fonttype": "path",
-}
 
 
 @dataclass(frozen=True)
@@ -129,28 +77,37 @@ class Bar:
     high: float | None
 
 
-def curves(name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: str, marks: bool = False, log: bool | None = None) -> str:
+def curves(
+    name: str, rows: Sequence[Sequence[Panel]], *, xlabel: str, ylabel: str, marks: bool = False, log: bool | None = None
+) -> Drawing:
     """Panels on shared axes (steps shared along a row), the mean as a line and the range from least to greatest as a light band.
 
     The loss axis is logarithmic where asked for or, with `log` None, where the means span more than a factor of fifteen.
     """
     tall, wide = len(rows), max(len(row) for row in rows)
 
-    def draw() -> Figure:
+    def draw() -> tuple[Figure, list[Sketch]]:
         size = (9.6, 4.4) if wide == tall == 1 else (9.6, 3.4 * tall + (0.9 if tall == 1 else 0.5))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(tall, wide, squeeze=False, sharex="row", sharey=True)  # a network trained for less keeps a readable row
         lines = [line for row in rows for panel in row for line in panel.lines]
         _scale(grid[0][0], lines, log)
         looks = _looks(lines)
+        sketches = []
         for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
             _panel(axes, panel, marks, looks)
+            sketches.append(Sketch(axes, panel.title, [_trace(line, looks[line.name]) for line in panel.lines]))
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)
         figure.supylabel(ylabel, fontsize=9.5, color=INK)
         _legend(figure, looks, marks)
-        return figure
+        return figure, sketches
 
-    return _svg(name, draw)
+    return render(name, draw, xlabel, ylabel)
+
+
+def _trace(line: Line, look: Mapping[str, Any]) -> Trace:
+    name, curve = f"{line.name}, computed" if line.computed else line.name, line.curve
+    return Trace(name, look["color"], curve.at, curve.mean, curve.low, curve.high)
 
 
 def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
@@ -159,16 +116,7 @@ def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     for line in lines:
         first.setdefault(line.kind, line.name)
     looks = {first[kind]: look for kind, look in (LOOKS | FURTHER).items() if kind in first}
-    return _with_rest(looks, [line.name for line in lines])
-
-
-def _with_rest(looks: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """These looks, and one of the rest for every name that has none."""
-    rest = [name for name in dict.fromkeys(names) if name not in looks]
-    for place, name in enumerate(rest):
-        turn, colour = divmod(place, len(OTHERS))
-        looks[name] = {"color": OTHERS[colour], "linestyle": STROKES[turn % len(STROKES)], "marker": MARKERS[colour]}
-    return looks
+    return with_rest(looks, [line.name for line in lines])
 
 
 def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
@@ -181,11 +129,16 @@ def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
     if log or (log is None and most / least > 15):
         axes.set_yscale("log", nonpositive="clip")
         axes.set_ylim(least / 1.4, most * 1.6)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if most / least < 100 else (1.0,)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
-        axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
+        _plain_ticks(axes, most / least)
     else:
         axes.set_ylim(0, most * 1.12)
+
+
+def _plain_ticks(axes: Axes, span: float) -> None:
+    """Ticks of a logarithmic axis without powers of ten where a reader can do without."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
+    axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
 
 
 def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, Any]]) -> None:
@@ -206,8 +159,8 @@ def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, 
         if line.stopped and curve.at:
             axes.plot(curve.at[-1], curve.mean[-1], marker="X", markersize=9, color=look["color"], markeredgecolor="white", clip_on=False)
     for place, line in enumerate(line for line in panel.lines if line.end):
-        color, height = looks[line.name]["color"], 0.96 - 0.08 * place
-        axes.text(0.97, height, f"× {line.end}", transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=color)
+        words = f"× {line.name}: {line.end}"  # the name, not the colour: words need more contrast than lines
+        axes.text(0.97, 0.96 - 0.08 * place, words, transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=INK)
 
 
 def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]], marks: bool) -> None:
@@ -220,10 +173,10 @@ def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]], marks: bool) ->
         figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(handles) <= 2 else 3, handlelength=3.2)
 
 
-def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> str:
+def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> Drawing:
     """Level lines, evenly spaced in the logarithm of the height above the minimum, with the paths taken in each panel."""
 
-    def draw() -> Figure:
+    def draw() -> tuple[Figure, list[Sketch]]:
         figure = Figure(figsize=(9.6, 4.9), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (title, descents) in zip(grid, panels, strict=True):
@@ -240,9 +193,9 @@ def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[D
         points = [("o", "start"), ("*", "minimum")]
         handles = [Line2D([], [], marker=m, color="white", markeredgecolor=INK, linestyle="none", markersize=9, label=t) for m, t in points]
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
-        return figure
+        return figure, []
 
-    return _svg(name, draw)
+    return render(name, draw)
 
 
 def _levels(axes: Axes, surface: Surface) -> None:
@@ -252,8 +205,9 @@ def _levels(axes: Axes, surface: Surface) -> None:
         return
     low, high = math.log10(max(min(heights), max(heights) * 1e-7)), math.log10(max(heights))
     levels = [10 ** (low + (high - low) * i / 13) for i in range(14)]
-    axes.contourf(surface.x, surface.y, surface.z, levels=[0, *levels], cmap="Greys", norm="symlog", alpha=0.35, extend="max")
-    axes.contour(surface.x, surface.y, surface.z, levels=levels, colors="#8492a0", linewidths=0.6)
+    shades = [(*to_rgb(INK), 0.24 * i / len(levels)) for i in range(len(levels) + 1)]  # ink of more and more strength, on any ground
+    axes.contourf(surface.x, surface.y, surface.z, levels=[0, *levels], colors=shades, extend="max")
+    axes.contour(surface.x, surface.y, surface.z, levels=levels, colors=LEVEL, linewidths=0.6)
 
 
 def _descend(axes: Axes, descent: Descent) -> None:
@@ -271,10 +225,10 @@ def _dashes_last(drawn: Line | Descent) -> bool:
     return drawn.kind == "forward"
 
 
-def bars(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, xlabel: str) -> str:
+def bars(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, xlabel: str) -> Drawing:
     """Horizontal bars with intervals and their values in figures, one group under another."""
 
-    def draw() -> Figure:
+    def draw() -> tuple[Figure, list[Sketch]]:
         count = sum(len(group) for _, group in groups)
         figure = Figure(figsize=(9.6, 0.9 + 0.36 * count + 0.42 * len(groups)), layout="constrained")
         axes = figure.subplots()
@@ -291,9 +245,9 @@ def bars(name: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, xlabel: str)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(ylim=(place - 0.4, -0.7), xlim=(0, reach * 1.22), xlabel=xlabel)
         axes.axvline(1, color=QUIET, linewidth=0.9, linestyle=":", zorder=0.9)
-        return figure
+        return figure, []
 
-    return _svg(name, draw)
+    return render(name, draw)
 
 
 def _bar(axes: Axes, bar: Bar, place: float, reach: float) -> None:
@@ -308,24 +262,12 @@ def _bar(axes: Axes, bar: Bar, place: float, reach: float) -> None:
     axes.text(edge + reach * 0.015, place, f"{bar.value:.2f}", va="center", fontsize=9, color=INK)
 
 
-def _svg(name: str, draw: Callable[[], Figure]) -> str:
-    """The figure as one <svg> element with ids of its own, so that several can stand in one page."""
-    with matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]):
-        buffer = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # no metadata: it would name other sites, and the hour
-        draw().savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'href="#', f'href="#{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text)
-    return re.sub(r'\bd="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point is fine enough
-
-
 @dataclass(frozen=True)
 class Trend:
-    """A quantity with its intervals at several x, and what theory says there; at no x in particular where `at` is empty."""
+    """A quantity with its intervals at several x, and what theory says there; at no x in particular where `at` is empty.
+
+    `kind` is that of an arm whose look it has, where no other line of the figure has it already.
+    """
 
     label: str
     at: tuple[float, ...]
@@ -333,18 +275,25 @@ class Trend:
     low: tuple[float, ...]
     high: tuple[float, ...]
     theory: tuple[float | None, ...] = ()
+    kind: str = ""
 
 
-def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: str) -> str:
+def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: str) -> Drawing:
     """Panels side by side on one logarithmic x; y is logarithmic where positive values span more than a factor of fifteen."""
     labels = [trend.label for _, group in panels for trend in group]
-    looks = _with_rest({label: LOOKS[label] for label in dict.fromkeys(labels) if label in LOOKS}, labels)
+    first: dict[str, str] = {}
+    for trend in (trend for _, group in panels for trend in group):
+        first.setdefault(trend.kind or trend.label, trend.label)
+    looks = with_rest({first[kind]: look for kind, look in (LOOKS | FURTHER).items() if kind in first}, labels)
     ticks = sorted({x for _, group in panels for trend in group for x in trend.at})
 
-    def draw() -> Figure:
+    def draw() -> tuple[Figure, list[Sketch]]:
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        sketches = []
         for axes, (title, group) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             axes.set_title(title)
+            drawn = [Trace(trend.label, looks[trend.label]["color"], trend.at, trend.value, trend.low, trend.high) for trend in group]
+            sketches.append(Sketch(axes, title, drawn))
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks or [1], [f"{x:g}" for x in ticks or [1]])
             axes.xaxis.set_minor_locator(NullLocator())
@@ -352,6 +301,7 @@ def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: 
             if positive and max(positive) / min(positive) > 15:
                 axes.set_yscale("log", nonpositive="mask")
                 axes.set_ylim(min(positive) / 2, max(positive) * 2)
+                _plain_ticks(axes, max(positive) / min(positive))
             for trend in group:
                 _trend(axes, trend, looks[trend.label])
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)
@@ -362,9 +312,9 @@ def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: 
         theory = any(y is not None for _, group in panels for trend in group for y in trend.theory)
         handles += [Line2D([], [], color=INK, linestyle=":", linewidth=1.2, label="theory")] if theory else []
         figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=3.2)
-        return figure
+        return figure, sketches
 
-    return _svg(name, draw)
+    return render(name, draw, xlabel)
 
 
 def _trend(axes: Axes, trend: Trend, look: dict[str, Any]) -> None:

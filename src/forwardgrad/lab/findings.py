@@ -13,7 +13,7 @@ Pair = tuple[ArmResult, ArmResult]  # the forward and the backprop arm of one co
 
 def pairs(study: StudyResult) -> list[Pair]:
     """The comparisons that are finished and fair."""
-    return [pair for pair in _finished(study) if not _unequal(pair)]
+    return [pair for pair in _finished(study) if not unequal(pair)]
 
 
 def _finished(study: StudyResult) -> list[Pair]:
@@ -25,14 +25,14 @@ def _finished(study: StudyResult) -> list[Pair]:
     return found
 
 
-def _unequal(pair: Pair) -> list[str]:
+def unequal(pair: Pair) -> list[str]:
     """In what two arms of a group differ that a fair comparison holds equal."""
     forward, backprop = ({**arm.terms} for arm in pair)
     return [what for what in forward if forward[what] != backprop[what]]
 
 
 def _unfair(study: StudyResult) -> str:
-    parts = [f"{pair[0].record['group']} (different {', '.join(what)})" for pair in _finished(study) if (what := _unequal(pair))]
+    parts = [f"{pair[0].record['group']} (different {', '.join(what)})" for pair in _finished(study) if (what := unequal(pair))]
     return f"Not comparable, and left out of the count: {'; '.join(parts)}." if parts else ""
 
 
@@ -84,19 +84,20 @@ def _spread(compared: Sequence[Pair]) -> str:
 
 
 def details(study: StudyResult) -> list[str]:
-    """Divergence, unfinished and shortened arms, the published readings: each where there is something to say."""
-    said = (finding(study) for finding in (_unfair, _diverged, _unfinished, _shortened, _published))
+    """Divergence and failure, unfinished and shortened arms, the published readings: each where there is something to say."""
+    lost = (_lost(study, status) for status in ("diverged", "failed"))
+    said = (_unfair(study), *lost, _unfinished(study), _shortened(study), _published(study))
     return [sentence for sentence in said if sentence]
 
 
-def _diverged(study: StudyResult) -> str:
+def _lost(study: StudyResult, status: str) -> str:
     parts = []
     names = {"forward": "the forward gradient", "backprop": "backpropagation"}
     for kind, name in (names | {arm.kind: arm.label for arm in study.arms if arm.kind not in names}).items():
         runs = [run for arm in study.arms if arm.kind == kind for run in arm.done]
-        if lost := sum(run.diverged for run in runs):
+        if lost := sum(run.result["status"] == status for run in runs):
             parts.append(f"{lost} of {count(len(runs), 'run')} of {name}")
-    return f"Diverged: {' and '.join(parts)}." if parts else ""
+    return f"{status.capitalize()}: {' and '.join(parts)}." if parts else ""
 
 
 def _unfinished(study: StudyResult) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from forwardgrad.lab import stats
 from forwardgrad.lab.beyond import NETWORKS
-from forwardgrad.lab.results import ArmResult, StudyResult
-from forwardgrad.lab.tables import exact, percent
+from forwardgrad.lab.results import ArmResult, Done, StudyResult
+from forwardgrad.lab.tables import exact, has_curve, percent
 
 PAPER_STEPS = 39_100  # of the NN's rows in Table I: 50 epochs of 782 steps
 MODELS = {network.title: model for model, network in NETWORKS.items()}
@@ -40,7 +40,12 @@ def forward_only(arm: ArmResult) -> bool:
 
 def accuracy(arm: ArmResult) -> float:
     """The mean test accuracy over seeds, below everything where there is none."""
-    return stats.estimate([run.accuracy for run in arm.done]).mean if arm.done else -math.inf
+    return stats.estimate([_accuracy(run) for run in arm.done]).mean if arm.done else -math.inf
+
+
+def _accuracy(run: Done) -> float:
+    """A run that failed has none, and counts as getting nothing right."""
+    return run.accuracy if math.isfinite(run.accuracy) else 0.0
 
 
 def yardstick(arms: Sequence[ArmResult]) -> ArmResult | None:
@@ -60,7 +65,7 @@ def gap(arm: ArmResult, backprop: ArmResult) -> stats.Estimate | None:
     seeds = sorted(mine.keys() & other.keys())
     if not seeds or unequal(arm, backprop):
         return None
-    return stats.difference([100 * mine[seed].accuracy for seed in seeds], [100 * other[seed].accuracy for seed in seeds])
+    return stats.difference([100 * _accuracy(mine[seed]) for seed in seeds], [100 * _accuracy(other[seed]) for seed in seeds])
 
 
 def verdicts(study: StudyResult) -> list[str]:
@@ -102,15 +107,16 @@ def _goals(goal: Goal, best: ArmResult, apart: stats.Estimate | None) -> list[st
     if goal.accuracy is not None:
         said.append(f"Goal, at least {100 * goal.accuracy:.1f} %: {_met(accuracy(best) >= goal.accuracy)}.")
     if goal.loss is not None and goal.steps is not None:
-        step = stats.median([_reached(run.evaluations, goal.loss) for run in best.done])
+        step = stats.median([_reached(run, goal.loss) for run in best.done])
         seen = f", seen after {step:,.0f}" if math.isfinite(step) else ", never seen"
         words = f"the paper's own loss, {exact(goal.loss)}, in at most a twentieth of its {PAPER_STEPS:,} steps"
         said.append(f"Goal, {words}: {_met(step <= goal.steps)}{seen}.")
     return said
 
 
-def _reached(evaluations: dict[str, list[float]], loss: float) -> float:
-    return stats.first_at_or_below(evaluations["step"], evaluations["validation_loss"], loss)
+def _reached(run: Done, loss: float) -> float:
+    table = run.evaluations if has_curve(run) else {"step": [], "validation_loss": []}
+    return stats.first_at_or_below(table["step"], table["validation_loss"], loss)
 
 
 def _met(met: bool) -> str:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from forwardgrad.lab import figures, findings, stats, tables, walk
+from forwardgrad.lab.blocks import Block, Picture, Section
 from forwardgrad.lab.noise import EXPLODED, LEFT, PAPER
 from forwardgrad.lab.results import ArmResult, Done, StudyResult
 from forwardgrad.lab.run import Optimizer
-from forwardgrad.lab.sections import TRAINING, Block, Picture, Section
+from forwardgrad.lab.sections import TRAINING
 from forwardgrad.lab.tables import NONE, Cell, Table, count, hyperparameters, number
 
 GUESSING = math.log(10)
@@ -150,12 +151,12 @@ def _norms(study: StudyResult) -> Picture:
             told = [curve[step - 1] for step in steps] if curve else []
             lines.append(figures.Line(arm.kind, _curve([at[step] for step in steps], told), label=arm.label, computed=True))
     panel = figures.Panel("norm of the parameters over that before the first step", tuple(line for line in lines if line.curve.at))
-    svg = figures.curves(f"{study.name}-norm", [[panel]], xlabel=EQUIVALENT, ylabel="‖θ‖ / ‖θ₀‖", marks=True)
+    drawing = figures.curves(f"{study.name}-norm", [[panel]], xlabel=EQUIVALENT, ylabel="‖θ‖ / ‖θ₀‖", marks=True)
     caption = (
         "Growth of the parameters' norm, seed 0, against the sum of squared learning rates. Line: measured; dotted: a random walk with "
         f"steps as long. The paper's loss leaves 2.3 after about {LEFT:,} steps and explodes after about {EXPLODED:,}."
     )
-    return Picture(f"{study.name}-norm", svg, caption)
+    return Picture(f"{study.name}-norm", drawing, caption)
 
 
 def _losses(study: StudyResult) -> Picture:
@@ -165,10 +166,10 @@ def _losses(study: StudyResult) -> Picture:
             at, curve = _equivalent(arm, run), stats.binned([run.losses()], BINS)
             places = tuple(at[min(round(step), len(at) - 1)] for step in curve.at)
             shown = stats.Curve(places, curve.mean, curve.low, curve.high)
-            lines.append(figures.Line(arm.kind, shown, stopped=run.diverged, label=arm.label))
-    svg = figures.curves(f"{study.name}-loss", [[figures.Panel("training loss", tuple(lines))]], xlabel=EQUIVALENT, ylabel=TRAINING)
+            lines.append(figures.Line(arm.kind, shown, stopped=tables.lost(run), label=arm.label))
+    drawing = figures.curves(f"{study.name}-loss", [[figures.Panel("training loss", tuple(lines))]], xlabel=EQUIVALENT, ylabel=TRAINING)
     caption = f"Training loss, seed 0, on the same axis. Line: mean of each of at most {BINS} bins of steps; band: least to greatest."
-    return Picture(f"{study.name}-loss", svg, caption)
+    return Picture(f"{study.name}-loss", drawing, caption)
 
 
 def _curve(at: Sequence[float], values: Sequence[float]) -> stats.Curve:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwardgrad.lab import figures, tables
-from forwardgrad.lab.sections import Block, Picture, Section
+from forwardgrad.lab.blocks import Block, Picture, Section
+from forwardgrad.lab.looks import LOOKS
 from forwardgrad.lab.tables import NONE, Cell, Table, number
 
 MEANING = (
@@ -83,7 +84,7 @@ def _row(estimate: Estimate) -> tuple[Cell, ...]:
         return (Cell(estimate["label"], f"not measured: {estimate['failed']}", "warn"), k, *[NONE] * 9)
     total, theory = found["total"], found["theory"]
     return (
-        Cell(estimate["label"], tone=estimate["label"] if estimate["label"] in figures.LOOKS else ""),
+        Cell(estimate["label"], tone=estimate["label"] if estimate["label"] in LOOKS else ""),
         k,
         _between(total["bias"]),
         Cell("p < 1e-99" if total["p"] < 1e-99 else f"p = {total['p']:.2g}", tone="warn" if total["p"] < 0.05 else ""),

@@ -1,27 +1,31 @@
-"""The report: one self-contained page, the same in Markdown, and its figures, made from what is stored. Loads without torch."""
+"""The report, made from what is stored: a page, the same in Markdown, figures and tables for a paper. Loads without torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from forwardgrad.lab import comparison_section, results
+from forwardgrad.lab import blocks, comparison_section, results, verdict
 from forwardgrad.lab.bench_section import bench_section, cost_section
 from forwardgrad.lab.beyond_section import beyond_section
+from forwardgrad.lab.blocks import Section
+from forwardgrad.lab.claims import claims_section
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.figures import FURTHER
+from forwardgrad.lab.latex import latex
+from forwardgrad.lab.markdown import markdown
 from forwardgrad.lab.noise_section import noise_section
+from forwardgrad.lab.page import html
 from forwardgrad.lab.quality_section import quality_section
 from forwardgrad.lab.results import StudyResult
-from forwardgrad.lab.sections import Block, Picture, Section, functions_section, provenance_section, study_section
+from forwardgrad.lab.sections import functions_section, provenance_section, study_section
 from forwardgrad.lab.store import Store, read_json, write_whole
-from forwardgrad.lab.tables import Cell
+from forwardgrad.lab.tables import place, source
 
+TAKEN = ("claims", "provenance", "functions", "bench", "cost", "quality", "verdict", "main", "theme")  # places that the page has itself
 TITLE = "Forward gradients beside backpropagation"
 ORDER = ("table1", "table1-retuned", "baydin", "beyond", "noise", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
@@ -33,7 +37,7 @@ MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
 
 
 def write(store: Store) -> Path:
-    """Write report.html, report.md and figures/*.svg into the output folder; returns the path of the page.
+    """Write report.html, report.md, figures/*.svg and *.pdf, and tables/*.tex into the output folder; returns the path of the page.
 
     The same stored results give the same bytes. Raises UserError where there is nothing to report or a stored file is damaged.
     """
@@ -42,13 +46,28 @@ def write(store: Store) -> Path:
     if not studies and not measured:
         raise UserError(f"nothing to report in {store.root}: run `forwardgrad reproduce table1 --out {store.root}` first")
     sections = _sections(store, studies, measured)
-    (store.root / "figures").mkdir(exist_ok=True)
-    for picture in (block for section in sections for block in section.blocks if isinstance(block, Picture)):
-        write_whole(store.root / "figures" / f"{picture.name}.svg", f'<?xml version="1.0" encoding="utf-8"?>\n{picture.svg}'.encode())
-    write_whole(store.root / "report.md", markdown(sections).encode())
+    with _checked(store.root / "bench.json", "measure it again"):
+        said = verdict.verdict(studies, measured.get("bench.json"))
+    _export(store, sections)
+    write_whole(store.root / "report.md", markdown(TITLE, said, sections).encode())
     page = store.root / "report.html"
-    write_whole(page, html(sections).encode())
+    write_whole(page, html(TITLE, said, sections).encode())
     return page
+
+
+def _export(store: Store, sections: list[Section]) -> None:
+    """Figures and tables as a paper takes them."""
+    for folder in ("figures", "tables"):
+        (store.root / folder).mkdir(exist_ok=True)
+    for picture in blocks.pictures(sections):
+        path, pdf = (store.root / "figures" / f"{picture.name}.{ending}" for ending in ("svg", "pdf"))
+        svg = f'<?xml version="1.0" encoding="utf-8"?>\n{picture.drawing.svg}'.encode()
+        if pdf.exists() and path.exists() and path.read_bytes() == svg:
+            continue  # embedding letters takes longer than all else
+        write_whole(pdf, picture.drawing.pdf())
+        write_whole(path, svg)  # last: it says of which figure the PDF is
+    for name, table in blocks.tables(sections):
+        write_whole(store.root / "tables" / f"{name}.tex", latex(table).encode())
 
 
 def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict[str, Any]]) -> list[Section]:
@@ -56,69 +75,45 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
     extra, environments = {}, []
     for name, stored in measured.items():
         title, make = MEASURED[name]
-        try:
-            extra[name] = make(stored)
+        with _checked(store.root / name, "measure it again"):
+            extra[name] = dataclasses.replace(make(stored), source=place("source", title))
             environments.append((title, stored["environment"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{store.root / name} is damaged ({error!r}): delete it and measure it again") from error
-    ahead = [_study(study, studies) for study in studies if study.name != "demo"]
-    behind = [_study(study, studies) for study in studies if study.name == "demo"]
-    return [*ahead, *extra.values(), *behind, provenance_section(studies, environments)]
+    ahead = [_study(store, study, studies) for study in studies if study.name != "demo"]
+    behind = [_study(store, study, studies) for study in studies if study.name == "demo"]
+    with _checked(store.root / "studies", "run its commands again"):
+        judged = claims_section(studies, measured)
+    return [*([judged] if judged else []), *ahead, *extra.values(), *behind, provenance_section(studies, environments)]
 
 
-def _study(study: StudyResult, studies: list[StudyResult]) -> Section:
-    if study.name == "noise":  # asks what holds an explosion back, not which arm is best
-        return noise_section(study)
-    section = beyond_section(study, studies) if study.name == "beyond" else study_section(study)
+@contextmanager
+def _checked(path: Path, mend: str) -> Iterator[None]:
+    """What is stored but cannot be read as what it should be is told in a sentence."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): delete it and {mend}") from error
+
+
+def _named(study: StudyResult) -> StudyResult:
+    """The study under a name that can be a place on the page and a part of a file's name, and is nothing else's."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", study.name)
+    return dataclasses.replace(study, name=f"study-{name}" if name in TAKEN else name)
+
+
+def _study(store: Store, study: StudyResult, studies: list[StudyResult]) -> Section:
+    with _checked(store.root / "studies" / f"{study.name}.json", "run its command again; finished runs are kept"):
+        if study.name == "noise":  # asks what holds an explosion back, not which arm is best
+            section = noise_section(study)
+        elif study.name == "beyond":
+            section = _compared(beyond_section(study, studies), study)
+        else:
+            section = _compared(study_section(_named(study)), _named(study))
+    return dataclasses.replace(section, source=source(study.arms[0]) if study.arms else "")
+
+
+def _compared(section: Section, study: StudyResult) -> Section:
+    """The section with its arms compared: which is best and how sure that is first, the tables and figures behind that last."""
     said, *compared = comparison_section.blocks(study)
     first, *others = section.blocks
     headed = isinstance(first, tuple) and isinstance(said, tuple) and first[: len(said)] == said
     return dataclasses.replace(section, blocks=(first, *([] if headed else [said]), *others, *compared))
-
-
-def html(sections: list[Section]) -> str:
-    template = importlib.resources.files("forwardgrad.lab").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["kept"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")  # no line begins with a percent sign
-    return environment.from_string(template).render(title=TITLE, sections=sections, kinds=FURTHER)
-
-
-def markdown(sections: list[Section]) -> str:
-    lines = [f"# {TITLE}", "", *(f"- **{_plain(part.title)}.** {_plain(part.verdict)}" for part in sections if part.verdict)]
-    for section in sections:
-        lines += ["", f"## {_plain(section.title)}"]
-        for block in section.blocks:
-            lines += ["", *_block(block)]
-    return "\n".join(lines) + "\n"
-
-
-def _block(block: Block) -> list[str]:
-    if isinstance(block, str):
-        return [_plain(block)]
-    if isinstance(block, tuple):
-        return [f"- {_plain(sentence)}" for sentence in block]
-    if isinstance(block, Picture):
-        return [f"![{_plain(block.caption)}](figures/{block.name}.svg)", "", f"*{_plain(block.caption)}*"]
-    head = ["comparison", *block.columns]
-    lines = [f"### {_plain(block.caption)}", "", _row(head), _row(["---"] * len(head))]
-    for title, rows in block.groups:
-        lines += [_row([_plain(title), *map(_cell, row)]) for row in rows]
-    return lines + ([""] if block.meaning else []) + [f"- *{_plain(column)}*: {_plain(words)}" for column, words in block.meaning]
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(cell: Cell) -> str:
-    if cell.tone == "code":
-        return "`" + cell.text.replace("`", "'").replace("|", "\\|") + "`"
-    text = _plain(cell.text)
-    return f"{text} ({_plain(cell.sub)})" if cell.sub else text
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and its tables take literally."""
-    for sign, literal in (("\\", "\\\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*"), ("`", "\\`"), ("\n", " ")):
-        text = text.replace(sign, literal)
-    return text

@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from forwardgrad.lab import comparison_verdict, figures, findings, stats, tables
+from forwardgrad.lab import comparison_verdict, failures, figures, findings, learning, stats, tables
+from forwardgrad.lab.blocks import Block, Picture, Section, Views
+from forwardgrad.lab.learning import STEP
 from forwardgrad.lab.results import ArmResult, StudyResult, finite
 from forwardgrad.lab.tables import Cell, Table, exact, number
 
-STEP, TRAINING = "optimizer step", "training loss (cross-entropy, nats)"
+TRAINING = "training loss (cross-entropy, nats)"
 VALIDATION = "validation loss (cross-entropy, nats)"
 READING = (
     "The published 'test loss' is no loss of the test set: it is that of the last mini-batch of 16 shuffled test images. Readings of 16 "
     "images scatter widely, so a published 0.000, or 0.270 beside 0.332, is noise and orders nothing. Our own reading of that kind stands "
     "beside it; the columns 'test loss' and 'test accuracy' cover the whole test split."
 )
+DRAWN = 6  # comparisons of a study of one's own whose curves are drawn: a page of hundreds is read by nobody
 SETTINGS = {False: "one learning rate for both arms", True: "each arm tuned"}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure with its caption; `name` is the name of its file."""
-
-    name: str
-    svg: str
-    caption: str
-
-
-Block = str | tuple[str, ...] | Table | Picture  # a paragraph, a list of sentences, a table, a figure
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled part of the page, with what it comes to in a sentence or two where it comes to something."""
-
-    id: str
-    title: str
-    verdict: str
-    blocks: tuple[Block, ...]
 
 
 def study_section(study: StudyResult) -> Section:
     published = any(arm.record.get("published") for arm in study.arms)
-    tuning = tables.tuning(study)
     of_the_paper = any({"forward", "backprop"} <= {arm.kind for arm in arms} for arms in study.groups.values())
     headlines = findings.headlines(study) if of_the_paper else comparison_verdict.verdicts(study)
     blocks: list[Block] = [
@@ -53,20 +32,26 @@ def study_section(study: StudyResult) -> Section:
         *([READING] if published else []),
         tables.results(study),
         *_pictures(study),
-        *tables.speed(study),
-        *([tuning] if tuning else []),
+        *further_tables(study),
     ]
     return Section(study.name, study.title, " ".join(headlines), tuple(blocks))
 
 
-def _pictures(study: StudyResult) -> Iterable[str | Picture]:
+def further_tables(study: StudyResult) -> list[Table]:
+    """Time to a loss, the search, and every run that was lost: for each study the same, where there is something to show."""
+    return [*tables.speed(study), *(table for table in (tables.tuning(study), failures.lost_runs(study)) if table)]
+
+
+def _pictures(study: StudyResult) -> Iterable[str | Picture | Views]:
     if study.name == "baydin":
         yield from _baydin(study)
     elif not any(arm.record.get("published") for arm in study.arms):
-        for index, (group, arms) in enumerate(study.groups.items()):
+        for index, (group, arms) in enumerate(list(study.groups.items())[:DRAWN]):
             name = f"{study.name}-{index}" if index else study.name
             yield _training(f"{name}-training", arms)
             yield _validation(f"{name}-validation", [("", arms)], f"Validation loss, {group}")
+        if (rest := len(study.groups) - DRAWN) > 0:
+            yield f"The curves of {tables.count(rest, 'further comparison')} are not drawn: their numbers stand in the tables and in runs/."
     else:
         if cifar := [arm for arm in study.arms if arm.data == "cifar10"]:
             yield _training(f"{study.name}-figure-1", cifar, "Figure 1. ")
@@ -78,8 +63,8 @@ def _training(name: str, arms: Sequence[ArmResult], heading: str = "") -> Pictur
     """Both arms' training loss in one panel: the paper's Figure 1."""
     title = " and ".join(dict.fromkeys(str(arm.record["group"]) for arm in arms))
     panel = figures.Panel(title, _lines(arms, 400), _notes(arms))
-    svg = figures.curves(name, [[panel]], xlabel=STEP, ylabel=TRAINING)
-    return Picture(name, svg, f"{heading}Training loss per optimizer step, {title}. {_bins(400)}{_note_sentence(arms)}")
+    drawing = figures.curves(name, [[panel]], xlabel=STEP, ylabel=TRAINING)
+    return Picture(name, drawing, f"{heading}Training loss per optimizer step, {title}. {_bins(400)}{_note_sentence(arms)}")
 
 
 def _figure_2(study: StudyResult) -> Picture:
@@ -96,9 +81,9 @@ def _figure_2(study: StudyResult) -> Picture:
             row.append(figures.Panel(f"{shape} · {words}", lines, _notes(arms) if lines else "unfinished" if arms else "not run"))
         rows.append(row)
     name = f"{study.name}-figure-2"
-    svg = figures.curves(name, rows, xlabel=STEP, ylabel=TRAINING)
+    drawing = figures.curves(name, rows, xlabel=STEP, ylabel=TRAINING)
     caption = "Figure 2. Training loss per optimizer step on MNIST, both arms (Nesterov's at its look-ahead point)."
-    return Picture(name, svg, f"{caption} {_bins(150)}{_note_sentence(shown)}")
+    return Picture(name, drawing, f"{caption} {_bins(150)}{_note_sentence(shown)}")
 
 
 def _bins(bins: int) -> str:
@@ -108,19 +93,19 @@ def _bins(bins: int) -> str:
 def _lines(arms: Sequence[ArmResult], bins: int) -> tuple[figures.Line, ...]:
     lines = []
     for arm in arms:
-        curve = stats.binned([run.losses() for run in arm.done], bins)
+        curve = stats.binned([run.losses() for run in arm.done if tables.has_losses(run)], bins)
         if curve.at:
-            lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done), arm.label))
+            lines.append(figures.Line(arm.kind, curve, _end(arm), all(map(tables.lost, arm.done)), arm.label))
     return tuple(lines)
 
 
 def _end(arm: ArmResult) -> str | None:
-    lost = [int(run.result["diverged_at"]) for run in arm.done if run.diverged]
-    if not lost:
-        return None
+    """Which runs of an arm ended early, and where the first of them did."""
+    steps = {status: [int(run.result["steps"]) for run in arm.done if run.result["status"] == status] for status in ("diverged", "failed")}
     if len(arm.done) == 1:
-        return f"diverged at step {lost[0]:,}"
-    return f"{len(lost)} of {len(arm.done)} diverged, first at step {min(lost):,}"
+        return next((f"{status} at step {ended[0]:,}" for status, ended in steps.items() if ended), None)
+    said = [f"{len(ended)} of {len(arm.done)} {status}, first at step {min(ended):,}" for status, ended in steps.items() if ended]
+    return "; ".join(said) or None
 
 
 def _notes(arms: Sequence[ArmResult]) -> str:
@@ -132,22 +117,12 @@ def _note_sentence(arms: Sequence[ArmResult]) -> str:
     return f" {notes[0].upper()}{notes[1:]}." if notes else ""
 
 
-def _validation(name: str, settings: Sequence[tuple[str, Sequence[ArmResult]]], caption: str) -> Picture:
-    """Validation loss against step, one panel for each setting, on the same axes."""
-    panels = []
-    for title, arms in settings:
-        lines = []
-        for arm in arms:
-            evaluated = [(run.evaluations.get("step", []), run.evaluations.get("validation_loss", [])) for run in arm.done]
-            curve = stats.pooled(evaluated)
-            if curve.at:
-                lines.append(figures.Line(arm.kind, curve, _end(arm), all(run.diverged for run in arm.done), arm.label))
-        panels.append(figures.Panel(title, tuple(lines), "" if lines else "not run" if not arms else "unfinished"))
-    svg = figures.curves(name, [panels], xlabel=STEP, ylabel=VALIDATION, marks=True)
-    return Picture(name, svg, f"{caption}. Line: mean over the runs still training there; band: from the least to the greatest.")
+def _validation(name: str, settings: Sequence[learning.Setting], caption: str) -> Views:
+    """Validation loss, one panel for each setting, on the same axes."""
+    return learning.views(name, settings, lambda run: run.evaluations["validation_loss"], caption, ylabel=VALIDATION, end=_end)
 
 
-def _baydin(study: StudyResult) -> Iterable[str | Picture]:
+def _baydin(study: StudyResult) -> Iterable[str | Picture | Views]:
     models = dict.fromkeys(arm.run["model"] for arm in study.arms if arm.run)
     for model in models:
         title = f"{tables.MODELS.get(model, model)} on {tables.DATA['mnist']}"
@@ -236,7 +211,8 @@ def provenance_section(studies: Sequence[StudyResult], others: Sequence[tuple[st
     groups = [(study.title, tuple(_provenance(arm) for arm in study.arms)) for study in studies]
     extra = []
     for title, environment in others:
-        extra.append((Cell(title), Cell(str(environment.get("command", "–")), tone="code"), NOT_RUNS, *_machine([environment])))
+        command = Cell(str(environment.get("command", "–")), tone="code")
+        extra.append((Cell(title, anchor=tables.place("source", title)), command, NOT_RUNS, *_machine([environment])))
     if extra:
         groups.append(("Measurements outside the studies", tuple(extra)))
     table = Table(("arm", "command", "runs", "hardware", "software"), tuple(groups), "Where every number comes from")
@@ -252,7 +228,7 @@ def _provenance(arm: ArmResult) -> tuple[Cell, ...]:
     runs = f"n = {len(arm.done)}" + ("" if arm.complete else f" of {arm.planned}")
     environments = [run.environment for run in arm.done]
     return (
-        Cell(arm.label, group, arm.kind),
+        Cell(arm.label, group, arm.kind, anchor=tables.source(arm)),
         Cell(str(arm.record["command"]), tone="code"),
         Cell(runs, " ".join(arm.record["runs"]), "ids"),
         *_machine(environments),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,16 @@ ROWS = {arm.name: number for number, arm in enumerate(TABLE1, 1)}
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a cell, a smaller line below it, and a tone: an arm's kind, `warn`, `quiet`, `code` or nothing."""
+    """What stands in a cell, a smaller line below it, and a tone: an arm's kind, `warn`, `quiet`, `code` or nothing.
+
+    `link` is the place on the page that its text leads to, `anchor` the place that it is.
+    """
 
     text: str
     sub: str = ""
     tone: str = ""
+    link: str = ""
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def tuning(study: StudyResult) -> Table | None:
     )
     rows = _grouped(
         StudyResult(study.name, study.title, arms),
-        [arm_cell, _points, _space, lambda arm: Cell(_values(_chosen(arm).get("values") or {})), _trial_loss, _edge],
+        [arm_cell, _points, _space, lambda arm: Cell(values_text(_chosen(arm).get("values") or {})), _trial_loss, _edge],
     )
     return Table(columns, rows, "Tuning", meaning)
 
@@ -163,12 +169,31 @@ def _grouped(study: StudyResult, makers: Sequence[Callable[[ArmResult], Cell]]) 
 
 
 def arm_cell(arm: ArmResult) -> Cell:
-    return Cell(arm.label, tone=arm.kind)
+    return Cell(arm.label, tone=arm.kind, link=source(arm))
+
+
+def source(arm: ArmResult) -> str:
+    """Where the page says by what command, how often and on what machine an arm was measured."""
+    return place("source", arm.study, arm.name)
+
+
+def place(*words: str) -> str:
+    """A name for a place on the page, another one for other words.
+
+    >>> place("source", "demo", "a b")
+    'source.demo.a_20_b'
+    """
+    return ".".join(re.sub(r"[^A-Za-z0-9-]", lambda sign: f"_{ord(sign[0]):x}_", word) for word in words)
+
+
+def lost(run: Done) -> bool:
+    """Whether a run diverged or failed: either way it counts as infinitely bad, and is never left out."""
+    return str(run.result["status"]) != "finished"
 
 
 def hyperparameters(arm: ArmResult) -> str:
     if not arm.run:
-        return _values(_chosen(arm).get("values") or {}) or "–"
+        return values_text(_chosen(arm).get("values") or {}) or "–"
     optimizer, estimator = arm.run["optimizer"], arm.run["estimator"]
     parts = [f"lr {exact(optimizer['lr'])}", f"decay {exact(optimizer['decay'])}"]
     if optimizer["name"] == "nesterov" or optimizer["momentum"]:
@@ -230,7 +255,13 @@ def estimated(values: Sequence[float], words: Callable[[float], str], least: flo
     bad = [value for value in values if not math.isfinite(value)]
     if bad:
         others = ", ".join(words(value) for value in values if math.isfinite(value))
-        return Cell(f"not finite in {len(bad)} of {count(len(values), 'run')}", f"the rest: {others}" if others else "", "warn")
+        return Cell(
+            f"none in {len(bad)} of {count(len(values), 'run')}"
+            if words is percent
+            else f"not finite in {len(bad)} of {count(len(values), 'run')}",
+            f"the rest: {others}" if others else "",
+            "warn",
+        )
     found = stats.estimate(values, least, most)
     if found.low is None or found.high is None:
         return Cell(words(found.mean), "n = 1, no interval")
@@ -240,24 +271,30 @@ def estimated(values: Sequence[float], words: Callable[[float], str], least: flo
 
 
 def outcome(arm: ArmResult) -> Cell:
-    lost = [f"diverged at step {done.result['diverged_at']:,} ({done.result['reason']})" for done in arm.done if done.diverged]
-    if lost:
-        among = f"in {len(lost)} of {count(len(arm.done), 'run')}" if len(arm.done) > 1 else ""
+    bad = [ended(done.result) for done in arm.done if lost(done)]
+    if bad:
+        among = f"in {len(bad)} of {count(len(arm.done), 'run')}" if len(arm.done) > 1 else ""
         rest = "; ".join(part for part in (among, "" if arm.complete else arm.progress) if part)
-        return Cell("; ".join(dict.fromkeys(lost)), rest, "warn")
+        return Cell("; ".join(dict.fromkeys(bad)), rest, "warn")
     if not arm.complete:
         return Cell(arm.progress, tone="warn")
     return Cell("finished", tone="quiet")
 
 
+def ended(result: dict[str, Any]) -> str:
+    """How a run that was lost ended, where and why."""
+    where = f" at step {result['diverged_at']:,}" if result["diverged_at"] is not None else ""
+    return f"{result['status']}{where} ({result['reason']})"
+
+
 def per_step(arm: ArmResult) -> Cell:
-    cell = estimated([done.seconds_per_step for done in arm.done], duration, 0.0, math.inf)
+    cell = estimated([done.seconds_per_step for done in arm.done if done.result["steps"]], duration, 0.0, math.inf)
     return Cell(cell.text, "; ".join(filter(None, (cell.sub, arm.shared))), cell.tone)
 
 
 def _to(target: float) -> Callable[[ArmResult], Cell]:
     def make(arm: ArmResult) -> Cell:
-        steps, seconds = ([_reached(done, column, target) for done in arm.done] for column in ("step", "seconds"))
+        steps, seconds = ([reached(done, column, target) for done in arm.done] for column in ("step", "seconds"))
         hits = sum(math.isfinite(step) for step in steps)
         among = f"{hits} of {len(steps)} runs" if 0 < hits < len(steps) else ""
         if not math.isfinite(stats.median(steps)):
@@ -267,8 +304,19 @@ def _to(target: float) -> Callable[[ArmResult], Cell]:
     return make
 
 
-def _reached(done: Done, column: str, target: float) -> float:
-    table = done.evaluations
+def has_curve(run: Done) -> bool:
+    """Whether a run was evaluated: one that failed may never have been, and then has no table."""
+    return not (run.result["status"] == "failed" and not (run.folder / "evaluations.csv").exists())
+
+
+def has_losses(run: Done) -> bool:
+    """The same of the training losses."""
+    return not (run.result["status"] == "failed" and not (run.folder / "losses.csv.gz").exists())
+
+
+def reached(done: Done, column: str, target: float) -> float:
+    """Where in a column of its evaluations a run was first seen at or below a validation loss."""
+    table = done.evaluations if has_curve(done) else {}
     return stats.first_at_or_below(table.get(column, []), table.get("validation_loss", []), target)
 
 
@@ -276,16 +324,23 @@ def _chosen(arm: ArmResult) -> dict[str, Any]:
     return arm.record.get("chosen") or {}
 
 
-def _values(values: dict[str, float]) -> str:
-    return " · ".join(f"{name} {named(value)}" for name, value in values.items())
+def values_text(values: dict[str, Any]) -> str:
+    """A point of a search space in one line."""
+    return " · ".join(f"{name} {_given(value)}" for name, value in values.items())
+
+
+def _given(value: Any) -> str:
+    """A value of a search space as it was given: a number, yes or no, or a word."""
+    return exact(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else format_value(value)
 
 
 def _points(arm: ArmResult) -> Cell:
     results = [trial for trial in arm.trials if trial]
-    lost = sum(trial.get("status") == "diverged" for trial in results)
     waiting = len(arm.trials) - len(results)
     parts = [_each(arm)]
-    parts += [f"{lost} diverged"] if lost else []
+    for status in ("diverged", "failed"):
+        bad = sum(trial.get("status") == status for trial in results)
+        parts += [f"{bad} {status}"] if bad else []
     parts += [f"{waiting} unfinished"] if waiting else []
     return Cell(str(len(arm.trials)), ", ".join(parts))
 
@@ -304,22 +359,18 @@ def _each(arm: ArmResult) -> str:
 def _space(arm: ArmResult) -> Cell:
     parts = []
     for name, values in arm.record["space"].items():
-        parts.append(f"{name} {_searched(values)}")
-    return Cell(" · ".join(parts))
+        if isinstance(values, dict) and "low" in values:
+            scale = ", logarithmic" if values.get("log") else ""
+            parts.append(f"{name} {exact(values['low'])} to {exact(values['high'])}{scale}")
+            continue
+        choices = list(values["choices"]) if isinstance(values, dict) else list(values)
+        many = f"{exact(min(choices))} to {exact(max(choices))} ({len(choices)} values)" if _numbers(choices) and len(choices) > 4 else ""
+        parts.append(f"{name} {many or ', '.join(map(_given, choices))}")
+    return Cell(" · ".join(parts), str(arm.record.get("sampler") or ""))
 
 
-def _searched(values: Any) -> str:
-    """The values of a grid, or a range, in words."""
-    if isinstance(values, dict):
-        return f"{exact(values['low'])} to {exact(values['high'])}{' (logarithmic)' if values.get('log') else ''}"
-    if len(values) <= 4 or not all(isinstance(value, (int, float)) for value in values):
-        return ", ".join(map(named, values))
-    return f"{exact(min(values))} to {exact(max(values))} ({len(values)} values)"
-
-
-def named(value: Any) -> str:
-    """A hyperparameter's value."""
-    return exact(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+def _numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
 def _trial_loss(arm: ArmResult) -> Cell:

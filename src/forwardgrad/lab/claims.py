@@ -1,0 +1,38 @@
+"""The paper's claims and those of Baydin et al., one by one, beside what was measured; none is decided beforehand. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from forwardgrad.lab.blocks import Judged, Section
+from forwardgrad.lab.claims_baydin import BY_BAYDIN
+from forwardgrad.lab.claims_paper import PAPER
+from forwardgrad.lab.evidence import CONFIRMED, OPEN, REFUTED, Evidence
+from forwardgrad.lab.results import StudyResult
+from forwardgrad.lab.tables import count
+
+ABOUT = ("table1", "baydin", "noise")  # studies that claims speak of
+NOTE = (
+    "Each claim has its rule, and nothing but the rule and the stored results decides it. Runs that diverged or failed count as infinitely "
+    "bad. What is missing, shortened or of one seed where seeds matter decides nothing; the command that would is named."
+)
+
+
+def judge(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> tuple[Judged, ...]:
+    """Every claim, in the order of the papers' arguments."""
+    evidence = Evidence({study.name: study for study in studies}, measured)
+    return tuple(decide(evidence) for decide in (*PAPER, *BY_BAYDIN))
+
+
+def claims_section(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> Section | None:
+    """The claims as a part of the page; None for a store that holds nothing they speak of."""
+    if not (any(study.name in ABOUT for study in studies) or measured.keys() & {"bench.json", "functions.json", "quality.json"}):
+        return None
+    found = judge(studies, measured)
+    return Section("claims", f"The papers' {len(found)} claims, one by one", _counted(found), (NOTE, found))
+
+
+def _counted(found: Sequence[Judged]) -> str:
+    sums = {word: sum(claim.status == word for claim in found) for word in (CONFIRMED, REFUTED, OPEN)}
+    return f"Of {count(len(found), 'claim')}, {sums[CONFIRMED]} are {CONFIRMED}, {sums[REFUTED]} {REFUTED} and {sums[OPEN]} {OPEN}."
