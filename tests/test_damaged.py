@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.stored import put, record, seeds, tried
+from tests.stored import put, record, seeds, tried, undrawn
 
-from forwardgrad.lab import cli, figures, recipes, store
+from forwardgrad.lab import cli, comparison_figures, figures, recipes, store
 from forwardgrad.lab.commands.options import estimator_of
 from forwardgrad.lab.run import Optimizer, Run, to_json
 from forwardgrad.lab.store import Store
@@ -37,7 +37,8 @@ Call = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """The command line in this process; it fails the test where it raises, or ends in anything but 0, or 2 and one sentence."""
-    monkeypatch.setattr(figures, "_svg", lambda name, draw: f'<svg id="{name}"></svg>')
+    for module in (figures, comparison_figures):
+        monkeypatch.setattr(module, "render", undrawn)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is cut here
 
     def run(*words: Any) -> tuple[int, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -16,9 +15,10 @@ import pytest
 from tests import disk
 
 from forwardgrad.lab import cli, environment, store, train
-from forwardgrad.lab.commands.training import carry_out
+from forwardgrad.lab.commands.carrying import carry_out
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length
+from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Arm, Study
@@ -30,14 +30,13 @@ STUDY = Study("small", "Small", (Arm("arm", "group", "backprop", "arm", RUN, {"l
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint whenever there can be one, and no look at memory, which waits for the garbage collector, nor at git."""
-    monkeypatch.setattr(train, "train", functools.partial(train.train, checkpoint_seconds=0.0))
     monkeypatch.setattr(train, "FIRST_EVALUATIONS", (4, 8, 12))
     monkeypatch.setattr(train, "peak_bytes", lambda work, devices: work() or 0)
     monkeypatch.setattr(environment, "commit", lambda: "abc")
 
 
 def undertake(root: Path) -> None:
-    carry_out(STUDY, root, "cpu", None, 1)
+    carry_out(STUDY, root, Place(checkpoint_seconds=0.0))
 
 
 def outcome(root: Path) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_a_failed_run_counts_and_stands_for_no_loss(store: Store) -> None:
     write_json(path, result)
     one = snapshot(store, now=T + 23).arms[0]
     assert (one.failed, one.diverged, one.best) == (1, 1, 0.35)
-    assert progress.describe(result) == "failed (out of memory); 0.8 s"
+    assert progress.describe(result) == "failed at step 400 (out of memory); 0.8 s"
 
 
 def test_every_result_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
