@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.stored import fail, put, record, reported, row, seeds, undrawn
+from tests.stored import fail, put, record, reported, row, seeds, tried, undrawn
 
 from forwardgrad.lab import figures, recipes
 from forwardgrad.lab.errors import UserError
