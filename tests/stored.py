@@ -85,7 +85,7 @@ def fail(store: Store, run: Run, reason: str, *, steps: int = 0) -> None:
     write_result(folder, {"status": "failed", "reason": reason, **counts, **nothing})
 
 
-def undrawn(name: str, rows: object, **_: object) -> Drawing:
+def undrawn(name: str, *_: object, **__: object) -> Drawing:
     """In place of `figures.curves`: drawing takes the most time of a report, and most tests do not look at it."""
     return Drawing(f'<svg id="{name}"></svg>', lambda: b"%PDF")
 

@@ -68,10 +68,9 @@ def test_by_optimizer_the_paired_interval_over_seeds_decides(store: Store, forwa
     assert found["lower-adam"].status == OPEN
 
 
-def test_one_seed_a_shortened_network_or_a_missing_one_decides_nothing(store: Store) -> None:
+def test_one_seed_or_a_missing_network_decides_nothing(store: Store) -> None:
     for options, why in (
         ({"seeds": 1}, "one seed"),
-        ({"seeds": 3, "epochs": 2}, "shortened: 2 of 50"),
         ({"seeds": 3, "rows": ["1", "2"]}, "not run"),
     ):
         trained(store, recipes.table1(**{"rows": ["1", "2", "7", "8"], **options}), apart(0.5, 0.1))
@@ -79,6 +78,21 @@ def test_one_seed_a_shortened_network_or_a_missing_one_decides_nothing(store: St
         assert claim.status == OPEN
         assert why in claim.why
         assert "--rows nn-sgd,cnn-sgd" in claim.command
+
+
+def test_arms_shortened_alike_decide_which_is_lower_and_it_is_said_by_how_much(store: Store) -> None:
+    trained(store, recipes.table1(rows=["1", "2", "7", "8"], seeds=3, epochs=2), apart(0.5, 0.1))
+    claim = judged(store)["lower-sgd"]
+    assert claim.status == CONFIRMED
+    assert all("(shortened: 2 of 50 epochs)" in reading.value for reading in claim.readings)
+
+
+def test_hyperparameters_of_our_own_search_go_before_the_published_ones(store: Store) -> None:
+    trained(store, recipes.table1(rows=["1", "2", "7", "8"], seeds=3), apart(0.1, 0.5))
+    assert judged(store)["lower-sgd"].status == REFUTED
+    trained(store, recipes.table1(rows=["1", "2", "7", "8"], seeds=3, retune=True), apart(0.5, 0.1))
+    claim = judged(store)["lower-sgd"]
+    assert (claim.status, claim.evidence) == (CONFIRMED, "table1-retuned")
 
 
 def test_over_optimizers_the_interval_of_the_ratio_is_that_of_its_logarithm(store: Store) -> None:

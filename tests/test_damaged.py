@@ -348,3 +348,44 @@ def test_60_random_estimator_texts_end_in_a_sentence_or_an_answer(tmp_path: Path
         words = (*TRAIN[:5], "--estimator", text, "--lr", "0.1", "--epochs", "1", "--out", tmp_path / "out")
         refused += call(*words)[0] == 2
     assert refused > 40
+
+
+STUDY_FILE = """
+from forwardgrad.lab.length import Length
+from forwardgrad.lab.run import Optimizer, Run
+from forwardgrad.lab.space import LogUniform
+from forwardgrad.lab.study import Arm, Study
+
+def mine(seeds: int = 1) -> Study:
+    run = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.5), epochs=1)
+    arm = Arm("a", "g", "backprop", "b", run, {"lr": LogUniform(0.1, 1.0)})
+    return Study("mine", "Mine", (arm,), seeds, Length(steps=2), None, 2, "halton")
+"""
+
+
+@pytest.mark.slow
+def test_60_damaged_study_files_end_in_a_sentence_or_an_answer(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters are dropped, doubled, swapped or replaced, words exchanged; whatever Python makes of that is told, not thrown."""
+    luck, ends = random.Random(11), {0: 0, 2: 0}
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for number in range(60):
+        text = list(STUDY_FILE)
+        for _ in range(luck.choice((1, 1, 2, 5))):
+            place = luck.randrange(len(text))
+            change = luck.choice(("drop", "double", "other", "swap"))
+            if change == "drop":
+                del text[place]
+            elif change == "double":
+                text.insert(place, text[place])
+            elif change == "other":
+                text[place] = luck.choice("()[]{}:,.'\"=0189-aZ_ \n\té€")
+            else:
+                other = luck.randrange(len(text))
+                text[place], text[other] = text[other], text[place]
+        path = tmp_path / f"damaged_{number}.py"
+        path.write_text("".join(text))
+        status, _, err = call("study", path, "--out", tmp_path / f"out_{number}")
+        ends[status] += 1
+        assert "Traceback" not in err
+        sys.modules.pop(path.stem, None)
+    assert min(ends.values()) > 5

@@ -90,13 +90,13 @@ def test_a_pdf_is_the_same_in_another_process_and_has_no_date() -> None:
     assert b"/Type3" not in here["pdf"]
 
 
-def test_a_figure_that_did_not_change_keeps_its_pdf(tmp_path: Path) -> None:
+def test_figures_are_written_as_pdf_where_that_is_asked_for(tmp_path: Path) -> None:
     store = Store(tmp_path / "out")
-    pdf = store.root / "figures" / "one.pdf"
-    for svg, content in (("<svg/>", b"first"), ("<svg/>", b"never asked for"), ("<svg></svg>", b"second")):
-        picture = Picture("one", Drawing(svg, lambda content=content: content), "A figure.")
-        report._export(store, [Section("a", "A part", "", (picture,))])
-        assert pdf.read_bytes() == {"<svg/>": b"first", "<svg></svg>": b"second"}[svg]
+    section = Section("one", "One", "", (Picture("one", Drawing("<svg/>", lambda: b"%PDF"), "A figure."),))
+    report._export(store, [section], False)
+    assert {path.name for path in (store.root / "figures").iterdir()} == {"one.svg"}
+    report._export(store, [section], True)
+    assert (store.root / "figures" / "one.pdf").read_bytes() == b"%PDF"
 
 
 def test_the_numbers_of_a_figure_are_those_it_draws() -> None:

@@ -30,13 +30,15 @@ STUDY = Study("small", "Small", (Arm("arm", "group", "backprop", "arm", RUN, {"l
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint whenever there can be one, and no look at memory, which waits for the garbage collector, nor at git."""
+    real = train.train
+    monkeypatch.setattr(train, "train", lambda run, folder, **options: real(run, folder, **{**options, "checkpoint_seconds": 0.0}))
     monkeypatch.setattr(train, "FIRST_EVALUATIONS", (4, 8, 12))
     monkeypatch.setattr(train, "peak_bytes", lambda work, devices: work() or 0)
     monkeypatch.setattr(environment, "commit", lambda: "abc")
 
 
 def undertake(root: Path) -> None:
-    carry_out(STUDY, root, Place(checkpoint_seconds=0.0))
+    carry_out(STUDY, root, Place())
 
 
 def outcome(root: Path) -> dict[str, Any]:

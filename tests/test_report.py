@@ -198,7 +198,7 @@ def test_the_page_is_whole_in_itself(whole: Store) -> None:
     assert not re.search(r"@import|url\((?!#)", text)
     assert "prefers-color-scheme: dark" in text
     names = {path.name for path in (whole.root / "figures").glob("*.svg")}
-    assert {path.stem for path in (whole.root / "figures").glob("*.pdf")} == {Path(name).stem for name in names}
+    assert not list((whole.root / "figures").glob("*.pdf"))  # they were not asked for
     assert set(re.findall(r"\]\(figures/(.*?)\)", (whole.root / "report.md").read_text())) == names
     expected = ("table1-figure-1", "table1-figure-2", "baydin-nn", "function-beale", "cost-of-a-step", "demo-training", "demo-validation")
     assert {f"{name}.svg" for name in expected} <= names

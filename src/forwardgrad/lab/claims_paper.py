@@ -25,7 +25,7 @@ SEEDS = "forwardgrad reproduce table1 --seeds 5"
 
 def lower(model: str, title: str) -> Decide:
     def decide(evidence: Evidence) -> Judged:
-        mine = rows(evidence, model=model)
+        mine = rows(evidence, model=model, retuned=True)
         usable = [row for row in mine if not row.short]
         ratios = [ratio(*(known.mean(known.losses(arm)) for arm in row.pair)) for row in usable]
         found = known.over(ratios) if len(ratios) > 1 and all(map(math.isfinite, ratios)) else None
@@ -41,9 +41,9 @@ def lower(model: str, title: str) -> Decide:
             f"significantly lower loss on the MNIST data”: the {title}",
             "the paper, V", status(yes, no), tuple(readings),
             "ratio of test losses, forward gradient over backpropagation: the 95 % t interval of its mean logarithm over the optimizers, "
-            "all trained at full length, lies above 0 (confirmed) or below it (refuted).",
-            "" if yes or no else f"{len(usable)} of {count(len(mine), 'optimizer')} trained at full length in both arms.",
-            "" if yes or no else f"forwardgrad reproduce table1 --rows {model}", "table1",
+            "both arms of each trained equally long, lies above 0 (confirmed) or below it (refuted).",
+            "" if yes or no else f"{len(usable)} of {count(len(mine), 'optimizer')} trained equally long in both arms.",
+            "" if yes or no else f"forwardgrad reproduce table1 --rows {model}", known.section_of(mine),
         )  # fmt: skip
 
     return decide
@@ -51,7 +51,7 @@ def lower(model: str, title: str) -> Decide:
 
 def by_optimizer(optimizer: OptimizerName, said: str, source: str) -> Decide:
     def decide(evidence: Evidence) -> Judged:
-        mine = rows(evidence, optimizer=optimizer, data="mnist")
+        mine = rows(evidence, optimizer=optimizer, data="mnist", retuned=True)
         gaps = [known.gap(row) for row in mine if not row.short]
         yes = len(gaps) == len(mine) and all(above(found, 0) for found in gaps)
         no = any(below(found, 0) for found in gaps)
@@ -61,9 +61,9 @@ def by_optimizer(optimizer: OptimizerName, said: str, source: str) -> Decide:
         return Judged(
             f"lower-{optimizer}", said, source, status(yes, no), tuple(map(losses_reading, mine)),
             "test loss, forward gradient less backpropagation, paired by seed: its 95 % t interval lies above 0 on both networks "
-            f"trained at full length with {TITLES[optimizer]} (confirmed), or below 0 on one (refuted).",
+            f"trained equally long in both arms with {TITLES[optimizer]} (confirmed), or below 0 on one (refuted).",
             "" if yes or no else f"{'; '.join(short)}." if short else "An interval holds 0.",
-            "" if yes or no else f"{SEEDS} --rows {names}", "table1",
+            "" if yes or no else f"{SEEDS} --rows {names}", known.section_of(mine),
         )  # fmt: skip
 
     return decide
@@ -101,7 +101,8 @@ def _common(forward: ArmResult, backprop: ArmResult) -> tuple[float, float, floa
 
 def faster(evidence: Evidence) -> Judged:
     readings, ratios = [], []
-    for row in rows(evidence, data="mnist"):
+    compared = rows(evidence, data="mnist", retuned=True)
+    for row in compared:
         reached = None if row.short else _common(*row.pair)
         if reached is None:
             readings.append(Reading(row.title, row.short or "no validation loss is reached by both", "left out"))
@@ -109,7 +110,8 @@ def faster(evidence: Evidence) -> Judged:
         target, forward, backprop = reached
         ratios.append(forward / backprop)
         steps = f"{forward:,.0f} steps to a validation loss of {exact(target)}, {backprop:,.0f} with backpropagation"
-        readings.append(Reading(row.title, f"{steps}: {number(ratios[-1])} times", count(len(row.pair[0].done), "seed")))
+        length = f" ({row.length})" if row.length else ""
+        readings.append(Reading(row.title, f"{steps}: {number(ratios[-1])} times{length}", count(len(row.pair[0].done), "seed")))
     found = known.over(ratios) if len(ratios) > 1 else None
     if found:
         readings.append(Reading("All of these together", f"{between(found)} times as many steps", count(found.n, "configuration")))
@@ -122,10 +124,10 @@ def faster(evidence: Evidence) -> Judged:
         status(yes, no),
         tuple(readings),
         "steps to the lowest validation loss that both arms reach, forward gradient over backpropagation: the 95 % t interval of the "
-        "mean logarithm over the configurations trained at full length lies within 2 to 4 (confirmed) or wholly outside (refuted).",
-        f"From {len(ratios)} of 6 configurations; in the others an arm is missing, shortened or reaches no loss in common.",
+        "mean logarithm over the configurations lies within 2 to 4 (confirmed) or wholly outside (refuted).",
+        f"From {len(ratios)} of 6 configurations; in the others an arm is missing, or the two reach no loss in common.",
         "" if yes or no else "forwardgrad reproduce table1 --rows nn,cnn",
-        "table1",
+        known.section_of(compared),
     )
 
 
@@ -193,7 +195,7 @@ def simple(evidence: Evidence) -> Judged:
 
 def _cifar(evidence: Evidence) -> tuple[ArmResult | None, str]:
     row = rows(evidence, data="cifar10")[0]
-    return (row.forward, "") if row.forward and not row.forward.shortened else (None, row.short or "shortened")
+    return (row.forward, "") if row.forward and not row.forward.shortened else (None, row.short or row.length or "shortened")
 
 
 def fails(evidence: Evidence) -> Judged:

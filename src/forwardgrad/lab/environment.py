@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -65,8 +66,12 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from ('+' where it was changed since); None for an installed wheel."""
+    """The commit of the checkout that this package runs from ('+' where it was changed since); None for an installed wheel.
+
+    Asked once a process: what runs is what was imported, whatever is done to the checkout later.
+    """
     home = Path(forwardgrad.__file__).parent
 
     def git(*words: str) -> str:

@@ -29,14 +29,14 @@ class Against:
 
 def _passes(run: Done) -> Sequence[float] | None:
     """Forward passes up to each evaluation: every step of a run takes the same number of them."""
-    passes, steps = run.result.get("forward_passes"), int(run.result["steps"])
+    passes, steps = run.passes, int(run.result["steps"])
     return [step * passes / steps for step in run.evaluations["step"]] if passes and steps else None
 
 
 AXES = (
     Against("", "steps", STEP, lambda run: run.evaluations["step"]),
     Against("-seconds", "seconds", "training time (seconds)", lambda run: run.evaluations["seconds"]),
-    Against("-passes", "forward passes", "forward passes", _passes),
+    Against("-passes", "forward passes", "forward passes of work, a backward pass counting two", _passes),
 )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.run import Run, check_positive, identity
 
+BACKWARD = 2  # forward passes that a backward pass counts for
+
 
 @dataclass(frozen=True)
 class Pace:

@@ -16,7 +16,7 @@ from forwardgrad.estimators import Backprop
 from forwardgrad.lab import environment, own
 from forwardgrad.lab.data import Dataset, Split
 from forwardgrad.lab.evaluate import losses_of
-from forwardgrad.lab.length import Pace
+from forwardgrad.lab.length import BACKWARD, Pace
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.space import FURTHER
 from forwardgrad.lab.state import begin, steps_per_epoch, total_steps
@@ -27,7 +27,6 @@ from forwardgrad.lab.tuning import Campaign
 WARM_UP = 3  # untimed steps
 TIMED = 12  # steps whose median counts ...
 LONGEST = 5.0  # ... or as many as begin within so many seconds, three at least
-BACKWARD = 2  # forward passes that a backward pass counts for, in a budget of forward passes
 EXAMPLES = 1000  # that an evaluation is timed on, at most
 
 

@@ -17,6 +17,7 @@ BACKPROP: dict[str, Any] = {"name": "backprop"}
 FORWARD: dict[str, Any] = {"name": "forward", "tangents": 1, "law": "gaussian", "clip": None, "chunk_size": None}
 CLIPPED: dict[str, Any] = {**FORWARD, "clip": 1.0}
 LABELS: dict[str, str] = {"forward": "forward gradient", "backprop": "backpropagation"}
+BAYDIN_EPOCHS = 10
 BAYDIN_LR, BAYDIN_DECAY = 2e-4, 1e-4  # η₀ and k of η_i = η₀·exp(−i·k), the same for both arms
 
 
@@ -111,7 +112,7 @@ def baydin(epochs: int | None = None, seeds: int = 1, tuning_epochs: int | None 
 
     Trials are as long as the final runs unless told otherwise: the largest rate that survives a short trial need not survive a long run.
     """
-    epochs = epochs or 10
+    epochs = epochs or BAYDIN_EPOCHS
     arms: list[Arm] = []
     models: tuple[ModelName, ...] = ("logistic", "nn")
     for model in models:
@@ -140,6 +141,7 @@ def _baydin_arm(model: ModelName, kind: Kind, tuned: bool, epochs: int) -> Arm:
             epochs=epochs,
         ),
         space={"lr": spaces[kind]} if tuned else {},
+        full_epochs=BAYDIN_EPOCHS,
     )
 
 

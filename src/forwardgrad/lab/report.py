@@ -36,10 +36,11 @@ MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
 }
 
 
-def write(store: Store) -> Path:
-    """Write report.html, report.md, figures/*.svg and *.pdf, and tables/*.tex into the output folder; returns the path of the page.
+def write(store: Store, *, pdf: bool = False) -> Path:
+    """Write report.html, report.md, figures/*.svg and tables/*.tex into the output folder; returns the path of the page.
 
-    The same stored results give the same bytes. Raises UserError where there is nothing to report or a stored file is damaged.
+    With `pdf` also figures/*.pdf: embedding their letters takes longer than all else. The same stored results give the same bytes.
+    Raises UserError where there is nothing to report or a stored file is damaged.
     """
     studies = sorted(results.studies(store), key=lambda study: ORDER.index(study.name) if study.name in ORDER else len(ORDER))
     measured = {name: stored for name in MEASURED if (stored := read_json(store.root / name)) is not None}
@@ -48,24 +49,22 @@ def write(store: Store) -> Path:
     sections = _sections(store, studies, measured)
     with _checked(store.root / "bench.json", "measure it again"):
         said = verdict.verdict(studies, measured.get("bench.json"))
-    _export(store, sections)
+    _export(store, sections, pdf)
     write_whole(store.root / "report.md", markdown(TITLE, said, sections).encode())
     page = store.root / "report.html"
     write_whole(page, html(TITLE, said, sections).encode())
     return page
 
 
-def _export(store: Store, sections: list[Section]) -> None:
+def _export(store: Store, sections: list[Section], pdf: bool) -> None:
     """Figures and tables as a paper takes them."""
     for folder in ("figures", "tables"):
         (store.root / folder).mkdir(exist_ok=True)
     for picture in blocks.pictures(sections):
-        path, pdf = (store.root / "figures" / f"{picture.name}.{ending}" for ending in ("svg", "pdf"))
         svg = f'<?xml version="1.0" encoding="utf-8"?>\n{picture.drawing.svg}'.encode()
-        if pdf.exists() and path.exists() and path.read_bytes() == svg:
-            continue  # embedding letters takes longer than all else
-        write_whole(pdf, picture.drawing.pdf())
-        write_whole(path, svg)  # last: it says of which figure the PDF is
+        write_whole(store.root / "figures" / f"{picture.name}.svg", svg)
+        if pdf:
+            write_whole(store.root / "figures" / f"{picture.name}.pdf", picture.drawing.pdf())
     for name, table in blocks.tables(sections):
         write_whole(store.root / "tables" / f"{name}.tex", latex(table).encode())
 

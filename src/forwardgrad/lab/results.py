@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.length import BACKWARD
 from forwardgrad.lab.run import Run, from_json, to_json
 from forwardgrad.lab.store import Store, Stored, beside, damaged, parse_json, table_beside
 
@@ -21,6 +22,13 @@ class Done:
     result: dict[str, Any]
     environment: dict[str, Any]
     files: dict[str, str]
+    reverse: bool = False  # whether a backward pass follows every forward one
+
+    @property
+    def passes(self) -> float | None:
+        """Forward passes of work, a backward pass counting as two; None where they were not counted."""
+        made = self.result.get("forward_passes")
+        return None if made is None else float(made) + (BACKWARD * int(self.result["steps"]) if self.reverse else 0)
 
     @property
     def diverged(self) -> bool:
@@ -119,7 +127,10 @@ class ArmResult:
     def shortened(self) -> str | None:
         """A label for runs of fewer epochs than the paper's, or than the full study's where nothing is published; None for the rest."""
         full = (self.record.get("published") or {}).get("epochs") or self.record.get("full_epochs")
-        epochs = self.run.get("epochs")
+        epochs, steps = self.run.get("epochs"), self.run.get("steps")
+        if full and steps is not None:
+            share = [float(run.result["epochs"]) / max(1, run.result["steps"]) * steps for run in self.done]
+            return f"shortened: {steps:,} steps, {max(share):.2g} of {full} epochs" if share and max(share) < full else None
         if not full or epochs is None or epochs >= full:
             return None
         return f"shortened: {epochs} of {full} epochs"
@@ -130,13 +141,19 @@ class ArmResult:
         return {
             "data": self.run.get("data"),
             "model": self.run.get("model"),
-            "epochs": self.run.get("epochs"),
+            "length": self._length,
             "batch size": self.run.get("batch_size"),
             "precision": self.run.get("precision", "float32"),
             "seeds": sorted(self.seeds),
             "grid points": len(self.record.get("trials") or []),
             "tuning epochs": self.record.get("tuning_epochs"),
         }
+
+    @property
+    def _length(self) -> Any:
+        """How long every run trains: in what the study holds equal, where it says so."""
+        given = {unit: value for unit, value in (self.record.get("training") or {}).items() if unit in ("seconds", "forward_passes")}
+        return given or {unit: self.run.get(unit) for unit in ("epochs", "steps")}
 
     @property
     def by_seed(self) -> dict[int, Done]:
@@ -182,7 +199,11 @@ def _study(record: dict[str, Any], store: Store) -> StudyResult:
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
     begun = [(store.folder(identity), found) for identity in record["runs"] if (found := store.stored(identity)) is not None]
     runs = [to_json(described(folder, found)) for folder, found in begun]
-    done = tuple(Done(folder, found.result, environment(folder, found), found.files) for folder, found in begun if found.result is not None)
+    done = tuple(
+        Done(folder, found.result, environment(folder, found), found.files, run["estimator"]["name"] == "backprop")
+        for (folder, found), run in zip(begun, runs, strict=True)
+        if found.result is not None
+    )
     trials = tuple(store.result(trial["run"]) for trial in record["trials"])
     return ArmResult(study, record, runs[0] if runs else {}, done, trials, tuple(run["seed"] for run in runs))
 

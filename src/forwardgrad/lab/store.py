@@ -282,7 +282,7 @@ ARM = {
     "runs": list,
 }
 LATER_STUDY = {"seeds": int}  # what not every study has
-LATER_ARM = {"full_epochs": int, "budget": dict, "sampler": str}  # what not every arm has
+LATER_ARM = {"full_epochs": int, "budget": dict, "sampler": str, "training": dict, "epochs": int}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}

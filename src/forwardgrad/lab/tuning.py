@@ -155,6 +155,8 @@ class Campaign:
             "runs": [run.identity for run in state.finals],
             **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
             **({"budget": self._budget(state), "sampler": study.sampler} if arm.space else {}),
+            **({"training": study.training.given} if study.training else {}),
+            **({"epochs": arm.run.epochs} if not study.training and arm.run.steps is None else {}),
         }
 
     def _budget(self, state: _Progress) -> dict[str, Any]:

@@ -80,11 +80,11 @@ def counts(text: str, option: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def write_report(store: Store) -> None:
+def write_report(store: Store, *, pdf: bool = False) -> None:
     from forwardgrad.lab.report import write
 
     try:
-        page = write(store)
+        page = write(store, pdf=pdf)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:  # fields that only another program writes so
         raise UserError(f"no report can be made of {store.root} ({error!r}): one of its files is not as this version writes it") from error
     print(f"report: {page}")

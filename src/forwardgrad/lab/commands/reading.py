@@ -21,9 +21,11 @@ Column = Literal[
 ]  # fmt: skip
 
 
-def report(directory: Directory) -> None:
+def report(
+    directory: Directory, pdf: Annotated[bool, typer.Option("--pdf", help="Also write every figure as PDF, for a paper.")] = False
+) -> None:
     """Write the report of an output folder again, from its stored runs."""
-    write_report(Store(directory, create=False))
+    write_report(Store(directory, create=False), pdf=pdf)
 
 
 def list_runs(
