@@ -47,7 +47,7 @@ from forwardgrad.lab.state import (
 )
 from forwardgrad.lab.store import Store, alone, check, damaged, make_folder, read_checkpoint, read_json, write_checkpoint, write_json
 from forwardgrad.lab.tensorboard import Board
-from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_epoch, next_look
+from forwardgrad.lab.train import CHECK_EVERY, evaluated_at, next_epoch, next_look, walked_at
 from forwardgrad.step import cap_step
 
 LARGEST = 32  # runs in one batch: beyond that a GPU is busy anyway, and a kill or a full memory costs more
@@ -273,10 +273,13 @@ def _loop(batch: _Batch, checkpoint: Path, checkpoint_seconds: float) -> None:
 
 def _look(batch: _Batch, look: int, *, evaluated: bool) -> None:
     """Take the step that is looked at, as a run alone does, and look at every run."""
-    for index, stride in zip(list(batch.going_on), _measured(batch), strict=True):
+    going_on, measured = list(batch.going_on), evaluated or walked_at(look)
+    strides = _measured(batch) if measured else [_timed(batch, look)] * len(going_on)
+    for index, stride in zip(going_on, strides, strict=True):
         state, dataset = batch.states[index], batch.datasets[index]
-        state.strides.append(stride)
-        state.walk.append([look, growth(state), stride])
+        if measured:
+            state.strides.append(stride)
+            state.walk.append([look, growth(state), stride])
         if (look % CHECK_EVERY == 0 or look == batch.total) and (reason := diverged(batch.runs[index], state, dataset.classes)):
             batch.finish(index, reason)
         elif evaluated:

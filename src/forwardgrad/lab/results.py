@@ -70,7 +70,7 @@ class Done:
 
     @functools.cached_property
     def walk(self) -> dict[str, list[float]]:
-        """Norm growth and relative step every 100 steps; without columns for runs that did not keep them."""
+        """Norm growth and relative step, every 100 steps at first and every 500 later; without columns for runs that did not keep them."""
         return table_beside(self.folder, "walk.csv", self.files)
 
     def _columns(self, name: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:

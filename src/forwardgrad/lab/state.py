@@ -49,6 +49,15 @@ class State:
     said: float = -math.inf  # when its status was last written
     order: Tensor | None = None  # of the epoch `drawn`; drawn again after a resume
     drawn: int = -1
+    room: list[Tensor] | None = None  # where a copy of the parameters goes
+
+    def copied(self) -> list[Tensor]:
+        """The parameters as they are now, in memory that is kept for the next time: fresh pages would cost more than the copy."""
+        parameters = [p.detach() for p in self.model.parameters()]
+        if self.room is None:
+            self.room = [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(self.room, parameters)
+        return self.room
 
     def parts(self) -> dict[str, Any]:
         return {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}

@@ -5,7 +5,7 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     status.json         where a run in progress is (replaced about once a second)
                     checkpoint.pt       the state that a killed run goes on from; gone once it has finished
                     evaluations.csv     validation loss and accuracy against step, epoch and training seconds
-                    walk.csv            the parameters' norm over that before the first step, and the relative step, every 100 steps
+                    walk.csv            the parameters' norm over that before the first step, and the relative step, now and then
                     losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
                     result.json         written last, with the digests of the files beside it: a folder that has it is finished
 OUT/batches/<identity>/batch.json       the runs that are trained as one program, until all of them have a result

@@ -30,6 +30,7 @@ from forwardgrad.step import cap_step
 from forwardgrad.training_step import TrainingStep
 
 CHECK_EVERY = 100  # steps between looks for divergence: a fixed schedule, so that the outcome does not depend on speed
+EARLY, LATE = 1000, 500  # steps up to which the walk is noted at every look, and between two rows of it after that
 FIRST_EVALUATIONS = (50, 100, 200, 400)  # steps; then every epoch ...
 MOST_EVALUATIONS = 100  # ... or every so many, where a small data set has more epochs than that
 
@@ -82,7 +83,10 @@ def _loop(run: Run, dataset: data.Dataset, state: State, folder: Path, checkpoin
             if state.step == look - 1:
                 continue
         else:
-            _measured(run, dataset, state, watch=look in at)
+            if look in at or walked_at(look):
+                _measured(run, dataset, state, watch=look in at)
+            else:
+                _timed(run, dataset, state, look)
             if (look % CHECK_EVERY == 0 or look == total) and (reason := diverged(run, state, dataset.classes)):
                 return reason
             if look in at:
@@ -109,6 +113,11 @@ def evaluated_at(per_epoch: int, total: int) -> set[int]:
     return {step for step in FIRST_EVALUATIONS if step < min(per_epoch, total)} | set(range(every, total + 1, every)) | {total}
 
 
+def walked_at(step: int) -> bool:
+    """Whether the walk of the parameters has a row after a step that is looked at: every 100 steps at first, every 500 later."""
+    return step <= EARLY or step % LATE == 0
+
+
 def next_look(step: int, at: set[int], total: int) -> int:
     """The next step that is looked at."""
     return min(look for look in (*at, step - step % CHECK_EVERY + CHECK_EVERY, total) if look > step)
@@ -130,7 +139,7 @@ def _timed(run: Run, dataset: data.Dataset, state: State, stop: int) -> float:
 
 def _measured(run: Run, dataset: data.Dataset, state: State, *, watch: bool) -> float:
     """Take one step, and note and return its relative length ‖Δθ‖/‖θ‖; the copy that takes is in neither the run's time nor its memory."""
-    before, peak = [p.detach().clone() for p in state.model.parameters()], state.peak
+    before, peak = state.copied(), state.peak
     if watch and not state.losses.is_cuda and run.engine == "eager":  # what a compiled step allocates cannot be watched
         _watched(run, dataset, state)
     else:
