@@ -7,6 +7,7 @@ fixed seed: the same values give the same interval.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -216,17 +217,18 @@ def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:
     """
     one, two = _losses(first), _losses(second)
     wins = (one[:, None] < two) + 0.5 * (one[:, None] == two)
-    value, n, generator = float(wins.mean()), min(wins.shape), _generator()
+    value, n = float(wins.mean()), min(wins.shape)
     if n == 1 or wins.min() == wins.max():
         return Interval(value, None, None, n, caution="n = 1, no interval" if n == 1 else "all pairs alike, no interval")
-    rows, columns = _shares(generator, len(one)), _shares(generator, len(two))
+    rows, columns = _shares(0, len(one)), _shares(1, len(two))
     low, high = _quantiles(np.clip(np.sum(rows @ wins * columns, axis=1), 0.0, 1.0))
     return Interval(value, low, high, n, "percentile", _few(n))
 
 
-def _shares(generator: np.random.Generator, n: int) -> np.ndarray:
-    """How often each of n values occurs in each resample, over n."""
-    return generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
+@functools.lru_cache(maxsize=8)
+def _shares(seed: int, n: int) -> np.ndarray:
+    """How often each of n values occurs in each resample, over n; the same resamples for every pair of arms of that size."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
 
 
 def _located(values: Sequence[float], statistic: Statistic) -> Interval:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from forwardgrad.lab import comparison, comparison_budget, comparison_figures, stats, tables
+from forwardgrad.lab import comparison, comparison_budget, comparison_figures, learning, stats, tables
 from forwardgrad.lab import comparison_verdict as verdict
 from forwardgrad.lab.blocks import Block, Picture, Section
 from forwardgrad.lab.comparison import Interval
@@ -57,7 +57,7 @@ def blocks(study: StudyResult) -> list[Block]:
     tuned = {title: searches(arms) for title, arms in study.groups.items()}
     found: list[Block] = [tuple(verdict.verdict(title, arms, pairs[title]) for title, arms in study.groups.items())]
     found += [table for table in (typical(study), paired(pairs), *reached(study), searched(tuned)) if table is not None]
-    for index, (title, tried) in enumerate(tuned.items()):
+    for index, (title, tried) in enumerate(list(tuned.items())[: learning.drawn(study)]):
         found += _search_pictures(f"{study.name}-{index}", title, [search for _, search in tried])
     return [*found, *_profiles(study)]
 

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 import tempfile
@@ -162,8 +163,9 @@ def parse_table(path: Path, content: bytes) -> dict[str, list[float]]:
     try:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
         header, *rows = csv.reader(io.StringIO(text))
-        if any(len(row) != len(header) for row in rows):
+        if set(map(len, rows)) - {len(header)}:
             raise ValueError("a row is cut short")
-        return {name: [float(row[i]) if row[i] else float("nan") for row in rows] for i, name in enumerate(header)}
+        columns = zip(*rows, strict=True) if rows else ((),) * len(header)
+        return {name: [float(value) if value else math.nan for value in column] for name, column in zip(header, columns, strict=True)}
     except (OSError, EOFError, ValueError, IndexError, csv.Error, zlib.error) as error:
         raise damaged(path, error) from error

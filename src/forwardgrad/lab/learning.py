@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from forwardgrad.lab import figures, stats
 from forwardgrad.lab.blocks import Picture, Views
-from forwardgrad.lab.results import ArmResult, Done
+from forwardgrad.lab.results import ArmResult, Done, StudyResult
 from forwardgrad.lab.tables import has_curve, lost
 
 STEP = "optimizer step"
 LINE = "Line: mean over the runs still training there; band: from the least to the greatest."
+DRAWN, DRAWN_RUNS = 6, 1000  # comparisons of a study whose curves are drawn, and the runs in them: a page of hundreds is read by nobody
 Measured = Callable[[Done], Sequence[float]]  # a value for every evaluation of a run
 Setting = tuple[str, Sequence[ArmResult]]  # a panel: its title and its arms
 
@@ -38,6 +40,12 @@ AXES = (
     Against("-seconds", "seconds", "training time (seconds)", lambda run: run.evaluations["seconds"]),
     Against("-passes", "forward passes", "forward passes of work, a backward pass counting two", _passes),
 )
+
+
+def drawn(study: StudyResult) -> int:
+    """How many comparisons of a study have their curves drawn: the first at least, and no more than a reader looks at."""
+    runs = list(itertools.accumulate(sum(len(arm.done) for arm in arms) for arms in study.groups.values()))
+    return max(1, sum(total <= DRAWN_RUNS for total in runs[:DRAWN]))
 
 
 def views(

@@ -62,11 +62,11 @@ def _export(store: Store, sections: list[Section], pdf: bool) -> None:
         (store.root / folder).mkdir(exist_ok=True)
     for picture in blocks.pictures(sections):
         svg = f'<?xml version="1.0" encoding="utf-8"?>\n{picture.drawing.svg}'.encode()
-        write_whole(store.root / "figures" / f"{picture.name}.svg", svg)
+        write_whole(store.root / "figures" / f"{picture.name}.svg", svg, durable=False)
         if pdf:
-            write_whole(store.root / "figures" / f"{picture.name}.pdf", picture.drawing.pdf())
+            write_whole(store.root / "figures" / f"{picture.name}.pdf", picture.drawing.pdf(), durable=False)
     for name, table in blocks.tables(sections):
-        write_whole(store.root / "tables" / f"{name}.tex", latex(table).encode())
+        write_whole(store.root / "tables" / f"{name}.tex", latex(table).encode(), durable=False)
 
 
 def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict[str, Any]]) -> list[Section]:

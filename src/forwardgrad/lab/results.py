@@ -198,14 +198,14 @@ def _study(record: dict[str, Any], store: Store) -> StudyResult:
 
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
     begun = [(store.folder(identity), found) for identity in record["runs"] if (found := store.stored(identity)) is not None]
-    runs = [to_json(described(folder, found)) for folder, found in begun]
+    runs = [described(folder, found) for folder, found in begun]
     done = tuple(
-        Done(folder, found.result, environment(folder, found), found.files, run["estimator"]["name"] == "backprop")
+        Done(folder, found.result, environment(folder, found), found.files, run.estimator["name"] == "backprop")
         for (folder, found), run in zip(begun, runs, strict=True)
         if found.result is not None
     )
     trials = tuple(store.result(trial["run"]) for trial in record["trials"])
-    return ArmResult(study, record, runs[0] if runs else {}, done, trials, tuple(run["seed"] for run in runs))
+    return ArmResult(study, record, to_json(runs[0]) if runs else {}, done, trials, tuple(run.seed for run in runs))
 
 
 def described(folder: Path, found: Stored) -> Run:

@@ -19,7 +19,6 @@ READING = (
     "images scatter widely, so a published 0.000, or 0.270 beside 0.332, is noise and orders nothing. Our own reading of that kind stands "
     "beside it; the columns 'test loss' and 'test accuracy' cover the whole test split."
 )
-DRAWN = 6  # comparisons of a study of one's own whose curves are drawn: a page of hundreds is read by nobody
 SETTINGS = {False: "one learning rate for both arms", True: "each arm tuned"}
 
 
@@ -46,11 +45,11 @@ def _pictures(study: StudyResult) -> Iterable[str | Picture | Views]:
     if study.name == "baydin":
         yield from _baydin(study)
     elif not any(arm.record.get("published") for arm in study.arms):
-        for index, (group, arms) in enumerate(list(study.groups.items())[:DRAWN]):
+        for index, (group, arms) in enumerate(list(study.groups.items())[: learning.drawn(study)]):
             name = f"{study.name}-{index}" if index else study.name
             yield _training(f"{name}-training", arms)
             yield _validation(f"{name}-validation", [("", arms)], f"Validation loss, {group}")
-        if (rest := len(study.groups) - DRAWN) > 0:
+        if (rest := len(study.groups) - learning.drawn(study)) > 0:
             yield f"The curves of {tables.count(rest, 'further comparison')} are not drawn: their numbers stand in the tables and in runs/."
     else:
         if cifar := [arm for arm in study.arms if arm.data == "cifar10"]:
