@@ -21,7 +21,8 @@ from forwardgrad.lab import stats
 from forwardgrad.lab.stats import CONFIDENCE
 
 RESAMPLES = 1_999
-PERMUTATIONS = 9_999  # every one of them up to 13 pairs, as many at random beyond
+PERMUTATIONS = 9_999  # every one of them up to 13 pairs, as many at random beyond ...
+MANY, FEWER = 100, 1_999  # ... and fewer beyond so many pairs
 FEWEST = 5  # values below which a bootstrap interval is marked: that of 3 normal values holds their mean in 72 % of cases, of 5 in 84 %
 LEVEL = 0.05  # the chance of calling arms different that are not, over all comparisons together
 
@@ -141,7 +142,8 @@ def permutation(first: Sequence[float], second: Sequence[float]) -> Permutation:
     """The paired permutation test: were the arms alike, each seed's two losses could as well have come the other way round.
 
     p = share of the 2ⁿ ways to choose signs in which |Σ ±dᵢ| ≥ |Σ dᵢ|, dᵢ = first − second (Fisher 1935, section 21). Exact up to 13
-    pairs, from 9,999 random signs (and the signs that were seen) beyond. No p is below 2/2ⁿ, so that up to five pairs never reach 0.05.
+    pairs, from 9,999 random signs (and the signs that were seen) beyond, from 1,999 for more than 100 pairs. No p is below 2/2ⁿ, so that
+    up to five pairs never reach 0.05.
 
     A difference that is infinite has no size, only a rank: as soon as there is one, signed ranks take the place of all dᵢ, the infinite
     ones sharing the greatest (Wilcoxon 1945); two infinite losses on one seed are a tie, d = 0. Whether there is one does not depend on the
@@ -162,7 +164,7 @@ def permutations(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> li
         if places:
             together = np.stack([differences[place][0] for place in places], axis=1)
             found = scipy_stats.permutation_test(
-                (together,), np.mean, permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True, axis=0, rng=_generator()
+                (together,), np.mean, permutation_type="samples", n_resamples=_choices(n), vectorized=True, axis=0, rng=_generator()
             )
             p_values |= zip(places, np.minimum(1.0, found.pvalue), strict=True)
     return [
@@ -203,6 +205,11 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
         so_far = max(so_far, min(1.0, (len(p_values) - passed) * p_values[place]))
         corrected[place] = so_far
     return tuple(corrected)
+
+
+def _choices(n: int) -> int:
+    """How many signs are drawn for so many pairs: fewer where pairs are many, and the test takes longer."""
+    return PERMUTATIONS if n <= MANY else FEWER
 
 
 def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forwardgrad.lab import comparison
+from forwardgrad.lab import comparison, stats
 from forwardgrad.lab.comparison import LEVEL, Interval, Permutation
 from forwardgrad.lab.results import ArmResult, Done, StudyResult
 from forwardgrad.lab.tables import number
@@ -98,7 +98,7 @@ def ranked(arms: Sequence[ArmResult]) -> list[ArmResult]:
 
     def order(arm: ArmResult) -> tuple[float, float, float]:
         losses = [loss(run) for run in arm.done]
-        return comparison.mean(losses).value, sum(map(math.isinf, losses)) / len(losses), comparison.median(losses).value
+        return sum(losses) / len(losses), sum(map(math.isinf, losses)) / len(losses), stats.median(losses)
 
     return sorted((arm for arm in arms if arm.complete), key=order)
 
