@@ -83,18 +83,18 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, name: str, words: str) -
 
 @pytest.mark.slow
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("--set", "trials=2", "--set", "seeds=2", "--out", tmp_path)
+    few = ("--set", "trials=2", "--set", "seeds=1", "--out", tmp_path)
     status, out, _ = run(monkeypatch, capsys, "study", EXAMPLE, *few, "--budget")
     assert status == 0
-    assert "12 runs" in out
+    assert "9 runs" in out
     assert not list(tmp_path.iterdir())  # an estimate leaves nothing
     status, out, err = run(monkeypatch, capsys, "study", EXAMPLE, *few)
     assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n"), err
     record = json.loads((tmp_path / "studies" / "spirals.json").read_text())
     assert len({len(arm["trials"]) for arm in record["arms"]}) == 1  # widened or not, every arm had as many
-    assert [len(arm["runs"]) for arm in record["arms"]] == [2, 2, 2]
+    assert [len(arm["runs"]) for arm in record["arms"]] == [1, 1, 1]
     results = [json.loads((tmp_path / "runs" / name / "result.json").read_text()) for arm in record["arms"] for name in arm["runs"]]
-    assert [result["steps"] for result in results] == [2666] * 2 + [1600] * 2 + [4000] * 2  # 8,000 forward passes, three, five, two a step
+    assert [result["steps"] for result in results] == [2666, 1600, 4000]  # 8,000 forward passes, three, five, two a step
     assert all(result["test"]["accuracy"] > 0.6 for result in results)
 
 

@@ -15,7 +15,8 @@ from forwardgrad.lab.tables import count
 ABOUT = ("table1", "baydin", "noise")  # studies that claims speak of
 NOTE = (
     "Each claim has its rule, and nothing but the rule and the stored results decides it. Runs that diverged or failed count as infinitely "
-    "bad. What is missing, shortened or of one seed where seeds matter decides nothing; the command that would is named."
+    "bad. What is missing, or of one seed where seeds matter, decides nothing, and the command that would is named. Which arm is lower can "
+    "be decided by runs that are shorter than the paper's in both arms alike: by how much is said with them."
 )
 
 

@@ -38,7 +38,7 @@ def _passes(run: Done) -> Sequence[float] | None:
 AXES = (
     Against("", "steps", STEP, lambda run: run.evaluations["step"]),
     Against("-seconds", "seconds", "training time (seconds)", lambda run: run.evaluations["seconds"]),
-    Against("-passes", "forward passes", "forward passes of work, a backward pass counting two", _passes),
+    Against("-passes", "forward passes", "forward passes", _passes),
 )
 
 
@@ -71,6 +71,8 @@ def views(
 
 
 def _shared(axis: Against, runs: Sequence[Done]) -> str:
+    if axis.name == "-passes":
+        return " A backward pass counts as two forward passes."
     if axis.name != "-seconds":
         return ""
     together = " Some runs were trained as one program and share their seconds." if any(run.replicas > 1 for run in runs) else ""

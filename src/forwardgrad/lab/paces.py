@@ -140,7 +140,7 @@ def clock(seconds: float) -> str:
     """A duration for people.
 
     >>> clock(42.2), clock(125), clock(7300)
-    ('42 s', '2 min 5 s', '2 h 2 min')
+    ('42 s', '2 min 5 s', '2 h 1 min')
     """
     whole = round(seconds)
     if whole < 60:

@@ -141,7 +141,7 @@ class ArmResult:
         return {
             "data": self.run.get("data"),
             "model": self.run.get("model"),
-            "length": self._length,
+            **self._length,
             "batch size": self.run.get("batch_size"),
             "precision": self.run.get("precision", "float32"),
             "seeds": sorted(self.seeds),
@@ -150,10 +150,12 @@ class ArmResult:
         }
 
     @property
-    def _length(self) -> Any:
-        """How long every run trains: in what the study holds equal, where it says so."""
-        given = {unit: value for unit, value in (self.record.get("training") or {}).items() if unit in ("seconds", "forward_passes")}
-        return given or {unit: self.run.get(unit) for unit in ("epochs", "steps")}
+    def _length(self) -> dict[str, Any]:
+        """How long every run trains: in what the study holds equal, where it says so; steps follow from seconds and forward passes."""
+        given = self.record.get("training") or {}
+        costs = {"seconds": given.get("seconds"), "forward passes": given.get("forward_passes")}
+        steps = None if any(costs.values()) else self.run.get("steps")
+        return {"epochs": None if steps or any(costs.values()) else self.run.get("epochs"), "steps": steps, **costs}
 
     @property
     def by_seed(self) -> dict[int, Done]:
