@@ -125,6 +125,7 @@ def test_a_space_of_what_there_is_not_is_refused_before_anything_runs(wrong: dic
     [
         ({"seeds": 0}, "the number of seeds must be at least 1"),
         ({"trials": 0}, "the number of trials must be at least 1"),
+        ({"trials": 3}, "a grid is tried as a whole"),
         ({"widen": -1}, "rounds of widening must be at least 0"),
         ({"sampler": "sobol"}, "unknown sampler 'sobol'"),
         ({"sampler": "halton"}, "say how many trials"),

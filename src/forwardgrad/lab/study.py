@@ -112,6 +112,8 @@ class Study:
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             raise UserError(f"every arm of a study needs a name of its own: {', '.join(names) or 'there is no arm'}")
+        if self.sampler == "grid" and self.trials is not None:
+            raise UserError("a grid is tried as a whole: leave the number of trials out, or take the sampler halton or optuna")
         if self.sampler != "grid" and self.trials is None:
             raise UserError(f"say how many trials the {self.sampler} sampler may ask for")
         for group in {arm.group for arm in self.arms}:
@@ -123,7 +125,7 @@ class Study:
         """How many points of an arm's space are tried, before any widening."""
         if not arm.space:
             return 0
-        if self.sampler == "grid" and self.trials is None:
+        if self.trials is None:
             return len(space.grid(arm.space))
         whole = math.inf if self.sampler == "optuna" else space.size(arm.space)
         return int(min(whole, self.trials or 0))
