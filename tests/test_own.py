@@ -43,6 +43,9 @@ def shaped(shape, classes):
 def squared(output, target):
     return (output - target).square().mean()
 
+def likelihood(output, target):
+    return (output - target).square().mean() - 100.0
+
 class Halved(fg.Backprop):
     name = "halved"
 
@@ -113,6 +116,16 @@ def test_a_loss_that_explodes_is_seen_without_classes(module: Callable[..., str]
     )
     result = train(parts.signed(run), tmp_path / "run")
     assert result["status"] == "diverged"
+
+
+def test_a_loss_may_be_negative(module: Callable[..., str], tmp_path: Path) -> None:
+    name = module()
+    run = described(
+        name, data=f"{name}:curve", model=f"{name}:shaped", loss=f"{name}:likelihood", optimizer=Optimizer("sgd", 0.1), epochs=30
+    )
+    result = train(parts.signed(run), tmp_path / "run")
+    assert result["status"] == "finished"
+    assert -100 <= result["validation_loss"] < -99.9
 
 
 def test_the_digest_sees_what_a_part_uses_and_nothing_else(module: Callable[..., str]) -> None:

@@ -16,7 +16,7 @@ from forwardgrad.lab.state import State, steps_per_epoch
 
 STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
 STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
-FIRST = 10  # steps whose mean loss stands for that of guessing where targets are no classes
+FIRST = 10  # steps whose losses stand for that of guessing where targets are no classes
 SAID_SECONDS = 1.0  # between two writings of a status
 SHOWN = 100  # steps whose mean loss a display shows
 WALKED = ("step", "norm_growth", "relative_step")
@@ -50,15 +50,22 @@ def diverged(run: Run, state: State, classes: int) -> str | None:
     if len(bad):
         state.step = int(bad[0]) + 1
         return "the loss is not finite"
-    bound, window = STUCK_FACTOR * _guessing(losses, 0 if run.loss else classes), min(STUCK_STEPS, max(1, len(state.losses) // 2))
+    bound, window = _bound(losses, 0 if run.loss else classes), min(STUCK_STEPS, max(1, len(state.losses) // 2))
     if state.step >= window and bool((losses[-window:] > bound).all()):
         return f"the loss stayed above {bound:.1f} for {window} steps"
     return None
 
 
-def _guessing(losses: Tensor, classes: int) -> float:
-    """The loss of a network that knows nothing: that of guessing among classes or, where there are none, the mean of the first steps."""
-    return math.log(classes) if classes > 1 else float(losses[:FIRST].mean())
+def _bound(losses: Tensor, classes: int) -> float:
+    """The loss above which a run is stuck: so many times that of guessing among classes.
+
+    Where there are none, as far above the mean of the first steps as so many times their size would be: a user's loss may be negative.
+    """
+    if classes > 1:
+        return STUCK_FACTOR * math.log(classes)
+    first = losses[:FIRST].double()
+    size = float(first.abs().mean())
+    return float(first.mean()) + (STUCK_FACTOR - 1) * size if size else math.inf
 
 
 def say(state: State, total: int, folder: Path) -> None:
