@@ -63,6 +63,13 @@ def test_points_of_a_sample_differ_and_a_small_grid_is_taken_whole() -> None:
     assert all(point in grid(space) for point in five)
 
 
+def test_a_range_of_few_whole_numbers_is_taken_whole_and_rounding_stays_inside() -> None:
+    assert sampled({"n": Whole(1, 3)}, 5, "a") == [{"n": 1}, {"n": 2}, {"n": 3}]
+    assert sampled({"lr": (0.1, 0.1, 0.2)}, 3, "a") == [{"lr": 0.1}, {"lr": 0.2}]
+    assert Uniform(0, 0.9999999).at(1) < 1
+    assert Uniform(0.12345649, 1).at(0) >= 0.12345649
+
+
 def test_a_winner_at_the_end_of_a_grid_lies_on_its_edge() -> None:
     space = {"lr": (0.01, 0.1, 1.0), "decay": (0.0, 1e-5)}
     tried = grid(space)

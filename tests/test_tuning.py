@@ -13,7 +13,7 @@ from tests.test_study import Fake, arm
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length, Pace, paced_alike
 from forwardgrad.lab.run import Run
-from forwardgrad.lab.space import LogUniform, Whole
+from forwardgrad.lab.space import LogUniform, Range, Whole
 from forwardgrad.lab.store import Store, read_study
 from forwardgrad.lab.study import Study, check
 from forwardgrad.lab.tuning import run_study
@@ -80,6 +80,26 @@ def test_a_winner_still_on_the_edge_is_flagged_and_impossible_values_are_not_tri
     assert max(values) == found["chosen"]["values"]["momentum"] < 1  # 1.28, a stride beyond 0.8, is no momentum
 
 
+def test_widening_tries_only_what_the_estimator_takes_and_keeps_whole_numbers_whole(tmp_path: Path) -> None:
+    forward = dataclasses.replace(arm().run, estimator={"name": "forward"})
+    fake = Fake(lambda run: -float(run.estimator["tangents"]) if run.estimator["tangents"] < 40 else 0.0)
+    wide = dataclasses.replace(arm("w"), run=forward, space={"estimator.tangents": (8, 16, 32)})
+    (found,) = run_study(Study("s", "S", (wide,), widen=1), Store(tmp_path), fake, "c")["arms"]
+    assert [trial["values"]["estimator.tangents"] for trial in found["trials"]] == [8, 16, 32, 64, 128]
+    clipped = dataclasses.replace(arm("c"), run=forward, space={"estimator.clip": Range(0.1, 1.0)})
+    small = Fake(lambda run: run.estimator["clip"])
+    (found,) = run_study(Study("t", "T", (clipped,), trials=8, sampler="halton", widen=1), Store(tmp_path), small, "c")["arms"]
+    assert len(found["trials"]) == 10
+    assert all(trial["values"]["estimator.clip"] > 0 for trial in found["trials"])
+
+
+def test_where_one_arm_cannot_be_widened_no_arm_gets_more_trials(tmp_path: Path) -> None:
+    words = dataclasses.replace(arm("words"), space={"anneal": (True, False)})
+    record = run_study(Study("s", "S", (arm("rates", lr=(0.1, 1.0)), words), widen=2), Store(tmp_path), near(50.0), "c")
+    assert [len(each["trials"]) for each in record["arms"]] == [2, 2]
+    assert record["arms"][0]["chosen"]["at_edge"] == ["lr"]
+
+
 def test_seconds_and_forward_passes_become_steps_by_the_pace_of_each_arm_measured_once(tmp_path: Path) -> None:
     slow = dataclasses.replace(arm("slow", lr=(0.1, 0.2)), run=dataclasses.replace(arm().run, estimator={"name": "forward"}))
     arms = (arm("quick", lr=(0.1, 0.2)), slow)
@@ -113,10 +133,21 @@ def test_hyperparameters_of_the_run_and_the_estimator_can_be_searched(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rate": (1, 2)}, {"seed": (1, 2)}, {"estimators.tangents": (1, 2)}, {"momentum": (0.5, 1.5)}, {"lr": ()}]
+    "wrong",
+    [
+        {"rate": (1, 2)},
+        {"seed": (1, 2)},
+        {"estimators.tangents": (1, 2)},
+        {"momentum": (0.5, 1.5)},
+        {"lr": ()},
+        {"lr": ([0.1], [0.2])},
+        {"lr": (0.1, 2.0), "weight_decay": (0.0, 0.6)},
+    ],
 )
 def test_a_space_of_what_there_is_not_is_refused_before_anything_runs(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"no hyperparameter is called|momentum must lie|has no value"):
+    with pytest.raises(
+        UserError, match=r"no hyperparameter is called|momentum must lie|has no value|give numbers|the weight decay must be"
+    ):
         check(Study("s", "S", (dataclasses.replace(arm(), space=wrong),)))
 
 

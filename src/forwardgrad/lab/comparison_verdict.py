@@ -64,7 +64,9 @@ class Pair:
             needed = comparison.pairs_needed(self.comparisons)
             among = f" in {self.comparisons} comparisons" if self.comparisons > 1 else ""
             return f"{n} shared seeds give no p below {p_value(min(1.0, least))}{among} and it takes {needed}"
-        return "" if self.corrected <= LEVEL else f"p = {p_value(self.corrected)}"
+        if self.corrected > LEVEL:
+            return f"p = {p_value(self.corrected)}"
+        return "" if self.ahead.value > 0.5 else "most pairs of runs speak for the other arm, which lost some"
 
 
 def p_value(p: float) -> str:
@@ -78,7 +80,7 @@ def lost(run: Done) -> bool:
 
 
 def loss(run: Done) -> float:
-    return math.inf if lost(run) else run.test_loss
+    return run.loss
 
 
 def error(run: Done) -> float:

@@ -17,6 +17,8 @@ from forwardgrad.lab.tables import count, number, percent
 
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not decided by this budget"
 IMAGES = 10_000  # of either test split
+LN10 = math.log(10)  # the loss of guessing one of ten classes
+LEARNED = LN10 - 0.05  # a loss that has left it
 GUESSING = 0.1  # the accuracy of guessing one of ten classes
 Decide = Callable[["Evidence"], Judged]
 
@@ -88,7 +90,7 @@ def section_of(rows: Sequence[Row]) -> str:
 
 def losses(arm: ArmResult) -> list[float]:
     """Test losses by seed; one that is not finite, or of a run that failed, is infinite."""
-    return [run.test_loss for _, run in sorted(arm.by_seed.items())]
+    return [run.loss for _, run in sorted(arm.by_seed.items())]
 
 
 def gap(row: Row) -> stats.Estimate:

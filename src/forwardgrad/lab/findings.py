@@ -61,13 +61,13 @@ def _winner(compared: Sequence[Pair]) -> str:
 
 def _sizes(compared: Sequence[Pair]) -> str:
     """How large the test losses are: both where there is one comparison, their ranges where there are several."""
-    losses = [[stats.estimate([run.test_loss for run in arm.done]).mean for arm in arms] for arms in zip(*compared, strict=True)]
+    losses = [[stats.estimate([run.loss for run in arm.done]).mean for arm in arms] for arms in zip(*compared, strict=True)]
     forward, backprop = (number(min(arm)) if min(arm) == max(arm) else f"{number(min(arm))} to {number(max(arm))}" for arm in losses)
     return f": {backprop} with backpropagation, {forward} with the forward gradient"
 
 
 def _gap(pair: Pair) -> stats.Estimate:
-    forward, backprop = ([run.test_loss for run in arm.done] for arm in pair)
+    forward, backprop = ([run.loss for run in arm.done] for arm in pair)
     return stats.difference(forward, backprop)
 
 

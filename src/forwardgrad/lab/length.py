@@ -81,4 +81,5 @@ def paced_alike(run: Run) -> str:
         run.precision,
         run.engine,
     )
-    return identity({"pace of": [*same, run.code]})
+    extra = (run.optimizer.cap is not None, run.optimizer.weight_decay > 0, run.code)
+    return identity({"pace of": [*same, *extra]})

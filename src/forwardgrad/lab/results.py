@@ -39,6 +39,11 @@ class Done:
         return finite((self.result.get("test") or {}).get("loss"))
 
     @property
+    def loss(self) -> float:
+        """The test loss; infinite for a run that diverged or failed, whatever it measured at its end."""
+        return self.test_loss if self.result["status"] == "finished" else math.inf
+
+    @property
     def accuracy(self) -> float:
         value = (self.result.get("test") or {}).get("accuracy")
         return math.nan if value is None else float(value)
@@ -147,6 +152,8 @@ class ArmResult:
             "seeds": sorted(self.seeds),
             "grid points": len(self.record.get("trials") or []),
             "tuning epochs": self.record.get("tuning_epochs"),
+            "tuning length": {unit: value for unit, value in (self.record.get("budget") or {}).items() if unit not in ("trials", "epochs")},
+            "loss": self.run.get("loss"),
         }
 
     @property

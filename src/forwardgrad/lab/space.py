@@ -38,10 +38,13 @@ class Range:
     def at(self, share: float) -> float:
         """The value at a share of the way from the low end to the high one; shares outside [0, 1] lie beyond the ends."""
         value = self.low * (self.high / self.low) ** share if self.log else self.low + (self.high - self.low) * share
-        return round(value) if self.integer else short(value)
+        value = round(value) if self.integer else short(value)
+        return min(max(value, self.low), self.high) if 0 <= share <= 1 else value  # rounding may have left the range
 
     def share(self, value: float) -> float:
         """The inverse of `at`."""
+        if self.log and value <= 0:
+            return -math.inf
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -71,17 +74,24 @@ def short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
+def _listed(values: Values) -> tuple[Any, ...] | None:
+    """The different values there are, None for a range that has no end of them."""
+    if isinstance(values, tuple):
+        return tuple(dict.fromkeys(values))
+    return tuple(range(math.ceil(values.low), math.floor(values.high) + 1)) if values.integer else None
+
+
 def size(space: Space) -> float:
-    """How many points a space has; infinite where it has a range."""
-    return math.prod(len(values) if isinstance(values, tuple) else math.inf for values in space.values())
+    """How many points a space has; infinite where it has a range of other than whole numbers."""
+    return math.prod(math.inf if (there := _listed(values)) is None else len(there) for values in space.values())
 
 
 def grid(space: Space) -> list[Point]:
     """Every point of a space of grids."""
-    if any(isinstance(values, Range) for values in space.values()):
-        name = next(name for name, values in space.items() if isinstance(values, Range))
-        raise UserError(f"{name!r} is a range, which has no grid: give its values, or say how many trials are sampled")
-    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]  # type: ignore[arg-type]
+    listed = {name: _listed(values) for name, values in space.items()}
+    if endless := [name for name, values in listed.items() if values is None]:
+        raise UserError(f"{endless[0]!r} is a range, which has no grid: give its values, or say how many trials are sampled")
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*listed.values())]  # type: ignore[arg-type]
 
 
 def sampled(space: Space, count: int, name: str) -> list[Point]:
@@ -170,9 +180,8 @@ def _beyond(values: Values, tried: Sequence[Any], side: int, count: int) -> floa
         return values.at(high + 0.25 * count if side > 0 else low - 0.25 * count)
     ordered = sorted({other for other in tried if _number(other)}, reverse=side < 0)
     before, last = ordered[-2], ordered[-1]
-    if before > 0 and last > 0:
-        return short(last * (last / before) ** count)
-    return short(last + (last - before) * count)
+    value = last * (last / before) ** count if before > 0 and last > 0 else last + (last - before) * count
+    return round(value) if all(isinstance(other, int) for other in ordered) else short(value)
 
 
 def _closer(space: Space, tried: Sequence[Point], winner: Point) -> Iterator[Point]:
@@ -186,12 +195,8 @@ def _closer(space: Space, tried: Sequence[Point], winner: Point) -> Iterator[Poi
             below, above = (v for v in values if v < here), (v for v in values if v > here)
             for near in (max(below, default=None), min(above, default=None)):
                 if near is not None:
-                    yield {name: _between(here, near, part)}
-
-
-def _between(here: float, near: float, part: float) -> float:
-    value = here * (near / here) ** part if here > 0 and near > 0 else here + (near - here) * part
-    return round(value) if isinstance(here, int) else short(value)
+                    value = here * (near / here) ** part if here > 0 and near > 0 else here + (near - here) * part
+                    yield {name: round(value) if all(isinstance(other, int) for other in values) else short(value)}
 
 
 def _number(value: Any) -> bool:

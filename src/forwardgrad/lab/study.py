@@ -37,7 +37,7 @@ class Arm:
     """One arm of a study. Arms of one `group` are compared with one another.
 
     `space` maps hyperparameters to the values of a grid or to a range (`forwardgrad.lab.space`). A name is a field of the optimizer ("lr"),
-    of the run ("batch_size"), of the estimator ("estimator.tangents") or an option of a user's optimizer ("optimizer.betas").
+    of the run ("batch_size"), of the estimator ("estimator.tangents") or an option of a user's optimizer ("optimizer.nesterov").
     `kind` is how the report tells arms apart, by colour and by mark; it sets "forward" and "backprop" beside one another.
     `full_epochs` is what fewer epochs are a shortened run of, where nothing is published.
     """
@@ -116,6 +116,10 @@ class Study:
             raise UserError("a grid is tried as a whole: leave the number of trials out, or take the sampler halton or optuna")
         if self.sampler != "grid" and self.trials is None:
             raise UserError(f"say how many trials the {self.sampler} sampler may ask for")
+        for arm in self.arms:
+            for name, values in arm.space.items():
+                if isinstance(values, tuple) and not all(isinstance(value, (int, float, str)) for value in values):
+                    raise UserError(f"the space of {arm.name!r} has {values} for {name!r}: give numbers, words, or True and False")
         for group in {arm.group for arm in self.arms}:
             budgets = {self.budget(arm) for arm in self.arms if arm.group == group and arm.space}
             if len(budgets) > 1:
@@ -163,6 +167,8 @@ def check(study: Study) -> None:
         for name, values in ends.items():
             for value in values:
                 arm.at({name: value})
+        for point in study.points(arm):
+            arm.at(point)
 
 
 def logspace(low: float, high: float, count: int) -> tuple[float, ...]:

@@ -116,12 +116,16 @@ class Campaign:
                 state.chosen = choose(state.arm, state.trials, self.results)
             if not any(state.chosen["at_edge"] for state in tuned):
                 continue
-            for state in tuned:
-                tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
-                points = space.further(state.arm.space, tried, state.chosen["values"], possible)
-                planned = planned or bool(points)
-                self._plan(state, points)
+            points = [self._further(state) for state in tuned]
+            equal = min(map(len, points))  # fewer where an arm's values are words: no arm gets more trials than another
+            for state, found in zip(tuned, points, strict=True):
+                self._plan(state, found[:equal])
+            planned = planned or equal > 0
         return planned
+
+    def _further(self, state: _Progress) -> list[Point]:
+        tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
+        return space.further(state.arm.space, tried, state.chosen["values"], possible)
 
     def record(self) -> dict[str, Any]:
         """Store the study; arms of the same study that were run before and are not part of this call are kept."""
@@ -182,9 +186,11 @@ def run_study(
 
 
 def _possible(arm: Arm, point: Point) -> bool:
-    """Whether there is such a run: beyond an edge may lie what no optimizer takes."""
+    """Whether there is such a run: beyond an edge may lie what no optimizer and no estimator takes."""
+    from forwardgrad.lab import own
+
     try:
-        arm.at(point)
+        own.estimator(arm.at(point))
     except UserError:
         return False
     return True
@@ -203,6 +209,10 @@ def choose(arm: Arm, trials: Sequence[Trial], results: Results) -> dict[str, Any
     tried = [values for values, _ in trials]
     if not fit:  # every point diverged: the least learning rate is the best guess there is, and the report shows it
         values = min(tried, key=lambda values: values.get("lr", 0.0))
-        return {"values": values, "validation_loss": None, "at_edge": sorted(arm.space)}
+        return {
+            "values": values,
+            "validation_loss": None,
+            "at_edge": [name for name, values in arm.space.items() if space.size({name: values}) > 1],
+        }
     loss, values = min(fit, key=lambda pair: pair[0])
     return {"values": values, "validation_loss": loss, "at_edge": list(space.edges(arm.space, tried, values))}

@@ -60,9 +60,11 @@ def _length(fair: Sequence[tuple[Pair, bool]]) -> str:
 
 
 def _factor(pairs: Sequence[Pair]) -> str:
-    """By how much: the worse arm's loss over the better's."""
+    """By how much: the loss of the arm that is mostly worse over the other's."""
     ratios = [evidence.ratio(*(evidence.mean(evidence.losses(arm)) for arm in pair)) for pair in pairs]
-    known = sorted(max(one, 1 / one) for one in ratios if math.isfinite(one) and one > 0)
+    known = sorted(one for one in ratios if math.isfinite(one) and one > 0)
+    if known and stats.median(known) < 1:
+        known = sorted(1 / one for one in known)
     if not known:
         return ""
     middle = stats.median(known)
