@@ -59,6 +59,18 @@ def broken(seed):
     return [1, 2]
 
 FIGURE = 3
+
+import functools
+narrow = functools.partial(nn.Linear, 3, 2)
+
+class Factory:
+    @classmethod
+    def width(cls):
+        return 6
+
+    @classmethod
+    def make(cls):
+        return nn.Sequential(nn.Linear(3, cls.width()), nn.Linear(cls.width(), 2))
 """
 
 
@@ -133,6 +145,15 @@ def test_the_digest_sees_what_a_part_uses_and_nothing_else(module: Callable[...,
     assert parts.signed(described(module(MODULE + "\nUNUSED = 1\n"))).code == first.code
     for change in (("WIDTH = 8", "WIDTH = 9"), ("nn.Tanh()", "nn.ReLU()"), ("return WIDTH", "return WIDTH + 0"), ("> 0", "> 0.1")):
         assert parts.signed(described(module(MODULE.replace(*change)))).code != first.code, change
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new"), [("narrow", "Linear, 3, 2)", "Linear, 3, 2, bias=False)"), ("Factory.make", "return 6", "return 7")]
+)
+def test_the_digest_sees_parts_that_are_no_plain_functions(module: Callable[..., str], part: str, old: str, new: str) -> None:
+    name = module()
+    first = parts.signed(described(name, model=f"{name}:{part}"))
+    assert parts.signed(described(module(MODULE.replace(old, new)), model=f"{name}:{part}")).code != first.code
 
 
 def test_a_run_is_not_trained_with_other_code_than_it_stands_for(module: Callable[..., str], tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_study_of_a_file_with_its_arguments_set(tmp_path: Path) -> None:
     ("text", "settings", "words"),
     [
         (GOOD, {"seed": "3"}, "has no argument 'seed': it has seeds, name"),
-        (GOOD, {"seeds": "0"}, "the number of seeds must be at least 1"),
+        (GOOD, {"seeds": "0"}, "the number of seeds must be a whole number and at least 1"),
         (GOOD.replace("seeds: int = 1", "seeds: int"), {}, "needs 'seeds': give it with --set seeds=VALUE"),
         ("x = 1", {}, "has no study: write a function whose return annotation is Study"),
         ("def f(:", {}, r"is no Python that can be read \(line 1"),

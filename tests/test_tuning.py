@@ -154,10 +154,13 @@ def test_a_space_of_what_there_is_not_is_refused_before_anything_runs(wrong: dic
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seeds": 0}, "the number of seeds must be at least 1"),
-        ({"trials": 0}, "the number of trials must be at least 1"),
+        ({"seeds": 0}, "the number of seeds must be a whole number and at least 1"),
+        ({"trials": 0}, "the number of trials must be a whole number and at least 1"),
+        ({"seeds": "3"}, "must be a whole number and at least 1, not '3'"),
+        ({"seeds": True}, "must be a whole number"),
+        ({"tuning": 20}, r"tuning is a length, such as Length\(epochs=2\), not 20"),
         ({"trials": 3}, "a grid is tried as a whole"),
-        ({"widen": -1}, "rounds of widening must be at least 0"),
+        ({"widen": -1}, "rounds of widening must be a whole number and at least 0"),
         ({"sampler": "sobol"}, "unknown sampler 'sobol'"),
         ({"sampler": "halton"}, "say how many trials"),
         ({"name": "../up"}, "the name of a study"),

@@ -53,6 +53,9 @@ class Pieces:
             return record[-1].loss
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
+        if not record:
+            name = type(self.optimizer).__name__
+            raise TypeError(f"{name}.step did not call the closure that it was given: call it first, as torch's own optimizers do")
         return record[-1]
 
     def _descend(self, batch: Batch) -> Estimate:

@@ -26,9 +26,10 @@ def _finished(study: StudyResult) -> list[Pair]:
 
 
 def unequal(pair: Pair) -> list[str]:
-    """In what two arms of a group differ that a fair comparison holds equal."""
+    """In what two arms of a group differ that a fair comparison holds equal, save what was searched over."""
     forward, backprop = ({**arm.terms} for arm in pair)
-    return [what for what in forward if forward[what] != backprop[what]]
+    searched = {name.replace("_", " ") for arm in pair for name in arm.record.get("space") or {}}
+    return [what for what in forward if what not in searched and forward[what] != backprop[what]]
 
 
 def _unfair(study: StudyResult) -> str:

@@ -83,3 +83,8 @@ def paced_alike(run: Run) -> str:
     )
     extra = (run.optimizer.cap is not None, run.optimizer.weight_decay > 0, run.code)
     return identity({"pace of": [*same, *extra]})
+
+
+def _kinds(options: dict[str, Any] | None) -> dict[str, Any]:
+    """An optimizer's options but for its numbers, which change no step's cost."""
+    return {name: None if type(value) in (int, float) else value for name, value in (options or {}).items()}

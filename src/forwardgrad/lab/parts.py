@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
-import textwrap
 from types import ModuleType
 from typing import Any
 
@@ -60,31 +59,38 @@ def signed(run: Run) -> Run:
 
 def digest(own: dict[str, str]) -> str:
     """Twelve hexadecimal digits of the source of all parts, and of what each uses of its own module."""
-    text = "\n".join(f"{what} {path}\n{_source(find(path, what))}" for what, path in sorted(own.items()))
+    text = "\n".join(f"{what} {path}\n{_source(path, find(path, what))}" for what, path in sorted(own.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _source(found: Any) -> str:
-    """The source of an object and, after it, of every name of its module that it uses, directly or through others; '' for what has none."""
+def _source(path: str, found: Any) -> str:
+    """What a path's module says of its name, and what the module that the object comes from says of it, where that is another one."""
+    module, _, name = path.partition(":")
+    homes = [(importlib.import_module(module), name.split(".")[0])]
+    origin = inspect.getmodule(found)
+    if origin is not None and origin is not homes[0][0] and hasattr(found, "__qualname__"):
+        homes.append((origin, found.__qualname__.split(".")[0]))
+    return "\n".join(_said_of(module, name) for module, name in homes)
+
+
+def _said_of(module: ModuleType, name: str) -> str:
+    """The statements of a module that give a name its meaning, and after them those of every name that they use; '' for what has none."""
     try:
-        whole = ast.parse(inspect.getsource(inspect.getmodule(found) or found))
-        start = ast.parse(textwrap.dedent(inspect.getsource(found)))
+        whole = ast.parse(inspect.getsource(module))
     except (OSError, TypeError, SyntaxError):  # built in, or made by code that is no file's
         return ""
     defined: dict[str, list[ast.stmt]] = {}
     for statement in whole.body:
-        for name in _defines(statement):
-            defined.setdefault(name, []).append(statement)
-    seen: dict[str, None] = {}
-    waiting = [start]
-    parts = [ast.unparse(start)]
+        for each in _defines(statement):
+            defined.setdefault(each, []).append(statement)
+    seen, waiting = {name: None}, [name]
+    parts: list[str] = []
     while waiting:
-        for name in sorted({node.id for node in ast.walk(waiting.pop()) if isinstance(node, ast.Name)}):
-            if name in defined and name not in seen:
-                seen[name] = None
-                for statement in defined[name]:
-                    waiting.append(ast.Module([statement], []))
-                    parts.append(ast.unparse(statement))
+        for statement in defined.get(waiting.pop(0), ()):
+            parts.append(ast.unparse(statement))
+            used = sorted({node.id for node in ast.walk(statement) if isinstance(node, ast.Name)} - seen.keys())
+            seen |= dict.fromkeys(used)
+            waiting += used
     return "\n".join(parts)
 
 

@@ -51,6 +51,14 @@ class Arm:
     published: Published | None = None
     full_epochs: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "space", {name: tuple(values) if isinstance(values, list) else values for name, values in self.space.items()}
+        )
+        for name, values in self.space.items():
+            if not isinstance(values, (tuple, space.Range)):
+                raise UserError(f"the space of {self.name!r} has {values!r} for {name!r}: give a tuple of values, or a range")
+
     def at(self, point: Point) -> Run:
         """The arm's run with these hyperparameters; UserError for a name or a value that there is not."""
         run = self.run
@@ -107,8 +115,11 @@ class Study:
         if not NAME.fullmatch(self.name):
             raise UserError(f"the name of a study is letters, digits, dots, dashes and underscores, not {self.name!r}")
         for what, value, least in (("seeds", self.seeds, 1), ("trials", self.trials, 1), ("rounds of widening", self.widen, 0)):
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UserError(f"the number of {what} must be at least {least}, not {value}")
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"the number of {what} must be a whole number and at least {least}, not {value!r}")
+        for what, length in (("tuning", self.tuning), ("training", self.training or self.tuning)):
+            if not isinstance(length, Length):
+                raise UserError(f"{what} is a length, such as Length(epochs=2), not {length!r}")
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             raise UserError(f"every arm of a study needs a name of its own: {', '.join(names) or 'there is no arm'}")

@@ -207,6 +207,7 @@ def hyperparameters(arm: ArmResult) -> str:
         parts += [f"β₁ {exact(optimizer['beta1'])}", f"β₂ {exact(optimizer['beta2'])}"]
     parts += [f"weight decay {exact(optimizer['weight_decay'])}"] if "weight_decay" in optimizer else []
     parts += ["annealed to 0"] if "anneal" in optimizer else []
+    parts += [f"{name} {format_value(value)}" for name, value in (optimizer.get("options") or {}).items()]
     parts += [f"steps of at most {exact(optimizer['cap'])} ‖θ‖"] if "cap" in optimizer else []
     parts += [arm.run["precision"]] if "precision" in arm.run else []
     parts += [f"engine {arm.run['engine']}"] if "engine" in arm.run else []

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Pace
 from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Run
@@ -58,6 +59,12 @@ def _pace(place: Place) -> Callable[[Run], Pace]:
     def pace(run: Run) -> Pace:
         from forwardgrad.lab.paces import measure
 
-        return measure(run, place.device, place.data_dir, place.share)
+        try:
+            return measure(run, place.device, place.data_dir, place.share)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # a user's own model, loss or optimizer can raise anything
+            why = " ".join(str(error).split()) or "no message"
+            raise UserError(f"the warm-up of {run.model} with {run.estimator['name']} stops with {type(error).__name__}: {why}") from error
 
     return pace
