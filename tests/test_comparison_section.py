@@ -299,10 +299,11 @@ def test_a_study_without_the_paper_s_arms_is_headed_by_its_verdict(store: Store)
     )
 
 
-def test_the_section_stands_alone_with_its_verdict_first(store: Store) -> None:
+def test_the_verdict_comes_first_and_the_tables_after_it(store: Store) -> None:
     found = trained(store, three_arms(2), FORWARD[:2], BACKPROP[:2], MINE[:2])
-    section = comparison_section.comparison_section(found)
-    assert section.blocks[0] == (section.verdict,) == tuple(comparison_verdict.verdicts(found))
-    assert [block.caption for block in section.blocks if isinstance(block, Table)] == [
+    said, *blocks = comparison_section.blocks(found)
+    assert said == tuple(comparison_verdict.verdicts(found))
+    assert len(said) == 1
+    assert [block.caption for block in blocks if isinstance(block, Table)] == [
         "Test loss and accuracy over seeds", "Arms beside one another, over shared seeds", "Steps and seconds to a loss on digits",
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from tests.test_study import Fake, arm
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length, Pace, paced_alike
-from forwardgrad.lab.run import Run
+from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.space import LogUniform, Range, Whole
 from forwardgrad.lab.store import Store, read_study
 from forwardgrad.lab.study import Study, check
@@ -120,6 +120,15 @@ def test_seconds_and_forward_passes_become_steps_by_the_pace_of_each_arm_measure
     again = Fake(lambda _: 1.0)
     run_study(study, Store(tmp_path), again, "command", pace=lambda run: pytest.fail("measured again"))
     assert [[run.identity for run in runs] for runs in again.calls] == [[run.identity for run in runs] for runs in fake.calls]
+
+
+def test_numbers_of_an_optimizer_change_no_pace_and_what_adds_work_does() -> None:
+    def paced(**options: Any) -> str:
+        return paced_alike(dataclasses.replace(arm().run, optimizer=Optimizer(**{"name": "mine:Optimizer", "lr": 0.1, **options})))
+
+    assert paced(options={"beta": 0.5, "fast": True}) == paced(options={"beta": 0.9, "fast": True}, lr=0.2)
+    others = [paced(options={"beta": 0.5, "fast": False}), paced(cap=0.1), paced(weight_decay=0.1), paced()]
+    assert len({paced(options={"beta": 0.5, "fast": True}), *others}) == 5
 
 
 def test_hyperparameters_of_the_run_and_the_estimator_can_be_searched(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from forwardgrad.lab import comparison, comparison_budget, comparison_figures, learning, stats, tables
 from forwardgrad.lab import comparison_verdict as verdict
-from forwardgrad.lab.blocks import Block, Picture, Section
+from forwardgrad.lab.blocks import Block, Picture
 from forwardgrad.lab.comparison import Interval
 from forwardgrad.lab.comparison_budget import TOLERANCE, WITHIN, BestOf, Profile
 from forwardgrad.lab.comparison_figures import BANDS, Searched
@@ -43,12 +43,6 @@ SEARCHED = (
     ("good rates", f"learning rates around the best one within {TOLERANCE:g} times its loss"),
     ("width", "of that range, in powers of ten, as fine as the rates that were tried; 'at least' where it ends where they do"),
 )  # fmt: skip
-
-
-def comparison_section(study: StudyResult) -> Section:
-    """The comparison as a section of its own, its verdict first."""
-    said = verdict.verdicts(study)
-    return Section(f"{study.name}-comparison", f"{study.title}: how sure", " ".join(said), tuple(blocks(study)))
 
 
 def blocks(study: StudyResult) -> list[Block]:

@@ -76,7 +76,7 @@ def paced_alike(run: Run) -> str:
         run.loss,
         run.estimator,
         run.optimizer.name,
-        run.optimizer.options,
+        _kinds(run.optimizer.options),
         run.batch_size,
         run.precision,
         run.engine,
