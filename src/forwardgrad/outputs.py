@@ -64,7 +64,12 @@ def _of_labels(logits: Tensor, target: Tensor, axis: int, call: Mapping[str, Any
     """The same for labels alone, which most losses are: softmax(z) less one at the label, in few operations."""
     used = target != call.get("ignore_index", -100)
     hit = used.unsqueeze(axis).to(logits.dtype)
-    error: Tensor = (logits.softmax(axis) * hit).scatter_add_(axis, torch.where(used, target, 0).unsqueeze(axis), -hit)
+    labels = torch.where(used, target, 0).unsqueeze(axis)
+    if torch.compiler.is_compiling():  # element by element it is part of what uses it
+        classes = torch.arange(logits.shape[axis], device=logits.device).view(-1, *[1] * (logits.dim() - 1 - axis % logits.dim()))
+        error = (logits.softmax(axis) - (labels == classes).to(logits.dtype)) * hit
+    else:
+        error = (logits.softmax(axis) * hit).scatter_add_(axis, labels, -hit)
     reduction = call.get("reduction", "mean")
     return error if reduction == "sum" else error / (hit.sum() if reduction == "mean" else used.numel())
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -19,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from forwardgrad import streams
 from forwardgrad.draws import drawn
 
 _WORD = 64  # random bits per int64
@@ -39,8 +38,7 @@ class Law(ABC):
     def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         """Draw `count` tangents: for every parameter a tensor [count, *shape], with the parameter's dtype and device.
 
-        The bits are made on the generator's device and moved where a parameter lives elsewhere, so a CPU generator gives a model
-        on any device the same directions.
+        A CPU generator gives a model on any device the same directions, up to rounding.
         """
         return drawn(lambda: self._draw(like, count, generator))
 
@@ -86,6 +84,23 @@ class Gaussian(Law):
 
     name: ClassVar[str] = "gaussian"
     independent: ClassVar[bool] = True
+
+    def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+        sown = drawn(lambda: self._sown(like, count, generator))
+        return {name: _grown(tangent, like[name]) if tangent.dtype == torch.int64 else tangent for name, tangent in sown.items()}
+
+    def _sown(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+        """Tangents, and where they are streams nothing but their seeds [count]."""
+        streamed = {name for name, p in like.items() if _streamed(p, generator)}
+        few = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items() if name not in streamed}
+        seeds = {name: torch.empty(count, dtype=torch.int64) for name in streamed}
+        for index in range(count):
+            for name in like:
+                if name in streamed:
+                    _seed_(seeds[name][index], generator)
+                else:
+                    few[name][index].normal_(generator=generator)
+        return {name: seeds[name] if name in streamed else few[name].to(p.device) for name, p in like.items()}
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
@@ -187,39 +202,38 @@ def _seeds(generator: Generator, count: int) -> list[int]:
     return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
 
 
-_MANY, _BLOCK = 2**22, 2**20  # numbers from which several threads are worth it (those of torch wait for work in a loop), and of a block
+_MANY = 2**16  # numbers from which a stream is worth the passes that begin it
+
+
+def _streamed(part: Tensor, generator: Generator) -> bool:
+    """Whether normal numbers are a stream of their own (`streams`): a generator of the processor draws on one core, and in no graph."""
+    return generator.device.type == "cpu" and part.numel() >= _MANY
+
+
+def _seed_(seed: Tensor, generator: Generator) -> Tensor:
+    return seed.random_(-(2**63), None, generator=generator)
 
 
 def _normal_(part: Tensor, generator: Generator) -> None:
-    """Fill with standard normal numbers: where they are many, in blocks with generators of their own, so that all cores can draw.
-
-    A generator of the processor draws on one core. The blocks do not depend on the number of cores, and so neither do the bits.
-    """
-    if generator.device.type != "cpu" or part.numel() < _MANY or not part.is_contiguous():
+    """Fill with standard normal numbers."""
+    if not _streamed(part, generator):
         part.normal_(generator=generator)
         return
-    blocks = part.view(-1).split(_BLOCK)
-    seeds = fork(generator, len(blocks))
-    share = -(-len(blocks) // torch.get_num_threads())
-
-    def fill(start: int) -> None:
-        stream = Generator()
-        for block, seed in zip(blocks[start : start + share], seeds[start : start + share], strict=True):
-            block.normal_(generator=stream.manual_seed(seed))
-
-    others = [_threads().submit(fill, start) for start in range(share, len(blocks), share)]
-    fill(0)
-    for other in others:
-        other.result()
+    seed = int(_seed_(torch.empty((), dtype=torch.int64), generator))
+    if part.is_contiguous():
+        streams.normal_(part, seed)
+    else:
+        part.copy_(streams.normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="forwardgrad")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not outlive a fork
+def _grown(seeds: Tensor, like: Tensor) -> Tensor:
+    """The streams of some seeds, [count, *shape]."""
+    if torch.compiler.is_compiling():
+        return streams.normal(seeds.to(like.device), like.numel(), like.dtype).view(len(seeds), *like.shape)
+    numbers = torch.empty((len(seeds), *like.shape), dtype=like.dtype, device=like.device)
+    for part, seed in zip(numbers.unbind(), seeds.tolist(), strict=True):
+        streams.normal_(part, seed)
+    return numbers
 
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:

@@ -38,6 +38,7 @@ class Engine(ABC):
         self.pieces = pieces
         self._runs: dict[Hashable, Run] = {}
         self._tries: dict[Hashable, int] = {}
+        self._last: Survey | None = None
         self._given_up = self._warned = False
 
     @abstractmethod
@@ -57,7 +58,7 @@ class Engine(ABC):
         return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
 
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
-        survey = Survey(self.pieces, batch)
+        survey = self._last = Survey(self.pieces, batch, self._last)
         key = moves, survey.key, self._pinned(survey)
         if (run := self._runs.get(key)) is not None:
             with _plain():

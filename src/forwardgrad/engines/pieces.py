@@ -95,49 +95,95 @@ class Survey:
     """The tensors of a step with one batch, each once: parameters, buffers, state and batch.
 
     `key` tells whether a graph that was made for one survey is right for another: all that a step depends on besides values of tensors
-    and what its functions read from elsewhere.
+    and what its functions read from elsewhere. Of `earlier`, a survey of the same pieces, the part of the model is taken over where the
+    model is still as it was.
     """
 
-    def __init__(self, pieces: Pieces, batch: Batch) -> None:
+    def __init__(self, pieces: Pieces, batch: Batch, earlier: Survey | None = None) -> None:
         self.pieces = pieces
-        self._numbers: dict[int, int] = {}
-        self.tensors: list[Tensor] = []
-        self.trained: list[Tensor] = []
-        self.hooked = False
-        key = (*self._model(), *self._state(), *self._batch(batch), *_settings())
+        self.model = earlier.model if earlier is not None and earlier.model.holds() else _Model(pieces.model)
+        self._numbers = dict(self.model.numbers)
+        self.tensors = list(self.model.tensors)
+        self.trained, self.hooked, self.beside = self.model.trained, self.model.hooked, len(self.tensors)
+        key = (self.model.key, *self._state(), *self._batch(batch), *_settings())
         self.key: Hashable = (pieces.loss, pieces.estimator, key)
-
-    def _model(self) -> Iterator[Hashable]:
-        for module in self.pieces.model.modules():
-            yield tuple((name, value) for name, value in vars(module).items() if type(value) in _SIMPLE and _hashable(value))
-            self.hooked |= any(getattr(module, kind) for kind in _HOOKS)
-            before = len(self.tensors)
-            yield tuple(map(self._place, module._parameters.values()))
-            self.trained += [p for p in self.tensors[before:] if p.requires_grad]
-            yield tuple(map(self._place, module._buffers.values()))
-        self.beside = len(self.tensors)  # where those of the model end
 
     def _state(self) -> Iterator[Hashable]:
         yield tuple((name, self._place(tensor)) for name, tensor in self.pieces.state.items())
         self.given = len(self.tensors)  # where the batch begins
 
     def _batch(self, batch: Batch) -> Iterator[Hashable]:
-        for leaf in tree_leaves(batch):
+        for leaf in batch if all(isinstance(part, Tensor) for part in batch) else tree_leaves(batch):
             yield self._place(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf if _hashable(leaf) else repr(leaf))
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Where a tensor stands among those of the step."""
         return self._numbers.get(id(tensor))
 
-    def _place(self, tensor: Tensor | None) -> Hashable:
-        """What a tensor is like, or its number if it was there before."""
-        if tensor is None:
-            return None
-        if (number := self._numbers.get(id(tensor))) is not None:
-            return number
-        self._numbers[id(tensor)] = len(self.tensors)
-        self.tensors.append(tensor)
-        return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    def _place(self, tensor: Tensor) -> Hashable:
+        return _placed(tensor, self._numbers, self.tensors)
+
+
+class _Model:
+    """The part of a survey that is the model's, and how to see that it holds still."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.numbers: dict[int, int] = {}
+        self.tensors: list[Tensor] = []
+        self.trained: list[Tensor] = []
+        self.hooked = False
+        self._seen = [(vars(module), vars(module).copy()) for module in model.modules()]
+        held = [d for module in model.modules() for d in _inside(module)]
+        self._within = [(d.values(), [*map(id, d.values())]) for d in held]
+        self._held = [d.copy() for d in held]  # as long as they live, no other object has their place in memory
+        self.key = _Key(part for module in model.modules() for part in self._parts(module))
+        self._described = [_described(tensor) for tensor in self.tensors]
+
+    def _parts(self, module: nn.Module) -> Iterator[Hashable]:
+        yield tuple((name, value) for name, value in vars(module).items() if type(value) in _SIMPLE and _hashable(value))
+        self.hooked |= any(getattr(module, kind) for kind in _HOOKS)
+        before = len(self.tensors)
+        yield tuple(None if p is None else _placed(p, self.numbers, self.tensors) for p in module._parameters.values())
+        self.trained += [p for p in self.tensors[before:] if p.requires_grad]
+        yield tuple(None if b is None else _placed(b, self.numbers, self.tensors) for b in module._buffers.values())
+
+    def holds(self) -> bool:
+        """Whether all modules and tensors are the same ones, and like they were: asked at every step, and so in few words."""
+        try:
+            same = all(now == then for now, then in self._seen) and all([*map(id, now)] == then for now, then in self._within)
+        except Exception:  # what a module keeps need not have an equality
+            return False
+        return same and self._described == [_described(tensor) for tensor in self.tensors]
+
+
+class _Key(tuple[Hashable, ...]):
+    """Of many parts, compared with itself first: its hash is worked out once."""
+
+    def __hash__(self) -> int:
+        found: int | None = self.__dict__.get("found")
+        if found is None:
+            found = self.__dict__["found"] = super().__hash__()
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
+
+
+def _inside(module: nn.Module) -> list[dict[str, Any]]:
+    return [module._parameters, module._buffers, module._modules, *(getattr(module, kind) for kind in _HOOKS)]
+
+
+def _described(tensor: Tensor) -> Hashable:
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _placed(tensor: Tensor, numbers: dict[int, int], tensors: list[Tensor]) -> Hashable:
+    """What a tensor is like, or its number if it was there before."""
+    if (number := numbers.get(id(tensor))) is not None:
+        return number
+    numbers[id(tensor)] = len(tensors)
+    tensors.append(tensor)
+    return _described(tensor)
 
 
 def _hashable(value: Any) -> bool:

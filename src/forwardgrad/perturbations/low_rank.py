@@ -63,7 +63,7 @@ class LowRankUse(Sown):
         """A and the bias's direction as its last column [K, m, r + 1], and B [K, n, r], over the root of r."""
         numbers = self._drawn()
         columns = self.rank + self.shifts
-        left = numbers[:, : self.layer.fan_out * columns].view(len(numbers), -1, columns)
+        left = numbers[:, : self.layer.fan_out * columns].view(len(numbers), columns, -1).mT  # a column is read in one go
         right = numbers[:, left[0].numel() :].view(len(numbers), -1, self.rank) if self.rank else left[:, :0]
         return left, right if self.rank < 2 else right / self.rank**0.5
 

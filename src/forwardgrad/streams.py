@@ -1,0 +1,110 @@
+"""Normal numbers that follow from a seed one by one: any of them can be made alone, on every core, or inside a compiled step.
+
+Word i of a stream is mix(start + (i + 1)·γ), where `mix` is the finaliser of a 64-bit hash and start and the odd γ follow from the seed:
+the generator SplitMix64, its streams told apart as its authors do it (Steele, Lea and Flood 2014, 'Fast splittable pseudorandom number
+generators'). The two halves of a word are made a pair of normal numbers by the formulas of Box and Muller, which are exact:
+
+    z₁ = √(−2 ln u) cos θ,   z₂ = √(−2 ln u) sin θ     with u uniform on (0, 1) and θ on [−π, π)
+
+In a stream the first numbers of all pairs stand before the second ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_BLOCK = 2**17  # pairs made at a time where nothing fuses the passes over them: so many stay in the caches of two cores
+_GOLDEN, _ALTERNATING = 0x9E3779B97F4A7C15, 0xAAAAAAAAAAAAAAAA
+_STAFFORD = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
+_MURMUR = (33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)
+
+Words = TypeVar("Words", int, Tensor)
+Seeds = Int[Tensor, " k"] | Sequence[int]
+
+
+def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Float[Tensor, "k count"]:
+    """The first `count` numbers of the streams of some seeds, as operations that a compiler can put where they are used.
+
+    Args:
+        seeds: 64 random bits each.
+        count: how many numbers of each stream.
+        dtype: of the numbers. In float64 uniform numbers have 64 random bits, else 32, and |z| ≤ 6.66.
+        device: where numbers are made, if the seeds are no tensor.
+    """
+    if isinstance(seeds, Tensor):
+        start, gamma = (word.unsqueeze(1) for word in _begun(seeds))
+    else:
+        start, gamma = torch.tensor([_begun(seed) for seed in seeds], device=device).T.unsqueeze(2)
+    half, wide = -(-count // 2), dtype == torch.float64
+    words = _mixed(torch.arange(1, (half, 2 * half)[wide] + 1, device=start.device) * gamma + start)
+    if wide:  # a word for each number of a pair
+        length, angle = words[:, :half].double(), words[:, half:].double()
+    else:
+        length, angle = (words >> 32).int().float(), words.int().float()
+    scale = 2.0 ** (63 if wide else 31)
+    length, angle = torch.sqrt(torch.log((length + 0.5).abs() * (1 / scale)) * -2), angle * (math.pi / scale)
+    return torch.cat([torch.cos(angle) * length, torch.sin(angle) * length], 1)[:, :count].to(dtype)
+
+
+def normal_(part: Float[Tensor, "..."], seed: int) -> None:
+    """Fill a contiguous tensor with the numbers of `normal`, block by block."""
+    if part.dtype not in (torch.float32, torch.float64):
+        part.copy_(normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
+        return
+    start, gamma = _begun(seed)
+    first, second = part.view(-1).tensor_split([-(-part.numel() // 2)])
+    steps = torch.arange(1, min(len(first), _BLOCK) + 1, device=part.device).mul_(gamma)
+    room = *torch.empty((2, len(steps)), dtype=torch.int64, device=part.device), *torch.empty((2, len(steps)), dtype=part.dtype, device=part.device)
+    for done in range(0, len(first), _BLOCK):
+        words, scratch, length, angle = (t[: len(first) - done] for t in room)
+        ahead = start + gamma * done, start + gamma * (len(first) + done)
+        _mix_(torch.add(steps[: len(words)], _wrapped(ahead[0]), out=words), scratch)
+        if part.dtype == torch.float64:
+            length.copy_(words)
+            angle.copy_(_mix_(torch.add(steps[: len(words)], _wrapped(ahead[1]), out=words), scratch))
+        else:
+            angle.copy_(words.int())
+            length.copy_(torch.bitwise_right_shift(words, 32, out=scratch).int())
+        scale = 2.0 ** (63 if part.dtype == torch.float64 else 31)
+        length.add_(0.5).abs_().mul_(1 / scale).log_().mul_(-2).sqrt_()
+        angle.mul_(math.pi / scale)
+        one, other = first[done : done + len(words)], second[done : done + len(words)]
+        torch.cos(angle, out=one).mul_(length)
+        torch.sin(angle[: len(other)], out=other).mul_(length[: len(other)])
+
+
+def _begun(seed: Words) -> tuple[Words, Words]:
+    """Where a stream starts and the odd step γ of its words, one whose bits change often enough."""
+    start, gamma = _mixed(_wrapped(seed + _wrapped(_GOLDEN))), _mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
+    changing, other = gamma ^ gamma >> 1, gamma ^ _wrapped(_ALTERNATING)
+    if isinstance(changing, int):
+        return start, gamma if (changing & 2**63 - 1).bit_count() >= 24 else other
+    changes = (changing.unsqueeze(1) >> torch.arange(63, device=changing.device) & 1).sum(1)
+    return start, torch.where(changes >= 24, gamma, other)
+
+
+def _mixed(words: Words, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Words:
+    """Words of which every bit depends on all bits of the given ones."""
+    for by, factor in finaliser:
+        words = _wrapped((words ^ words >> by & (1 << 64 - by) - 1) * _wrapped(factor))
+    return words
+
+
+def _mix_(words: Tensor, scratch: Tensor) -> Tensor:
+    """The same in place."""
+    for by, factor in _STAFFORD:
+        words.bitwise_xor_(torch.bitwise_right_shift(words, by, out=scratch).bitwise_and_((1 << 64 - by) - 1))
+        if factor != 1:
+            words.mul_(_wrapped(factor))
+    return words
+
+
+def _wrapped(words: Words) -> Words:
+    """64 bits with a sign, as torch's integers are by themselves."""
+    return (words + 2**63) % 2**64 - 2**63 if isinstance(words, int) else words
