@@ -30,9 +30,9 @@ class Captured(Compiled):
             self._give_up(f"a CUDA graph needs all parameters on a GPU, and there are some on {', '.join(sorted(devices - {'cuda'}))}")
         return super().take(batch)
 
-    def _pinned(self, survey: Survey) -> Hashable:
+    def _pinned(self, survey: Survey, moves: bool) -> Hashable:
         """The graph reads and writes memory, whatever tensor it belongs to."""
-        return super()._pinned(survey), tuple(tensor.data_ptr() for tensor in survey.tensors[: survey.given])
+        return super()._pinned(survey, moves), tuple(tensor.data_ptr() for tensor in survey.tensors[: survey.given])
 
     def _function(self, traced: Traced, inputs: list[Tensor], changing: range) -> Function:
         if any(not tensor.is_cuda for tensor in inputs):

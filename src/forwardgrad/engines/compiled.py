@@ -34,11 +34,11 @@ class Compiled(Engine):
     def _moves(self) -> bool:
         return plain_sgd(self.pieces.optimizer) or _capturable(self.pieces.optimizer)
 
-    def _pinned(self, survey: Survey) -> Hashable:
+    def _pinned(self, survey: Survey, moves: bool) -> Hashable:
         """Which parameters an optimizer moves inside the graph, and the tensors that it does so by."""
-        optimizer = self.pieces.optimizer
-        if not self._moves():
+        if not moves:
             return None
+        optimizer = self.pieces.optimizer
         moved = tuple(tuple(survey.number_of(p) for p in group["params"]) for group in optimizer.param_groups)
         if plain_sgd(optimizer):
             return moved
@@ -48,15 +48,12 @@ class Compiled(Engine):
         """What computes the graph; of its inputs only those that change are other tensors at every step."""
         return compiled(traced, inputs)
 
-    def _numbers_for(self, survey: Survey, moves: bool) -> list[Tensor]:
-        """The learning rates, where they are no part of the optimizer's own tensors."""
-        optimizer = self.pieces.optimizer
-        return self._rates.now(optimizer, survey.tensors[0].device) if moves and plain_sgd(optimizer) else []
-
     def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
         if getattr(self.pieces.estimator, "checkpoint", False):
             raise Untraceable("checkpoint=True computes activations twice on purpose, and a compiler would see to it that it does not")
-        pieces, rates, numbers = self.pieces, self._numbers_for(survey, moves), plan.again()
+        pieces, numbers, device = self.pieces, plan.again(), survey.tensors[0].device
+        descends = moves and plain_sgd(pieces.optimizer)
+        rates = self._rates.now(pieces.optimizer, device) if descends else []
         step = _Step(self.pieces, survey, batch, rates, moves)
 
         def with_numbers() -> list[Tensor]:
@@ -76,7 +73,8 @@ class Compiled(Engine):
 
         def run(survey: Survey) -> Estimate:
             with without_autocast():
-                found = function(*survey.tensors, *self._numbers_for(survey, moves), *plan.again(), *traced.constants)
+                now = self._rates.now(pieces.optimizer, device) if descends else []
+                found = function(*survey.tensors, *now, *plan.again(), *traced.constants)
             clear(pieces.optimizer)
             for index, gradient in zip(step.taught, found[2:], strict=True):
                 survey.trained[index].grad = gradient
@@ -117,7 +115,10 @@ def compiled(traced: Traced, inputs: list[Tensor]) -> Function:
     """The graph by the compiler behind `torch.compile`. What the model draws from the global generators keeps its bits."""
     import torch._inductor as inductor  # takes a second to load
 
-    function: Function = inductor.compile(traced.graph, inputs, options={"fallback_random": True} if traced.random else None)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"size_asserts": False}  # a survey of the step has seen to that
+    if traced.random:
+        options["fallback_random"] = True
+    function: Function = inductor.compile(traced.graph, inputs, options=options)  # type: ignore[arg-type]
     return function
 
 

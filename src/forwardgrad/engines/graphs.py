@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -53,13 +53,13 @@ class Engine(ABC):
         """A whole step."""
         if self._given_up:
             return self.pieces.plainly(batch)
-        if self._moves():
+        if self._moves():  # asked anew at every step: an optimizer's settings may change
             return self._part(batch, self.pieces.plainly, moves=True)
         return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
 
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
         survey = self._last = Survey(self.pieces, batch, self._last)
-        key = moves, survey.key, self._pinned(survey)
+        key = moves, survey.key, self._pinned(survey, moves)
         if (run := self._runs.get(key)) is not None:
             with _plain():
                 return run(survey)
@@ -71,7 +71,7 @@ class Engine(ABC):
             return self._first(key, survey, batch, eager, moves)
         return eager(batch)
 
-    def _pinned(self, survey: Survey) -> Hashable:
+    def _pinned(self, survey: Survey, moves: bool) -> Hashable:
         """What a graph depends on besides the key of a survey."""
         return None
 
@@ -83,7 +83,7 @@ class Engine(ABC):
         later = Survey(self.pieces, batch)
         after, kept = Snapshot(later), False
         try:
-            if (moves, later.key, self._pinned(later)) != key:  # a state was filled, or a buffer took another form: the next step will do
+            if (moves, later.key, self._pinned(later, moves)) != key:  # a state was filled, or a buffer took another form: the next step will do
                 raise Different("the state of the estimator or the model has another form after every step")
             before.restore()
             with warnings.catch_warnings(), _plain():
@@ -164,8 +164,9 @@ def _close(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], relativ
 @contextmanager
 def _plain() -> Iterator[None]:
     """Nothing is recorded for a backward pass, and no autocast beyond what is written into a graph."""
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+        return
+    with torch.no_grad():
         yield

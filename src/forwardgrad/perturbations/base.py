@@ -41,9 +41,9 @@ class Directions:
 
         def stack() -> Tensor:
             numbers = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
-            for tangent, seed in zip(numbers.unbind(), self._seeds, strict=True):
-                self.law.fill_([tangent], self._stream.manual_seed(_mixed(seed, place)))
-            return numbers.to(device)
+            for index, seed in enumerate(self._seeds):
+                self.law.fill_([numbers[index]], self._stream.manual_seed(_mixed(seed, place)))
+            return numbers if numbers.device == device else numbers.to(device)
 
         return lambda: drawn(stack, once=(id(self._seeds), place))
 
