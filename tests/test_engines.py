@@ -144,7 +144,7 @@ OPTIMIZERS: dict[str, Optimizers] = {
     "sgd": sgd,
     "two groups": groups,
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01),
-    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.05),
+    "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.05, eps=1e-3),  # one gradient is zero but for its rounding
     "nesterov": lambda model: fg.Nesterov(model.parameters(), 0.05, 0.9),
     "tensor": lambda model: torch.optim.SGD(model.parameters(), lr=torch.tensor(0.05), foreach=False),
 }

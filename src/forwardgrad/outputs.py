@@ -67,7 +67,7 @@ def _of_labels(logits: Tensor, target: Tensor, axis: int, call: Mapping[str, Any
     labels = torch.where(used, target, 0).unsqueeze(axis)
     if torch.compiler.is_compiling():  # element by element it is part of what uses it
         classes = torch.arange(logits.shape[axis], device=logits.device).view(-1, *[1] * (logits.dim() - 1 - axis % logits.dim()))
-        error = (logits.softmax(axis) - (labels == classes).to(logits.dtype)) * hit
+        error: Tensor = (logits.softmax(axis) - (labels == classes).to(logits.dtype)) * hit
     else:
         error = (logits.softmax(axis) * hit).scatter_add_(axis, labels, -hit)
     reduction = call.get("reduction", "mean")

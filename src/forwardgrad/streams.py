@@ -29,67 +29,89 @@ Seeds = Int[Tensor, " k"] | Sequence[int]
 
 
 def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Float[Tensor, "k count"]:
-    """The first `count` numbers of the streams of some seeds, as operations that a compiler can put where they are used.
+    """The first `count` standard normal numbers of the streams of some seeds.
 
     Args:
-        seeds: 64 random bits each.
+        seeds: 64 random bits each. A tensor's numbers are operations that a compiler can put where they are used.
         count: how many numbers of each stream.
         dtype: of the numbers. In float64 uniform numbers have 64 random bits, else 32, and |z| ≤ 6.66.
         device: where numbers are made, if the seeds are no tensor.
     """
-    if isinstance(seeds, Tensor):
-        start, gamma = (word.unsqueeze(1) for word in _begun(seeds))
-    else:
-        start, gamma = torch.tensor([_begun(seed) for seed in seeds], device=device).T.unsqueeze(2)
-    half, wide = -(-count // 2), dtype == torch.float64
-    words = _mixed(torch.arange(1, (half, 2 * half)[wide] + 1, device=start.device) * gamma + start)
+    if not isinstance(seeds, Tensor):
+        numbers = torch.empty((len(seeds), count), dtype=_wide(dtype), device=device)
+        _fill_(numbers, *_begin(seeds, device))
+        return numbers.to(dtype)
+    (start, gamma), half, wide = _begin(seeds), -(-count // 2), dtype == torch.float64
+    words = mixed(torch.arange(1, (half, 2 * half)[wide] + 1, device=start.device) * gamma + start)
     if wide:  # a word for each number of a pair
         length, angle = words[:, :half].double(), words[:, half:].double()
     else:
         length, angle = (words >> 32).int().float(), words.int().float()
-    scale = 2.0 ** (63 if wide else 31)
-    length, angle = torch.sqrt(torch.log((length + 0.5).abs() * (1 / scale)) * -2), angle * (math.pi / scale)
+    length = torch.sqrt(torch.log((length + 0.5).abs() * (1 / _SCALE[wide])) * -2)
+    angle = angle * (math.pi / _SCALE[wide])
     return torch.cat([torch.cos(angle) * length, torch.sin(angle) * length], 1)[:, :count].to(dtype)
 
 
-def normal_(part: Float[Tensor, "..."], seed: int) -> None:
-    """Fill a contiguous tensor with the numbers of `normal`, block by block."""
-    if part.dtype not in (torch.float32, torch.float64):
-        part.copy_(normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
-        return
-    start, gamma = _begun(seed)
-    first, second = part.view(-1).tensor_split([-(-part.numel() // 2)])
-    steps = torch.arange(1, min(len(first), _BLOCK) + 1, device=part.device).mul_(gamma)
-    room = *torch.empty((2, len(steps)), dtype=torch.int64, device=part.device), *torch.empty((2, len(steps)), dtype=part.dtype, device=part.device)
-    for done in range(0, len(first), _BLOCK):
-        words, scratch, length, angle = (t[: len(first) - done] for t in room)
-        ahead = start + gamma * done, start + gamma * (len(first) + done)
-        _mix_(torch.add(steps[: len(words)], _wrapped(ahead[0]), out=words), scratch)
-        if part.dtype == torch.float64:
+_SCALE = 2.0**31, 2.0**63
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fill_(numbers: Float[Tensor, "k count"], start: Tensor, gamma: Tensor) -> None:
+    """As many normal numbers as there are, in blocks and in place: without a compiler, memory is what takes the time."""
+    wide = numbers.dtype == torch.float64
+    first, second = numbers.tensor_split([-(-numbers.shape[1] // 2)], 1)
+    streams, pairs = first.shape
+    block = max(1, min(pairs, _BLOCK // streams))
+    steps = torch.arange(1, block + 1, device=start.device) * gamma + start
+    whole = torch.empty((2, streams, block), dtype=torch.int64, device=start.device)
+    real = torch.empty((2, streams, block), dtype=numbers.dtype, device=start.device)
+    for done in range(0, pairs, block):
+        one, other = first[:, done : done + block], second[:, done : done + block]
+        size = one.shape[1]
+        words, scratch, length, angle = (*whole[:, :, :size], *real[:, :, :size]) if size < block else (*whole, *real)
+        _mix_(torch.add(steps[:, :size], gamma * done, out=words), scratch)
+        if wide:
             length.copy_(words)
-            angle.copy_(_mix_(torch.add(steps[: len(words)], _wrapped(ahead[1]), out=words), scratch))
+            angle.copy_(_mix_(torch.add(steps[:, :size], gamma * (pairs + done), out=words), scratch))
         else:
             angle.copy_(words.int())
             length.copy_(torch.bitwise_right_shift(words, 32, out=scratch).int())
-        scale = 2.0 ** (63 if part.dtype == torch.float64 else 31)
-        length.add_(0.5).abs_().mul_(1 / scale).log_().mul_(-2).sqrt_()
-        angle.mul_(math.pi / scale)
-        one, other = first[done : done + len(words)], second[done : done + len(words)]
+        length.add_(0.5).abs_().mul_(1 / _SCALE[wide]).log_().mul_(-2).sqrt_()
+        angle.mul_(math.pi / _SCALE[wide])
         torch.cos(angle, out=one).mul_(length)
-        torch.sin(angle[: len(other)], out=other).mul_(length[: len(other)])
+        if (rest := other.shape[1]) < size:
+            angle, length = angle[:, :rest], length[:, :rest]
+        torch.sin(angle, out=other).mul_(length)
+
+
+def _begin(seeds: Seeds, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Where streams start and the steps of their words, [k, 1] each."""
+    if isinstance(seeds, Tensor):
+        start, gamma = _begun(seeds)
+        return start.unsqueeze(1), gamma.unsqueeze(1)
+    start, gamma = torch.tensor([_begun(seed) for seed in seeds], device=device).T.unsqueeze(2)
+    return start, gamma
 
 
 def _begun(seed: Words) -> tuple[Words, Words]:
     """Where a stream starts and the odd step γ of its words, one whose bits change often enough."""
-    start, gamma = _mixed(_wrapped(seed + _wrapped(_GOLDEN))), _mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
+    start, gamma = sown(seed, 0), mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
     changing, other = gamma ^ gamma >> 1, gamma ^ _wrapped(_ALTERNATING)
     if isinstance(changing, int):
-        return start, gamma if (changing & 2**63 - 1).bit_count() >= 24 else other
+        return start, (gamma if (changing & 2**63 - 1).bit_count() >= 24 else other)
     changes = (changing.unsqueeze(1) >> torch.arange(63, device=changing.device) & 1).sum(1)
     return start, torch.where(changes >= 24, gamma, other)
 
 
-def _mixed(words: Words, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Words:
+def sown(seed: Words, place: int) -> Words:
+    """A seed for one of many places: every bit of it depends on all bits of both numbers."""
+    return mixed(_wrapped(seed + _wrapped((place + 1) * _GOLDEN)))
+
+
+def mixed(words: Words, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Words:
     """Words of which every bit depends on all bits of the given ones."""
     for by, factor in finaliser:
         words = _wrapped((words ^ words >> by & (1 << 64 - by) - 1) * _wrapped(factor))

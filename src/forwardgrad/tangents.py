@@ -92,7 +92,9 @@ class Gaussian(Law):
     def _sown(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         """Tangents, and where they are streams nothing but their seeds [count]."""
         streamed = {name for name, p in like.items() if _streamed(p, generator)}
-        few = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items() if name not in streamed}
+        few = {
+            name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items() if name not in streamed
+        }
         seeds = {name: torch.empty(count, dtype=torch.int64) for name in streamed}
         for index in range(count):
             for name in like:
@@ -220,20 +222,13 @@ def _normal_(part: Tensor, generator: Generator) -> None:
         part.normal_(generator=generator)
         return
     seed = int(_seed_(torch.empty((), dtype=torch.int64), generator))
-    if part.is_contiguous():
-        streams.normal_(part, seed)
-    else:
-        part.copy_(streams.normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
+    part.copy_(streams.normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
 
 
 def _grown(seeds: Tensor, like: Tensor) -> Tensor:
     """The streams of some seeds, [count, *shape]."""
-    if torch.compiler.is_compiling():
-        return streams.normal(seeds.to(like.device), like.numel(), like.dtype).view(len(seeds), *like.shape)
-    numbers = torch.empty((len(seeds), *like.shape), dtype=like.dtype, device=like.device)
-    for part, seed in zip(numbers.unbind(), seeds.tolist(), strict=True):
-        streams.normal_(part, seed)
-    return numbers
+    given = seeds.to(like.device) if torch.compiler.is_compiling() else seeds.tolist()
+    return streams.normal(given, like.numel(), like.dtype, like.device).view(len(seeds), *like.shape)
 
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:

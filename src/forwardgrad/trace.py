@@ -54,10 +54,13 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
             _check(node)
         with without_autocast():  # what it did is in the graph
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
+    random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
     _simplify(functional)
+    if not random:  # what is drawn in the graph is drawn in the order of memory
+        _turn_products(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
-    return Traced(functional, constants, any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes), lowest)
+    return Traced(functional, constants, random, lowest)
 
 
 @contextmanager
@@ -154,7 +157,14 @@ def _simplify(graph: GraphModule) -> None:
                 node.replace_all_uses_with(other)
         elif node.target is aten.mm.default and (left := _value(node.args[0])) is not None and left.shape[1] == 1:
             node.target = aten.mul.Tensor
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _turn_products(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
+        if node.target in (aten.view.default, aten._unsafe_view.default):  # of a product in either order in memory
+            node.target = aten.reshape.default
         _turn(graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -168,7 +178,9 @@ def _turn(graph: GraphModule, node: Node) -> None:
     if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
         return
     x, weight = (_value(arg) for arg in node.args[-2:])
-    if x is None or weight is None or x.device.type != "cpu" or weight.stride(0) != 1 or weight.stride(1) < weight.shape[0]:
+    if x is None or weight is None or x.device.type != "cpu" or x.dtype.itemsize < 4:
+        return
+    if weight.stride(0) != 1 or weight.stride(1) < weight.shape[0]:
         return
     rows, columns = x.shape[0], weight.shape[1]
     if not (_FEW <= rows <= _SOME or columns <= _FEW < rows):
@@ -179,6 +191,7 @@ def _turn(graph: GraphModule, node: Node) -> None:
         turned = make(aten.t.default, (product,))
         if node.target is aten.addmm.default:
             turned = make(aten.add.Tensor, (turned, node.args[0]))
+        product.meta["val"], turned.meta = node.meta["val"].t(), dict(node.meta)
     node.replace_all_uses_with(turned)
 
 

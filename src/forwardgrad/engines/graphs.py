@@ -83,7 +83,11 @@ class Engine(ABC):
         later = Survey(self.pieces, batch)
         after, kept = Snapshot(later), False
         try:
-            if (moves, later.key, self._pinned(later, moves)) != key:  # a state was filled, or a buffer took another form: the next step will do
+            if (
+                moves,
+                later.key,
+                self._pinned(later, moves),
+            ) != key:  # a state was filled, or a buffer took another form: the next step will do
                 raise Different("the state of the estimator or the model has another form after every step")
             before.restore()
             with warnings.catch_warnings(), _plain():

@@ -101,7 +101,7 @@ class Survey:
 
     def __init__(self, pieces: Pieces, batch: Batch, earlier: Survey | None = None) -> None:
         self.pieces = pieces
-        self.model = earlier.model if earlier is not None and earlier.model.holds() else _Model(pieces.model)
+        self.model: _Model = earlier.model if earlier is not None and earlier.model.holds() else _Model(pieces.model)
         self._numbers = dict(self.model.numbers)
         self.tensors = list(self.model.tensors)
         self.trained, self.hooked, self.beside = self.model.trained, self.model.hooked, len(self.tensors)

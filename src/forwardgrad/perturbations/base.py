@@ -15,6 +15,7 @@ from torch.func import vmap
 from forwardgrad.draws import drawn
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.layers import Layer
+from forwardgrad.streams import sown
 from forwardgrad.tangents import Law
 
 Pick = Callable[[Tensor], Tensor]
@@ -41,8 +42,8 @@ class Directions:
 
         def stack() -> Tensor:
             numbers = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
-            for index, seed in enumerate(self._seeds):
-                self.law.fill_([numbers[index]], self._stream.manual_seed(_mixed(seed, place)))
+            for tangent, seed in zip((numbers,) if len(self) == 1 else numbers, self._seeds, strict=True):
+                self.law.fill_([tangent], self._stream.manual_seed(sown(seed, place)))
             return numbers if numbers.device == device else numbers.to(device)
 
         return lambda: drawn(stack, once=(id(self._seeds), place))
@@ -50,17 +51,6 @@ class Directions:
     def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A stack [K, *shape] with the dtype and device of `like`."""
         return self.plan(shape, like)()
-
-
-def _mixed(seed: int, place: int) -> int:
-    """A seed for one place: the finaliser of a 64-bit hash, in which every bit of the result depends on all of both numbers."""
-    z = (seed + (place + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & _MASK
-    return (z ^ z >> 31) & _MASK >> 1
-
-
-_MASK = 2**64 - 1
 
 
 class Entered(ABC):
