@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -86,6 +88,7 @@ class Gaussian(Law):
     independent: ClassVar[bool] = True
 
     def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
+        """As `Law.draw`. What is large follows from seeds (`streams`), on all cores, and in a compiled step as part of it."""
         sown = drawn(lambda: self._sown(like, count, generator))
         return {name: _grown(tangent, like[name]) if tangent.dtype == torch.int64 else tangent for name, tangent in sown.items()}
 
@@ -99,10 +102,10 @@ class Gaussian(Law):
         for index in range(count):
             for name in like:
                 if name in streamed:
-                    _seed_(seeds[name][index], generator)
+                    seeds[name][index].random_(-(2**63), None, generator=generator)
                 else:
                     few[name][index].normal_(generator=generator)
-        return {name: seeds[name] if name in streamed else few[name].to(p.device) for name, p in like.items()}
+        return {name: (seeds if name in streamed else few)[name].to(p.device) for name, p in like.items()}
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
@@ -204,31 +207,53 @@ def _seeds(generator: Generator, count: int) -> list[int]:
     return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
 
 
-_MANY = 2**16  # numbers from which a stream is worth the passes that begin it
+_WORTH_A_STREAM = 2**16  # numbers
 
 
 def _streamed(part: Tensor, generator: Generator) -> bool:
-    """Whether normal numbers are a stream of their own (`streams`): a generator of the processor draws on one core, and in no graph."""
-    return generator.device.type == "cpu" and part.numel() >= _MANY
-
-
-def _seed_(seed: Tensor, generator: Generator) -> Tensor:
-    return seed.random_(-(2**63), None, generator=generator)
-
-
-def _normal_(part: Tensor, generator: Generator) -> None:
-    """Fill with standard normal numbers."""
-    if not _streamed(part, generator):
-        part.normal_(generator=generator)
-        return
-    seed = int(_seed_(torch.empty((), dtype=torch.int64), generator))
-    part.copy_(streams.normal([seed], part.numel(), part.dtype, part.device).view(part.shape))
+    """Whether a parameter's directions are streams: a generator of the processor draws on one core, and in no graph."""
+    return generator.device.type == "cpu" and part.numel() >= _WORTH_A_STREAM
 
 
 def _grown(seeds: Tensor, like: Tensor) -> Tensor:
     """The streams of some seeds, [count, *shape]."""
-    given = seeds.to(like.device) if torch.compiler.is_compiling() else seeds.tolist()
-    return streams.normal(given, like.numel(), like.dtype, like.device).view(len(seeds), *like.shape)
+    on_host = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
+    return streams.normal(seeds.tolist() if on_host else seeds, like.numel(), like.dtype).view(len(seeds), *like.shape)
+
+
+_MANY, _BLOCK = 2**22, 2**20  # numbers from which several threads are worth it (those of torch wait for work in a loop), and of a block
+
+
+def _normal_(part: Tensor, generator: Generator) -> None:
+    """Fill with standard normal numbers: where they are many, in blocks with generators of their own, so that all cores can draw.
+
+    A generator of the processor draws on one core. The blocks do not depend on the number of cores, and so neither do the bits.
+    """
+    if generator.device.type != "cpu" or part.numel() < _MANY or not part.is_contiguous():
+        part.normal_(generator=generator)
+        return
+    blocks = part.view(-1).split(_BLOCK)
+    seeds = fork(generator, len(blocks))
+    share = -(-len(blocks) // torch.get_num_threads())
+
+    def fill(start: int) -> None:
+        stream = Generator()
+        for block, seed in zip(blocks[start : start + share], seeds[start : start + share], strict=True):
+            block.normal_(generator=stream.manual_seed(seed))
+
+    others = [_threads().submit(fill, start) for start in range(share, len(blocks), share)]
+    fill(0)
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="forwardgrad")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not outlive a fork
 
 
 def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:

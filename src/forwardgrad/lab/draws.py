@@ -11,19 +11,22 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from forwardgrad import streams
 from forwardgrad.tangents import LAWS, Law
 
 Draw = Callable[[], object]
 
 
-def recorded(work: Callable[[], object]) -> list[Draw]:
+def recorded(work: Callable[[], object], *, compiled: bool = False) -> list[Draw]:
     """Every draw of a piece of work, run once, as something that can be run again: the same law over memory of the same shapes.
+
+    `compiled`: streams are drawn by a compiled function of their own, as they are where the whole step is one.
 
     A law's `fill_` is one draw, with all it takes to turn random bits into directions; whatever else draws random numbers (a peer's
     `randn_like`, dropout) is recorded operator by operator. Run again, each draw goes into memory that was not touched before, as in
     the step, and comes from a generator of its own.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(compiled)
     with _laws_watched(recorder), recorder:
         work()
     return recorder.draws
@@ -32,8 +35,9 @@ def recorded(work: Callable[[], object]) -> list[Draw]:
 class _Recorder(TorchDispatchMode):
     """Notes what draws random numbers; inside a law's draw it looks away."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._compiled = compiled
         self.draws: list[Draw] = []
         self.inside = 0
         self._generators: dict[torch.device, Generator] = {}
@@ -48,6 +52,14 @@ class _Recorder(TorchDispatchMode):
     def law(self, law: Law, tangent: list[Tensor]) -> None:
         parts, generator = [_Template(part) for part in tangent], self.generator(tangent[0].device)
         self.draws.append(lambda: law.fill_([part.empty() for part in parts], generator))
+
+    def stream(self, seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None) -> None:
+        if not self._compiled:
+            self.draws.append(lambda: streams.normal(list(seeds), count, dtype, device))
+            return
+        given = torch.arange(len(seeds), device=device)
+        made = torch.compile(lambda seeds: streams.normal(seeds, count, dtype), dynamic=False)
+        self.draws.append(lambda: made(given))
 
     def generator(self, device: torch.device) -> Generator:
         return self._generators.setdefault(device, Generator(device).manual_seed(0))
@@ -75,7 +87,12 @@ def _again(func: Any, args: Any, kwargs: Any) -> object:
 
 @contextmanager
 def _laws_watched(recorder: _Recorder) -> Iterator[None]:
-    """Inside, every law tells the recorder what it fills."""
+    """Inside, every law tells the recorder what it fills, and what it takes from streams."""
+
+    def normal(seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        if not recorder.inside:
+            recorder.stream(seeds, count, dtype, device)
+        return stream(seeds, count, dtype, device)
 
     def watched(fill_: Callable[[Law, list[Tensor], Generator], None]) -> Callable[[Law, list[Tensor], Generator], None]:
         def told(law: Law, tangent: list[Tensor], generator: Generator) -> None:
@@ -89,7 +106,10 @@ def _laws_watched(recorder: _Recorder) -> Iterator[None]:
 
         return told
 
+    stream = streams.normal
     with ExitStack() as stack:
+        stack.callback(setattr, streams, "normal", stream)
+        streams.normal = normal
         for kind in LAWS:
             own = kind.__dict__["fill_"]
             stack.callback(setattr, kind, "fill_", own)
