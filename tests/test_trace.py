@@ -96,3 +96,33 @@ def test_what_a_graph_draws_and_how_precisely_it_computes_is_known() -> None:
             return [(x @ x).float()]
 
     assert [trace(step, [x]).lowest for step in (lambda: [x @ x], halved)] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("rows_", "columns", "turned"), [(11, 20, False), (12, 20, True), (48, 20, True), (49, 20, False), (49, 12, True), (5, 5, False)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_few_rows_or_columns_is_turned_and_stays_what_it_is(rows_: int, columns: int, turned: bool, bias: bool) -> None:
+    x, w, b = rows(rows_, 6), rows(columns, 6) - 1, rows(columns) if bias else None
+    inputs = [x, w] if b is None else [x, w, b]
+    found = trace(lambda: [F.linear(x, w, b).relu().view(-1).sum()], inputs)
+    placeholder = next(iter(found.graph.graph.nodes))
+    products = [node for node in found.graph.graph.nodes if node.target in (aten.mm.default, aten.addmm.default)]
+    assert len(products) == 1
+    assert any(node.target is aten.addmm.default for node in products) == (bias and not turned)
+    first = products[0].args[-2]
+    assert (first is not placeholder) == turned
+    torch.testing.assert_close(found.graph(*inputs)[0], F.linear(x, w, b).relu().sum())
+
+
+def test_products_stay_as_they_are_where_order_in_memory_or_low_precision_matters() -> None:
+    def step(x: Tensor, w: Tensor, rate: float) -> set[object]:
+        targets, _ = traced(lambda x, w: F.dropout(F.linear(x, w), rate), x, w)
+        return targets
+
+    x, w = rows(16, 6), rows(20, 6)
+    assert aten.reshape.default not in step(x, w, 0.5)
+    for rate, dtype, turns in ((0.0, torch.float32, 4), (0.5, torch.float32, 1), (0.0, torch.bfloat16, 1)):
+        one, other = x.to(dtype), w.to(dtype)
+        found = trace(lambda: [F.dropout(F.linear(one, other), rate)], [one, other])  # noqa: B023
+        assert sum(node.target is aten.t.default for node in found.graph.graph.nodes) == turns
