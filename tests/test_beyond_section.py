@@ -35,7 +35,7 @@ def trained(store: Store, rows: list[str], reached: Reached, precision: Precisio
             write_json(path, {**(read_json(path) or {}), "forward_passes": 2000, "peak_bytes": 5_000_000})
         return {run.identity: store.result(run.identity) for run in runs}
 
-    run_study(beyond(rows, **options).computed_in(precision), store, execute, "forwardgrad reproduce beyond")
+    run_study(beyond(rows, **options).computed(precision), store, execute, "forwardgrad reproduce beyond")
 
 
 def by_name(**accuracies: float) -> Reached:

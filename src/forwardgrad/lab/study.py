@@ -15,7 +15,7 @@ from typing import Any, Literal
 from forwardgrad.lab import parts, space
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length, Pace, unpaced
-from forwardgrad.lab.run import Optimizer, Precision, Run, check_choice
+from forwardgrad.lab.run import Engine, Optimizer, Precision, Run, check_choice
 from forwardgrad.lab.space import Point, Space
 
 TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direction with the final runs, whose seeds count from 0
@@ -162,9 +162,9 @@ class Study:
         run = dataclasses.replace(parts.signed(arm.at(point)), seed=seed)
         return self.training.of(run, pace) if self.training else run
 
-    def computed_in(self, precision: Precision) -> Study:
-        """The same study with the layers of every run in this precision."""
-        arms = tuple(dataclasses.replace(arm, run=dataclasses.replace(arm.run, precision=precision)) for arm in self.arms)
+    def computed(self, precision: Precision = "float32", engine: Engine = "eager") -> Study:
+        """The same study with the layers of every run in this precision, and its steps taken by this engine."""
+        arms = tuple(dataclasses.replace(arm, run=dataclasses.replace(arm.run, precision=precision, engine=engine)) for arm in self.arms)
         return dataclasses.replace(self, arms=arms)
 
 

@@ -16,6 +16,7 @@ from forwardgrad.lab.commands.options import (
     Batched,
     DataDir,
     Device,
+    EngineOption,
     ExecutorOption,
     Gpus,
     Jobs,
@@ -86,6 +87,7 @@ def reproduce(
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
     budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
     precision: Precise = "float32",
+    engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
@@ -110,7 +112,7 @@ def reproduce(
         unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
         if given := [option for option, value in unused.items() if value is not None]:
             raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
-        return _reproduce_all([study.computed_in(precision) for study in everything(budget or "paper", seeds)], out, place)
+        return _reproduce_all([study.computed(precision, engine) for study in everything(budget or "paper", seeds)], out, place)
     if budget is not None:
         raise UserError("--budget belongs to `reproduce all`: shorten other recipes with --epochs")
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
@@ -125,7 +127,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = carry_out(study.computed_in(precision), out, place)
+    store = carry_out(study.computed(precision, engine), out, place)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 

@@ -102,6 +102,7 @@ def tune(
     widen: Annotated[int, typer.Option(min=0, help="Times that the grid may be widened where its best point lies on an edge.")] = 0,
     batch_size: BatchSize = 64,
     seeds: Seeds = 1,
+    engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
     out: Out = Path("results"),
@@ -120,7 +121,7 @@ def tune(
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first: dict[str, Any] = {name: values[0] for name, values in space.items()}
     options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
-    run = Run(data, model, estimator_of(estimator), options, epochs, batch_size)
+    run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, engine=engine)
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:
             dataclasses.replace(options, **{name: value})  # type: ignore[arg-type]
