@@ -60,7 +60,7 @@ GOALS: tuple[Goal, ...] = (
     _deep("of a plain forward pass", 2.5, (DEEP, "plain")),
     _deep("of backpropagation with checkpoints", 0.5, (DEEP, "backprop-checkpoint"), strict=True),
     _deep("of 8 layers", 1.05, (SHALLOW, "low-rank")),
-    Goal("minutes for Table I, all 14 rows at full length, on one H200", 10, elsewhere="forwardgrad reproduce table1 --device cuda"),
+    Goal("minutes for Table I, all 14 rows at full length, on one H200", 10, elsewhere="forwardgrad reproduce table1 --device cuda --engine graph"),
     Goal("32 runs of the NN batched on one GPU / one run", 4, elsewhere="python benchmarks/batched_runs.py --device cuda"),
 )  # fmt: skip
 
