@@ -2,7 +2,8 @@
 
 A compiled or captured step cannot draw from an explicit generator. It is handed its random numbers instead, or the seeds that they follow
 from (`streams`), and what draws them is the plan of the step it was made from: the same calls in the same order, so that they are the same
-bits and leave every generator in the same state. Whatever draws from a generator in a step does so through `drawn`, which otherwise does nothing.
+bits and leave every generator in the same state. Whatever draws from a generator in a step does so through `drawn`, which otherwise does
+nothing.
 """
 
 from __future__ import annotations

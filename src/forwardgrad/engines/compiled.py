@@ -21,8 +21,8 @@ class Compiled(Engine):
     """Steps that torch's compiler made one function of.
 
     Random numbers, or the seeds that they follow from inside it, are drawn before it, from the same generators in the same order as in
-    the eager step. Part of the function is the move of `torch.optim.SGD` without momentum or weight decay, after which `.grad` is empty, and that of
-    optimizers made with `capturable=True` and a tensor for a learning rate. Others are handed the gradient.
+    the eager step. Part of the function is the move of `torch.optim.SGD` without momentum or weight decay, after which `.grad` is empty,
+    and that of optimizers made with `capturable=True` and a tensor for a learning rate. Others are handed the gradient.
     """
 
     name: ClassVar[str] = "compile"
