@@ -39,6 +39,7 @@ class Engine(ABC):
         self._runs: dict[Hashable, Run] = {}
         self._tries: dict[Hashable, int] = {}
         self._last: Survey | None = None
+        self._again: tuple[Hashable, Run] | None = None
         self._given_up = self._warned = False
 
     @abstractmethod
@@ -60,16 +61,23 @@ class Engine(ABC):
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
         survey = self._last = Survey(self.pieces, batch, self._last)
         key = moves, survey.key, self._pinned(survey, moves)
-        if (run := self._runs.get(key)) is not None:
-            with _plain():
-                return run(survey)
         if survey.hooked:
             self._give_up("a module has hooks, which a graph would not call")
+        elif (run := self._found(key)) is not None:
+            with _plain():
+                return run(survey)
         elif len(self._runs) >= MOST:
             self._warn(f"there are {MOST} graphs already, and this batch or setting of the model is another kind")
         else:
             return self._first(key, survey, batch, eager, moves)
         return eager(batch)
+
+    def _found(self, key: tuple[Hashable, ...]) -> Run | None:
+        """The graph for a key, which is nearly always that of the step before."""
+        if self._again is None or self._again[0] != key:
+            run = self._runs.get(key)
+            self._again = None if run is None else (key, run)
+        return None if self._again is None else self._again[1]
 
     def _pinned(self, survey: Survey, moves: bool) -> Hashable:
         """What a graph depends on besides the key of a survey."""
