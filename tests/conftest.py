@@ -21,9 +21,9 @@ settings.load_profile("reproducible")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> None:
-    """The peak of memory is measured after a collection of garbage, which need not look through thousands of collected tests each time."""
+    """Times and peaks are measured after a collection of garbage, which need not look through all tests and modules there are each time."""
     gc.collect()
     gc.freeze()
 
@@ -32,6 +32,12 @@ def frozen_heap() -> None:
 def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch's compiler makes is not shared with other workers, nor with earlier runs that may have been killed while they wrote it."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untried_instructions() -> None:
+    """The compiler takes the processor at its word, where it would build and start ten programs to find out what it can do."""
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 @pytest.fixture(scope="session")
