@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -38,6 +41,14 @@ def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def untried_instructions() -> None:
     """The compiler takes the processor at its word, where it would build and start ten programs to find out what it can do."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """The commands and their options are put together once, not at every call of the command line, most of which do little else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session")
