@@ -27,7 +27,7 @@ def smoothed(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output, labels, label_smoothing=0.05)
 
 
-def study(trials: int = 8, seeds: int = 5) -> Study:
+def study(trials: int = 8, seeds: int = 5, passes: int = 8000) -> Study:
     """Every arm trains with Adam for as many forward passes, its rate annealed to zero and tuned with as many trials."""
     arms = {"backprop": "backprop", "forward": "forward(tangents=4)", "activity": "forward(perturb=activity)"}
     made = []
@@ -36,5 +36,5 @@ def study(trials: int = 8, seeds: int = 5) -> Study:
             "spirals:spirals", "spirals:network", parse_estimator(spec), Optimizer("adam", 0.01, anneal=True), loss="spirals:smoothed"
         )
         made.append(Arm(name, "two spirals", name, spec, run, {"lr": LogUniform(1e-4, 0.1)}))
-    short, long = Length(forward_passes=2000), Length(forward_passes=8000)
+    short, long = Length(forward_passes=passes // 4), Length(forward_passes=passes)
     return Study("spirals", "Two spirals", tuple(made), seeds, short, long, trials, "halton", widen=1)

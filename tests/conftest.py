@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -21,9 +24,9 @@ settings.load_profile("reproducible")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> None:
-    """The peak of memory is measured after a collection of garbage, which need not look through thousands of collected tests each time."""
+    """Times and peaks are measured after a collection of garbage, which need not look through all tests and modules there are each time."""
     gc.collect()
     gc.freeze()
 
@@ -32,6 +35,20 @@ def frozen_heap() -> None:
 def own_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What torch's compiler makes is not shared with other workers, nor with earlier runs that may have been killed while they wrote it."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untried_instructions() -> None:
+    """The compiler takes the processor at its word, where it would build and start ten programs to find out what it can do."""
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_command_line() -> Iterator[None]:
+    """The commands and their options are put together once, not at every call of the command line, most of which do little else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

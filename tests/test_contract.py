@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -84,8 +85,8 @@ PAIRS = [(method, case) for case in CASES for method in METHODS if applies(metho
 OUTSIDE = [(method, case) for case in CASES for method in METHODS if not applies(method, case)]
 
 
-def pairs(which: list[tuple[fg.Estimator, Case]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("method", "case"), which, ids=[f"{case}-{short(method)}" for method, case in which])
+def named(which: list[tuple[fg.Estimator, Case]]) -> list[str]:
+    return [f"{case}-{short(method)}" for method, case in which]
 
 
 methods = pytest.mark.parametrize("method", METHODS, ids=short)
@@ -130,7 +131,7 @@ def test_every_estimator_and_every_perturbation_is_tested() -> None:
     assert {type(method.perturb) for method in METHODS if isinstance(method, fg.ForwardGradient)} == set(fg.PERTURBATIONS)
 
 
-@pairs(OUTSIDE)
+@pytest.mark.parametrize(("method", "case"), OUTSIDE, ids=named(OUTSIDE))
 def test_a_loss_outside_the_limits_is_told_and_gives_no_gradient(method: fg.Estimator, case: Case) -> None:
     model, loss = case.build()
     with pytest.raises(ValueError, match=r"needs .*(F\.cross_entropy|the error at the model's output)"):
@@ -138,14 +139,63 @@ def test_a_loss_outside_the_limits_is_told_and_gives_no_gradient(method: fg.Esti
     assert gradients(model) == {}
 
 
-@pairs(PAIRS)
-def test_fills_grad_and_adds_to_it(method: fg.Estimator, case: Case) -> None:
+@dataclass(frozen=True)
+class Taken:
+    """An estimate of the gradient of a fresh model, and what it left."""
+
+    model: nn.Module
+    record: fg.Estimate
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random: Tensor  # the state of the global generator
+    saved: tuple[int, int]
+    kept: bool  # whether parameters and buffers are the objects that they were
+
+
+def take(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> Taken:
+    def objects() -> list[tuple[str, int]]:
+        return [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+
+    records, before = list[fg.Estimate](), objects()
+    saved = packed(lambda: records.append(estimate(method, model, loss, seed)))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return Taken(model, records[0], gradients(model), buffers, torch.get_rng_state(), saved, objects() == before)
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What the tests of a method and a case look at: the estimates take most of their time, and are made once for all of them."""
+
+    method: fg.Estimator
+    case: Case
+    first: Taken
+    same: Taken  # a fresh model, and the seed of the first
+    other: Taken  # a fresh model, another seed
+    added: Taken  # a fresh model, the seed of the first, and -3 times the first gradient in its .grad
+
+
+@pytest.fixture(scope="module")
+def promised(request: pytest.FixtureRequest) -> Promised:
+    method, case = request.param
+    assert torch.is_grad_enabled()
+    first, same, other = (take(method, *case.build(), seed) for seed in (0, 0, 1))
     model, loss = case.build()
-    parameters = dict(model.named_parameters())
-    estimate(method, model, loss)
-    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    for name, g in first.gradients.items():
+        model.get_parameter(name).grad = -3 * g
+    return Promised(method, case, first, same, other, take(method, model, loss))
+
+
+every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indirect=True, scope="module")
+
+
+@every_pair
+def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
+    method, case, first = promised.method, promised.case, promised.same
+    assert promised.first.kept
+    assert promised.added.kept
+    model = first.model
     reached = {id(p) for module in model.modules() if learns(method, module, model) for p in module.parameters(recurse=False)}
-    for p in parameters.values():
+    for p in model.parameters():
         assert isinstance(p, nn.Parameter)
         if not p.requires_grad or id(p) not in reached:
             assert p.grad is None
@@ -155,39 +205,33 @@ def test_fills_grad_and_adds_to_it(method: fg.Estimator, case: Case) -> None:
         assert type(p.grad) is Tensor
         assert not p.grad.requires_grad
         assert not p.grad.is_inference()
-    first = gradients(model)
     still = method == fg.LearnedFeedback() and case.output == "reshaped"  # no feedback yet, and no layer with an exact gradient
-    assert any(g.any() for g in first.values()) != still
-    copied, loss = case.build()
-    for name, g in first.items():
-        copied.get_parameter(name).grad = -3 * g
-    estimate(method, copied, loss)
-    torch.testing.assert_close(gradients(copied), {name: -2 * g for name, g in first.items()})
+    assert any(g.any() for g in first.gradients.values()) != still
+    torch.testing.assert_close(promised.added.gradients, {name: -2 * g for name, g in promised.first.gradients.items()})
 
 
-@pairs(PAIRS)
-def test_same_seed_same_bits(method: fg.Estimator, case: Case) -> None:
-    found = []
-    for seed in (1, 1, 2):
-        model, loss = case.build()
-        record = estimate(method, model, loss, seed)
-        found.append([record.loss, record.derivatives, *gradients(model).values()])
-    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
-    other = all(torch.equal(a, b) for a, b in zip(found[0], found[2], strict=True))
-    if not isinstance(method, fg.LocalLosses):  # its classifiers are zeros at first, and so are its estimates
-        assert other == isinstance(method, (fg.Backprop, fg.Readout))
+@every_pair
+def test_same_seed_same_bits(promised: Promised) -> None:
+    first, same, other = (
+        [taken.record.loss, taken.record.derivatives, *taken.gradients.values()]
+        for taken in (promised.first, promised.same, promised.other)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    equal = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    if not isinstance(promised.method, fg.LocalLosses):  # its classifiers are zeros at first, and so are its estimates
+        assert equal == isinstance(promised.method, (fg.Backprop, fg.Readout))
 
 
-@pairs(PAIRS)
-def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(method: fg.Estimator, case: Case) -> None:
+@every_pair
+def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Promised) -> None:
+    method, case, record = promised.method, promised.case, promised.first.record
     model, loss = case.build()
     torch.manual_seed(7)
     start = torch.get_rng_state()
-    expected = loss(copy.deepcopy(model)).detach().mean()
+    expected = loss(model).detach().mean()
     after = torch.get_rng_state()
     assert torch.equal(start, after) != case.random
-    record = estimate(method, model, loss)
-    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(promised.first.random, after)
     close = tolerance(method, 1e-12) if case.exact else 0.2 if isinstance(method, fg.ZerothOrder) and case.name in ROUGH else None
     torch.testing.assert_close(record.loss, expected, rtol=close, atol=close)
     assert record.derivatives.shape == (getattr(method, "tangents", 1 + method.complement if isinstance(method, fg.Guess) else 0),)
@@ -196,26 +240,24 @@ def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pas
     assert not record.derivatives.requires_grad
 
 
-@pairs(PAIRS)
-def test_buffers_are_updated_as_by_one_ordinary_forward_pass(method: fg.Estimator, case: Case) -> None:
-    model, loss = case.build()
-    plain = copy.deepcopy(model)
-    buffers = dict(model.named_buffers())
-    for _ in range(2):
-        torch.manual_seed(7)
-        loss(plain)
-        estimate(method, model, loss)
-    assert all(b is buffers[name] for name, b in model.named_buffers())
+@every_pair
+def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Promised) -> None:
+    method, (model, loss), taken = promised.method, promised.case.build(), promised.first
     close = tolerance(method, 1e-13)
-    torch.testing.assert_close(dict(model.named_buffers()), dict(plain.named_buffers()), rtol=close, atol=close / 10)
+    for _ in range(2 if taken.buffers else 0):
+        torch.manual_seed(7)
+        loss(model)
+        torch.testing.assert_close(taken.buffers, dict(model.named_buffers()), rtol=close, atol=close / 10)
+        taken = take(method, taken.model, loss)
+        assert taken.kept
 
 
-@pairs([pair for pair in PAIRS if pair[0] in NO_BACKWARD])
-def test_nothing_is_saved_for_a_backward_pass(method: fg.Estimator, case: Case) -> None:
-    model, loss = case.build()
-    assert torch.is_grad_enabled()
-    assert packed(lambda: estimate(method, model, loss)) == (0, 0)
-    assert packed(lambda: estimate(fg.Backprop(), model, loss))[1] > 0  # the counter counts
+@every_pair
+def test_nothing_is_saved_for_a_backward_pass(promised: Promised) -> None:
+    if promised.method in NO_BACKWARD:
+        assert promised.first.saved == promised.added.saved == (0, 0)
+    else:
+        assert promised.first.saved[1] > 0  # the counter counts
 
 
 def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_gradients_enabled() -> None:

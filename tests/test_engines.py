@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -49,11 +49,11 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 X, Y = rows(12, 4, dtype=torch.float32), torch.arange(12) % 3
 
 
-def batches(step: fg.TrainingStep, count: int = 6) -> Iterator[fg.Estimate]:
-    """An epoch of three batches, the last of them smaller, again and again."""
-    for index in range(count):
-        stop = 7 if index % 3 == 2 else 12
-        yield step(X[:stop], Y[:stop])
+EPOCHS = [(X, Y), (X, Y), (X[:7], Y[:7])] * 2  # the last batch of an epoch is smaller
+
+
+def batches(step: fg.TrainingStep) -> list[fg.Estimate]:
+    return [step(x, y) for x, y in EPOCHS]
 
 
 def outcome(step: fg.TrainingStep, records: list[fg.Estimate]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def compare(
     method: fg.Estimator,
     optimizer: Optimizers = sgd,
     *,
-    run: Callable[[fg.TrainingStep], list[fg.Estimate]] = lambda step: list(batches(step)),
+    run: Callable[[fg.TrainingStep], list[fg.Estimate]] = batches,
     loss: Callable[..., Tensor] = loss,
     graphs: int,
     close: float = 1e-5,
@@ -127,11 +127,11 @@ def test_a_model_that_is_no_graph_steps_eagerly(method: fg.Estimator, name: str)
         by_case(next(case for case in CASES if case.name == name), method, graphs=0)
 
 
-def scheduled(step: fg.TrainingStep) -> list[fg.Estimate]:
+def scheduled(step: fg.TrainingStep, given: Sequence[tuple[Tensor, Tensor]] = EPOCHS) -> list[fg.Estimate]:
     schedule = torch.optim.lr_scheduler.ExponentialLR(step.optimizer, 0.5)
     records = []
-    for record in batches(step):
-        records.append(record)
+    for x, y in given:
+        records.append(step(x, y))
         schedule.step()
     return records
 
@@ -344,22 +344,32 @@ def test_a_captured_graph_needs_a_gpu() -> None:
     model = network()
     step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded(), engine="graph")
     with pytest.warns(UserWarning, match=r"engine='graph' falls back to eager steps: a CUDA graph needs all parameters on a GPU"):
-        records = list(batches(step))
+        records = batches(step)
     other = network()
     eager = fg.TrainingStep(loss, other, sgd(other), RANK_1, generator=seeded())
     assert [float(r.loss) for r in records] == [float(r.loss) for r in batches(eager)]
 
 
+def whole(step: fg.TrainingStep) -> list[fg.Estimate]:
+    """On a schedule, with batches of one size: a graph for each size is tested without the compiler, which takes seconds for each."""
+    return scheduled(step, [(X, Y)] * 4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [fg.Backprop(), RANK_1, fg.ForwardGradient(tangents=2), fg.ZerothOrder(), fg.LocalLosses()], ids=short)
-def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator) -> None:
+@pytest.mark.parametrize(
+    ("method", "graphs"),
+    [(fg.Backprop(), 2), (RANK_1, 2), (fg.ForwardGradient(tangents=2), 1), (fg.ZerothOrder(), 1), (fg.LocalLosses(), 1)],
+    ids=lambda value: short(value) if isinstance(value, fg.Estimator) else None,
+)
+def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator, graphs: int) -> None:
     dropout = 0.3 if method in (fg.Backprop(), RANK_1) else 0.0  # of several evaluations or tangents the compiler draws other masks
-    compare(lambda: network(dropout), method, run=scheduled, graphs=2, close=1e-3 if isinstance(method, fg.ZerothOrder) else 1e-5)
+    close = 1e-3 if isinstance(method, fg.ZerothOrder) else 1e-5
+    compare(lambda: network(dropout), method, run=whole if graphs == 1 else scheduled, graphs=graphs, close=close)
 
 
 @pytest.mark.slow
 def test_a_compiled_step_hands_its_gradient_to_an_optimizer_that_looks_ahead() -> None:
-    compare(network, RANK_1, OPTIMIZERS["nesterov"], run=scheduled, graphs=2)
+    compare(network, RANK_1, OPTIMIZERS["nesterov"], run=whole, graphs=1)
 
 
 @pytest.mark.slow
@@ -368,7 +378,7 @@ def test_a_compiled_step_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return loss(model, x, y)
 
-    step = compare(network, fg.Backprop(), loss=halved, graphs=2, close=2e-2)
+    step = compare(network, fg.Backprop(), loss=halved, run=whole, graphs=1, close=2e-2)
     assert step(X, Y).loss.dtype == torch.float32
 
 

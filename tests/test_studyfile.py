@@ -83,7 +83,7 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, name: str, words: str) -
 
 @pytest.mark.slow
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    few = ("--set", "trials=2", "--set", "seeds=1", "--out", tmp_path)
+    few = ("--set", "trials=2", "--set", "seeds=1", "--set", "passes=2400", "--out", tmp_path)
     status, out, _ = run(monkeypatch, capsys, "study", EXAMPLE, *few, "--budget")
     assert status == 0
     assert "9 runs" in out
@@ -94,7 +94,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
     assert len({len(arm["trials"]) for arm in record["arms"]}) == 1  # widened or not, every arm had as many
     assert [len(arm["runs"]) for arm in record["arms"]] == [1, 1, 1]
     results = [json.loads((tmp_path / "runs" / name / "result.json").read_text()) for arm in record["arms"] for name in arm["runs"]]
-    assert [result["steps"] for result in results] == [2666, 1600, 4000]  # 8,000 forward passes, three, five, two a step
+    assert [result["steps"] for result in results] == [800, 480, 1200]  # 2,400 forward passes, three, five, two a step
     assert all(result["test"]["accuracy"] > 0.6 for result in results)
 
 

@@ -100,7 +100,7 @@ from forwardgrad.lab.run import from_json
 import json
 tensorboard.NOTED_SECONDS = 0.0
 run, root = from_json(json.loads(sys.argv[2])), Path(sys.argv[1])
-train.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0.2)
+train.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0.05)
 """
 
 
@@ -108,7 +108,7 @@ train.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0
 def test_a_run_killed_and_resumed_has_every_step_once(tmp_path: Path) -> None:
     from forwardgrad.lab.run import to_json
 
-    run = dataclasses.replace(RUN, epochs=200)
+    run = dataclasses.replace(RUN, epochs=100)
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     for _ in range(2):  # killed twice, each time some steps after a checkpoint
         seen = {checkpoint.stat().st_mtime_ns} if checkpoint.exists() else set()

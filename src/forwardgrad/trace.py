@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -41,7 +43,8 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
 
     Raises Untraceable where what the step does depends on the values of tensors; and whatever the step raises.
     """
-    with torch.no_grad():
+    shapes = TracingContext(FakeTensorMode())  # make_fx would make another one, with a look at the whole stack, for every tensor
+    with torch.no_grad(), tracing(shapes):
         try:
             with _is_compiling():
                 graph = make_fx(lambda *_: list(step()))(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 from collections.abc import Sequence
@@ -30,11 +31,8 @@ GROUND = {  # of the page itself: name, on light, on dark; the colours of figure
 
 def html(title: str, verdict: Sequence[str], sections: Sequence[Section]) -> str:
     """The whole page. What is stored is text to it: nothing stored can run, and nothing at all can be fetched."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["kept"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")  # no line begins with a percent sign
-    environment.tests["judged"] = lambda item: isinstance(item, Judged)
     script = _read("page.js")
-    return environment.from_string(_read("page.html.jinja")).render(
+    return _template().render(
         title=title,
         verdict=verdict,
         sections=sections,
@@ -48,6 +46,15 @@ def html(title: str, verdict: Sequence[str], sections: Sequence[Section]) -> str
         ids={section.id for section in sections},
         long=LONG,
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """Compiled once a process: that takes longer than filling it in."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["kept"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")  # no line begins with a percent sign
+    environment.tests["judged"] = lambda item: isinstance(item, Judged)
+    return environment.from_string(_read("page.html.jinja"))
 
 
 def _colours(theme: int) -> str:
