@@ -150,7 +150,7 @@ def test_kills_at_random_moments_cost_steps_and_no_result(tmp_path: Path, worker
     """A study of eight runs, killed twenty times before it may end, then begun again elsewhere; of two processes any or both are killed.
 
     What is there in one of twenty moments is hit by one of a hundred kills but for 0.6 % of the time. Moments between two operations on
-    files are shorter, and looked at one by one above.
+    files are shorter, and sampled evenly above.
     """
     script = Path(__file__).with_name("killing.py")
     alone = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
