@@ -13,6 +13,8 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from forwardgrad.rewrites import join_relus
+
 aten = torch.ops.aten
 
 Step = Callable[[], Sequence[Tensor | None]]
@@ -55,6 +57,7 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
         with without_autocast():  # what it did is in the graph
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     _simplify(functional)
+    join_relus(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
     return Traced(functional, constants, any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes), lowest)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Factored
+from forwardgrad.fused import shifted
 from forwardgrad.perturbations.outer import outer, scaled
 
 Calls = Callable[..., Any]
@@ -195,6 +196,8 @@ class Convolution(Layer):
         count, size = len(kernels), self.weight_shape[2:]
         taps = kernels.view(count, -1, math.prod(size)).transpose(1, 2).reshape(-1, self.weight_shape[1])
         each = x.permute(0, 2, 3, 1) @ taps.T
+        if torch.compiler.is_compiling():
+            return shifted(each, count, size, self.stride, self.padding, self.dilation)
         places = torch.eye(math.prod(size), dtype=each.dtype, device=x.device).view(1, -1, *size).repeat(count, 1, 1, 1)
         return self._convolve(each.permute(0, 3, 1, 2), places.to(memory_format=torch.channels_last), count)
 
