@@ -80,7 +80,7 @@ def test_a_sum_of_shifted_taps_is_a_convolution(
     count: int, stride: tuple[int, int], padding: tuple[int, int], size: tuple[int, int], dilation: tuple[int, int]
 ) -> None:
     x, filters = rows(2, 4, 9, 8), rows(count, 4, *size)
-    each = x.movedim(1, 3) @ filters.flatten(2).transpose(1, 2).flatten(0, 1).T
+    each = x.movedim(1, 3) @ filters.flatten(2).permute(2, 0, 1).flatten(0, 1).T
     found = shifted(each, count, size, stride, padding, dilation)
     torch.testing.assert_close(found, F.conv2d(x, filters, None, stride, padding, dilation))
 

@@ -79,14 +79,14 @@ def pooled(x: Tensor, tangents: Tensor, size: tuple[int, int], *, rectified: boo
 def shifted(
     each: Tensor, count: int, size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """The responses [N, K, H', W'] to K filters, as a sum of shifted images, from those of all taps at every place [N, H, W, K · taps]."""
+    """The responses [N, K, H', W'] to K filters, as a sum of shifted images, from those of all taps at every place [N, H, W, taps · K]."""
     wide = F.pad(each, (0, 0, padding[1], padding[1], padding[0], padding[0])).to(torch.promote_types(each.dtype, torch.float32))
-    wide = wide.unflatten(3, (count, -1))
+    wide = wide.unflatten(3, (-1, count))
     spans = [whole - d * (part - 1) for whole, part, d in zip(wide.shape[1:3], size, dilation, strict=True)]
     total: Tensor | None = None
     for tap, corner in enumerate(product(*map(range, size))):
         down, across = (slice(i * d, i * d + span, s) for i, d, span, s in zip(corner, dilation, spans, stride, strict=True))
-        one = wide[:, down, across, :, tap]
+        one = wide[:, down, across, tap]
         total = one if total is None else total + one
     assert total is not None
     return images(apart(total.to(each.dtype)))
