@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forwardgrad import fused
 from forwardgrad.outputs import bind
 
 Call = tuple[Any, ...]
@@ -54,6 +55,10 @@ class Track:
 
 def _rectified(t: Tensor, values: Tensor, into: Tensor) -> Tensor:
     """Tangents with zeros where a ReLU is zero."""
+    if torch.compiler.is_compiling() and fused.channels_last(values):
+        of_rows = [fused.rows(one) for one in (t, values, into)]
+        torch.ops.aten.threshold_backward.grad_input(of_rows[0], of_rows[1].expand_as(of_rows[0]), 0, grad_input=of_rows[2])
+        return into
     return torch.ops.aten.threshold_backward.grad_input(t, values, 0, grad_input=into)  # type: ignore[no-any-return]
 
 
@@ -178,11 +183,14 @@ def _max_pool(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[
     x, both = call["input"], call.pop("return_indices", False) or func is F.max_pool2d_with_indices
     if x.dim() != 4:
         return NotImplemented
-    out, winners = F.max_pool2d_with_indices(**call)
     track = e.track(x)
     assert track is not None
     early = track.behind is not None  # the winner of a ReLU is positive or moves nothing: that can be seen behind the pool
     tangents = track.behind[0].of(x) if track.behind is not None else track.of(x)
+    if torch.compiler.is_compiling() and not both and (size := fused.windows(call)) is not None:
+        out, moved = fused.pooled(x, tangents, size, rectified=early)
+        return e.attach(out, moved, fresh=True)
+    out, winners = F.max_pool2d_with_indices(**call)
     moved = torch.stack([_at(t, winners) for t in tangents]) if e.count > 1 else _at(tangents[0], winners).unsqueeze(0)
     e.attach(out, _rectified(moved, out, moved) if early else moved, fresh=True)
     return (out, winners) if both else out

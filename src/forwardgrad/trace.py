@@ -15,6 +15,8 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from forwardgrad.rewrites import join_relus
+
 aten = torch.ops.aten
 
 Step = Callable[[], Sequence[Tensor | None]]
@@ -59,6 +61,7 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
     _simplify(functional)
+    join_relus(functional)
     if not random:  # what is drawn in the graph is drawn in the order of memory
         _turn_products(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}

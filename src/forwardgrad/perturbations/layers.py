@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Factored
+from forwardgrad.fused import shifted
 from forwardgrad.perturbations.outer import outer, scaled
 
 Calls = Callable[..., Any]
@@ -174,7 +175,7 @@ class Convolution(Layer):
         if right.shape[2] > 1 or self.groups > 1 or out.dim() != len(self.weight_shape):
             return super().respond_all(x, out, left, right, moved)
         if spatial == 2 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (out, *(() if moved is None else moved))):
-            along = self._along(x, right).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1)
+            along = self._along(x, right).permute(0, 2, 3, 1).reshape(-1, count, 1).transpose(0, 1).contiguous()
             found = outer(along, left, None if moved is None else moved.permute(0, 1, 3, 4, 2), out)
             return found.view(count, len(out), *out.shape[2:], -1).permute(0, 1, 4, 2, 3)
         along, columns = self._along(x, right), left.view(*left.shape, *[1] * spatial)
@@ -193,8 +194,11 @@ class Convolution(Layer):
         A convolution to so few channels wastes most of what a processor computes with.
         """
         count, size = len(kernels), self.weight_shape[2:]
-        taps = kernels.view(count, -1, math.prod(size)).transpose(1, 2).reshape(-1, self.weight_shape[1])
-        each = x.permute(0, 2, 3, 1) @ taps.T
+        taps, images = kernels.view(count, self.weight_shape[1], -1), x.permute(0, 2, 3, 1)
+        if torch.compiler.is_compiling():  # which adds up faster than a convolution where what it adds lies side by side
+            each = images @ taps.permute(2, 0, 1).reshape(-1, self.weight_shape[1]).T
+            return shifted(each, count, size, self.stride, self.padding, self.dilation)
+        each = images @ taps.transpose(1, 2).reshape(-1, self.weight_shape[1]).T
         places = torch.eye(math.prod(size), dtype=each.dtype, device=x.device).view(1, -1, *size).repeat(count, 1, 1, 1)
         return self._convolve(each.permute(0, 3, 1, 2), places.to(memory_format=torch.channels_last), count)
 
