@@ -21,6 +21,7 @@ from torch import Tensor
 
 _BLOCK = 2**17  # pairs made at a time where nothing fuses the passes over them: so many stay in the caches of two cores
 _GOLDEN, _ALTERNATING = 0x9E3779B97F4A7C15, 0xAAAAAAAAAAAAAAAA
+_MASK = 2**64 - 1
 _STAFFORD = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
 _MURMUR = (33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)
 
@@ -98,7 +99,7 @@ def _begin(seeds: Seeds, device: torch.device | None = None) -> tuple[Tensor, Te
 
 def _begun(seed: Words) -> tuple[Words, Words]:
     """Where a stream starts and the odd step γ of its words, one whose bits change often enough."""
-    start, gamma = sown(seed, 0), mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
+    start, gamma = mixed(_wrapped(seed + _wrapped(_GOLDEN))), mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
     changing, other = gamma ^ gamma >> 1, gamma ^ _wrapped(_ALTERNATING)
     if isinstance(changing, int):
         return start, (gamma if (changing & 2**63 - 1).bit_count() >= 24 else other)
@@ -106,9 +107,12 @@ def _begun(seed: Words) -> tuple[Words, Words]:
     return start, torch.where(changes >= 24, gamma, other)
 
 
-def sown(seed: Words, place: int) -> Words:
+def sown(seed: int, place: int) -> int:
     """A seed for one of many places: every bit of it depends on all bits of both numbers."""
-    return mixed(_wrapped(seed + _wrapped((place + 1) * _GOLDEN)))
+    z = seed + (place + 1) * _GOLDEN & _MASK  # as `mixed`, in few words: it is asked for at every step
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31
 
 
 def mixed(words: Words, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Words:

@@ -134,8 +134,9 @@ class _Model:
         self.hooked = False
         self._seen = [(vars(module), vars(module).copy()) for module in model.modules()]
         held = [d for module in model.modules() for d in _inside(module)]
-        self._within = [(d.values(), [*map(id, d.values())]) for d in held]
-        self._held = [d.copy() for d in held]  # as long as they live, no other object has their place in memory
+        self._empty = [d for d in held if not d]
+        self._within = [(d.values(), [*map(id, d.values())]) for d in held if d]
+        self._held = [d.copy() for d in held if d]  # as long as they live, no other object has their place in memory
         self.key = _Key(part for module in model.modules() for part in self._parts(module))
         self._described = [_described(tensor) for tensor in self.tensors]
 
@@ -150,10 +151,12 @@ class _Model:
     def holds(self) -> bool:
         """Whether all modules and tensors are the same ones, and like they were: asked at every step, and so in few words."""
         try:
-            same = all(now == then for now, then in self._seen) and all([*map(id, now)] == then for now, then in self._within)
+            if any(self._empty) or any(now != then for now, then in self._seen):
+                return False
         except Exception:  # what a module keeps need not have an equality
             return False
-        return same and self._described == [_described(tensor) for tensor in self.tensors]
+        within = all([*map(id, now)] == then for now, then in self._within)
+        return within and self._described == [*map(_described, self.tensors)]
 
 
 class _Key(tuple[Hashable, ...]):

@@ -37,14 +37,15 @@ class Directions:
 
     def plan(self, shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
         """What draws a stack [K, *shape] with the dtype and device of `like`: the same bits at every call."""
-        place, dtype, device = self._places, like.dtype, like.device
+        place, dtype, device, seeds, stream = self._places, like.dtype, like.device, self._seeds, self._stream
         self._places += 1
+        size, home = (len(seeds), *shape), stream.device
 
-        def stack() -> Tensor:
-            numbers = torch.empty((len(self), *shape), dtype=dtype, device=self._stream.device)
-            for tangent, seed in zip((numbers,) if len(self) == 1 else numbers, self._seeds, strict=True):
-                self.law.fill_([tangent], self._stream.manual_seed(sown(seed, place)))
-            return numbers if numbers.device == device else numbers.to(device)
+        def stack() -> Tensor:  # in few words: it is asked for at every step, twice
+            numbers = torch.empty(size, dtype=dtype, device=home)
+            for tangent, seed in zip((numbers,) if len(seeds) == 1 else numbers, seeds, strict=True):
+                self.law.fill_([tangent], stream.manual_seed(sown(seed, place)))
+            return numbers if home == device else numbers.to(device)
 
         return lambda: drawn(stack, once=(id(self._seeds), place))
 
