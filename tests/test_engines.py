@@ -231,12 +231,12 @@ def test_a_survey_takes_over_what_holds_still_and_nothing_else(change: Callable[
     model = nn.Sequential(*network(0.3), nn.Linear(3, 1))
     step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded())
     first = Survey(step, (X, Y))
-    same = Survey(step, (X[:7], Y[:7]), first)
+    same = Survey(step, (X[:7], Y[:7]), first.model)
     assert same.model is first.model
     assert same.key == Survey(step, (X[:7], Y[:7])).key
     assert same.key != first.key
     change(model)
-    now, fresh = Survey(step, (X, Y), first), Survey(step, (X, Y))
+    now, fresh = Survey(step, (X, Y), first.model), Survey(step, (X, Y))
     assert now.model is not first.model
     assert (now.key, now.hooked, now.given) == (fresh.key, fresh.hooked, fresh.given)
     assert [id(t) for t in (*now.tensors, *now.trained)] == [id(t) for t in (*fresh.tensors, *fresh.trained)]

@@ -47,7 +47,7 @@ def windows(call: Mapping[str, Any]) -> tuple[int, int] | None:
     fits = all(whole >= part for whole, part in zip(call["input"].shape[2:], size, strict=True)) and not (
         call.get("ceil_mode") and any(spare)
     )
-    return size if beside and fits and size[0] * size[1] <= _MANY else None
+    return size if beside and fits and 1 < size[0] * size[1] <= _MANY else None
 
 
 def pooled(x: Tensor, tangents: Tensor, size: tuple[int, int], *, rectified: bool) -> tuple[Tensor, Tensor]:

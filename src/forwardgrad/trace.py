@@ -15,8 +15,6 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from forwardgrad.rewrites import join_relus
-
 aten = torch.ops.aten
 
 Step = Callable[[], Sequence[Tensor | None]]
@@ -61,8 +59,8 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
     _simplify(functional)
-    join_relus(functional)
-    if not random:  # what is drawn in the graph is drawn in the order of memory
+    # what is drawn in a graph is drawn in the order of memory, and a view by strides goes by it
+    if not random and not any(node.target is aten.as_strided.default for node in functional.graph.nodes):
         _turn_products(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)

@@ -115,7 +115,7 @@ def compiled(traced: Traced, inputs: list[Tensor]) -> Function:
     """The graph by the compiler behind `torch.compile`. What the model draws from the global generators keeps its bits."""
     import torch._inductor as inductor  # takes a second to load
 
-    options: dict[str, Any] = {"size_asserts": False}  # a survey of the step has seen to that
+    options: dict[str, Any] = {"size_asserts": bool(traced.constants)}  # of all others a survey of the step has seen to that
     if traced.random:
         options["fallback_random"] = True
     function: Function = inductor.compile(traced.graph, inputs, options=options)  # type: ignore[arg-type]

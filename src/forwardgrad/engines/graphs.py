@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from forwardgrad.draws import Plan, planned
-from forwardgrad.engines.pieces import Batch, Pieces, Snapshot, Survey
+from forwardgrad.engines.pieces import Batch, ModelSurvey, Pieces, Snapshot, Survey
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Untraceable
 
@@ -38,7 +38,7 @@ class Engine(ABC):
         self.pieces = pieces
         self._runs: dict[Hashable, Run] = {}
         self._tries: dict[Hashable, int] = {}
-        self._last: Survey | None = None
+        self._model: ModelSurvey | None = None
         self._again: tuple[Hashable, Run] | None = None
         self._given_up = self._warned = False
 
@@ -59,7 +59,8 @@ class Engine(ABC):
         return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
 
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
-        survey = self._last = Survey(self.pieces, batch, self._last)
+        survey = Survey(self.pieces, batch, self._model)
+        self._model = survey.model
         key = moves, survey.key, self._pinned(survey, moves)
         if survey.hooked:
             self._give_up("a module has hooks, which a graph would not call")

@@ -95,13 +95,12 @@ class Survey:
     """The tensors of a step with one batch, each once: parameters, buffers, state and batch.
 
     `key` tells whether a graph that was made for one survey is right for another: all that a step depends on besides values of tensors
-    and what its functions read from elsewhere. Of `earlier`, a survey of the same pieces, the part of the model is taken over where the
-    model is still as it was.
+    and what its functions read from elsewhere. `earlier`: the part of the model in a survey before, taken over where it still holds.
     """
 
-    def __init__(self, pieces: Pieces, batch: Batch, earlier: Survey | None = None) -> None:
+    def __init__(self, pieces: Pieces, batch: Batch, earlier: ModelSurvey | None = None) -> None:
         self.pieces = pieces
-        self.model: _Model = earlier.model if earlier is not None and earlier.model.holds() else _Model(pieces.model)
+        self.model = earlier if earlier is not None and earlier.holds(pieces.model) else ModelSurvey(pieces.model)
         self._numbers = dict(self.model.numbers)
         self.tensors = list(self.model.tensors)
         self.trained, self.hooked, self.beside = self.model.trained, self.model.hooked, len(self.tensors)
@@ -124,7 +123,7 @@ class Survey:
         return _placed(tensor, self._numbers, self.tensors)
 
 
-class _Model:
+class ModelSurvey:
     """The part of a survey that is the model's, and how to see that it holds still."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -132,11 +131,11 @@ class _Model:
         self.tensors: list[Tensor] = []
         self.trained: list[Tensor] = []
         self.hooked = False
-        self._seen = [(vars(module), vars(module).copy()) for module in model.modules()]
+        self._root, self._seen = model, [(vars(module), vars(module).copy()) for module in model.modules()]
         held = [d for module in model.modules() for d in _inside(module)]
         self._empty = [d for d in held if not d]
-        self._within = [(d.values(), [*map(id, d.values())]) for d in held if d]
-        self._held = [d.copy() for d in held if d]  # as long as they live, no other object has their place in memory
+        self._within = [(d, [*map(id, d.values())]) for d in held if d]
+        self._held = [list(d.values()) for d in held]  # as long as they live, no other object has their place in memory
         self.key = _Key(part for module in model.modules() for part in self._parts(module))
         self._described = [_described(tensor) for tensor in self.tensors]
 
@@ -148,14 +147,14 @@ class _Model:
         self.trained += [p for p in self.tensors[before:] if p.requires_grad]
         yield tuple(None if b is None else _placed(b, self.numbers, self.tensors) for b in module._buffers.values())
 
-    def holds(self) -> bool:
-        """Whether all modules and tensors are the same ones, and like they were: asked at every step, and so in few words."""
+    def holds(self, model: nn.Module) -> bool:
+        """Whether it is this model, and all modules and tensors are as they were: asked at every step, and so in few words."""
         try:
-            if any(self._empty) or any(now != then for now, then in self._seen):
+            if model is not self._root or any(self._empty) or any(now != then for now, then in self._seen):
                 return False
         except Exception:  # what a module keeps need not have an equality
             return False
-        within = all([*map(id, now)] == then for now, then in self._within)
+        within = all([*map(id, now.values())] == then for now, then in self._within)
         return within and self._described == [*map(_described, self.tensors)]
 
 
