@@ -222,6 +222,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "type": lambda m: m.double(),
     "layer": lambda m: m.__setitem__(2, nn.Tanh()),
     "one more": lambda m: m.append(nn.Identity()),
+    "another dictionary": lambda m: setattr(m[2], "_parameters", {"weight": nn.Parameter(torch.ones(1))}),
     "hook": lambda m: m[2].register_forward_hook(lambda *_: None),
 }
 
@@ -240,6 +241,37 @@ def test_a_survey_takes_over_what_holds_still_and_nothing_else(change: Callable[
     assert now.model is not first.model
     assert (now.key, now.hooked, now.given) == (fresh.key, fresh.hooked, fresh.given)
     assert [id(t) for t in (*now.tensors, *now.trained)] == [id(t) for t in (*fresh.tensors, *fresh.trained)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_model_put_in_the_place_of_another_is_the_one_that_moves() -> None:
+    def run(step: fg.TrainingStep) -> list[fg.Estimate]:
+        records, first = [step(X, Y), step(X, Y)], step.model
+        before = [p.clone() for p in first.parameters()]
+        step.model = network()
+        step.optimizer = sgd(step.model)
+        records += [step(X, Y), step(X, Y)]
+        assert all(map(torch.equal, before, first.parameters()))
+        return records
+
+    compare(network, RANK_1, run=run, graphs=1)  # of the same kind, it needs no graph of its own
+
+
+def test_scripted_parts_are_told_or_followed_but_no_crash() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 3)))
+    step = fg.TrainingStep(loss, model, sgd(model), fg.Backprop(), engine="compile")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [float(step(X, Y).loss) for _ in range(2)]
+    assert found[1] < found[0]
+
+
+def test_a_step_holds_no_batch() -> None:
+    model = small()
+    step = fg.TrainingStep(loss, model, sgd(model), fg.Backprop(), engine="compile")
+    step._take.__self__._runs.clear()  # type: ignore[attr-defined]
+    survey = Survey(step, (X.clone(), Y))
+    assert not any(t is survey.tensors[survey.given] for t in survey.model.tensors)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from tests.cases import rows, seeded
 from tests.test_contract import short
-from tests.test_engines import compare, sgd
+from tests.test_engines import compare, loss, sgd
 from torch import Tensor, nn
 from torch.func import jvp
 
 import forwardgrad as fg
 from forwardgrad.engines import compiled
 from forwardgrad.fused import pooled, shifted, windows
-from forwardgrad.trace import trace
 
 aten = torch.ops.aten
 LAST = torch.channels_last
@@ -85,28 +83,6 @@ def test_a_sum_of_shifted_taps_is_a_convolution(
     torch.testing.assert_close(found, F.conv2d(x, filters, None, stride, padding, dilation))
 
 
-@pytest.mark.parametrize(
-    ("function", "joined"),
-    [
-        (lambda x, w: F.relu(F.conv2d(x, w, None, 2, 1)), True),
-        (lambda x, w: F.relu(F.conv2d(x, w).detach()), True),
-        (lambda x, w: F.conv2d(x, w).relu_(), True),
-        (lambda x, w: (y := F.conv2d(x, w)) * F.relu(y), False),
-        (lambda x, w: F.relu(F.conv_transpose2d(x, w)), False),
-        (lambda x, w: F.relu(F.conv2d(x.contiguous(), w.contiguous())), False),
-        (lambda x, w: F.relu(F.conv2d(x.double(), w.double())), False),
-        (lambda x, w: F.relu(F.conv1d(x[:, :, 0], w[:, :, 0])), False),
-    ],
-    ids=["alone", "detached", "in place", "seen elsewhere", "transposed", "contiguous", "float64", "one dimension"],
-)
-def test_a_relu_joins_a_convolution_that_nothing_else_sees(function: Callable[..., Tensor], joined: bool) -> None:
-    x, w = (rows(*shape, dtype=torch.float32).contiguous(memory_format=LAST) for shape in ((2, 4, 6, 5), (4, 4, 3, 3)))
-    found = trace(lambda: [function(x, w)], [x, w])
-    targets = {node.target for node in found.graph.graph.nodes}
-    assert (torch.ops.mkldnn._convolution_pointwise.default in targets) == (joined and torch.backends.mkldnn.is_available())
-    torch.testing.assert_close(found.graph(x, w)[0], function(x, w))
-
-
 def network(*, inplace: bool = False, form: torch.memory_format = LAST, pool: nn.Module | None = None, groups: int = 1) -> nn.Module:
     """Convolutions of few and of many channels, padded and not, strided and not; odd sizes, so that pooling leaves a row out."""
     torch.manual_seed(4)
@@ -170,3 +146,44 @@ def test_convolutions_take_the_same_steps_in_a_graph(kind: str, method: fg.Estim
 @pytest.mark.parametrize("method", [METHODS[2], METHODS[3], METHODS[4]], ids=short)
 def test_convolutions_take_the_same_steps_compiled(kind: str, method: fg.Estimator) -> None:
     stepped(kind, method, 1e-9)
+
+
+@pytest.mark.parametrize("where", ["input", "weight"])
+def test_what_is_not_a_number_stays_so(where: str) -> None:
+    def run(engine: str) -> tuple[Tensor, Tensor, bool]:
+        model, images, labels = (
+            network().float(),
+            rows(5, 2, 13, 11, dtype=torch.float32).contiguous(memory_format=LAST),
+            torch.arange(5) % 3,
+        )
+        step = fg.TrainingStep(loss, model, sgd(model), METHODS[3], generator=seeded(3), engine=engine)  # type: ignore[arg-type]
+        for _ in range(2):
+            step(images, labels)
+        with torch.no_grad():
+            (images[0, 0] if where == "input" else model[0].weight[0, 0])[1, 1] = torch.nan  # type: ignore[index, union-attr]
+        record = step(images, labels)
+        return record.loss, record.derivatives, all(bool(p.isnan().all()) for p in model.parameters())
+
+    for engine in ("eager", "compile"):
+        found, derivatives, spread = run(engine)
+        assert found.isnan()
+        assert derivatives.isnan().all()
+        assert spread
+
+
+@pytest.mark.parametrize(("kernel", "size", "batch", "count"), [(1, 5, 4, 3), (1, 3, 4, 3), ((3, 1), 5, 4, 2), (2, 5, 8, 3), (3, 4, 2, 3)])
+def test_small_images_of_many_channels_are_no_exception(
+    kernel: Any, size: int, batch: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "compiled", lambda traced, inputs: traced.graph)
+
+    def model() -> nn.Module:
+        torch.manual_seed(4)
+        layers = [nn.Conv2d(2, 16, 1), nn.ReLU(), nn.Conv2d(16, 20, kernel), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)]
+        made = nn.Sequential(*layers)
+        made(torch.zeros(1, 2, size, size))
+        return made.to(memory_format=LAST, dtype=torch.float64)  # type: ignore[call-overload, no-any-return]
+
+    x, labels = rows(batch, 2, size, size).contiguous(memory_format=LAST), torch.arange(batch) % 3
+    method = fg.ForwardGradient(perturb=fg.LowRank(), tangents=count)
+    compare(model, method, sgd, run=lambda step: [step(x, labels) for _ in range(3)], graphs=1, close=1e-9)

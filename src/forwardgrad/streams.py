@@ -1,8 +1,9 @@
 """Normal numbers that follow from a seed one by one: any of them can be made alone, on every core, or inside a compiled step.
 
 Word i of a stream is mix(start + (i + 1)·γ), where `mix` is the finaliser of a 64-bit hash and start and the odd γ follow from the seed:
-the generator SplitMix64, its streams told apart as its authors do it (Steele, Lea and Flood 2014, 'Fast splittable pseudorandom number
-generators'). The two halves of a word are made a pair of normal numbers by the formulas of Box and Muller, which are exact:
+the generator SplitMix64, its streams told apart by steps of their own as its authors do it (Steele, Lea and Flood 2014, 'Fast splittable
+pseudorandom number generators'). The halves of a word are made a pair of normal numbers by the formulas of Box and Muller, which are
+exact:
 
     z₁ = √(−2 ln u) cos θ,   z₂ = √(−2 ln u) sin θ     with u uniform on (0, 1) and θ on [−π, π)
 
@@ -35,7 +36,7 @@ def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | 
     Args:
         seeds: 64 random bits each. A tensor's numbers are operations that a compiler can put where they are used.
         count: how many numbers of each stream.
-        dtype: of the numbers. In float64 uniform numbers have 64 random bits, else 32, and |z| ≤ 6.66.
+        dtype: of the numbers. In float64 uniform numbers have 63 or 64 random bits, else 31 or 32, and |z| ≤ 6.66.
         device: where numbers are made, if the seeds are no tensor.
     """
     if not isinstance(seeds, Tensor):

@@ -98,7 +98,7 @@ class Gaussian(Law):
         few = {
             name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items() if name not in streamed
         }
-        seeds = {name: torch.empty(count, dtype=torch.int64) for name in streamed}
+        seeds = {name: torch.empty(count, dtype=torch.int64, device=generator.device) for name in streamed}
         for index in range(count):
             for name in like:
                 if name in streamed:
@@ -212,13 +212,14 @@ _WORTH_A_STREAM = 2**16  # numbers
 
 def _streamed(part: Tensor, generator: Generator) -> bool:
     """Whether a parameter's directions are streams: a generator of the processor draws on one core, and in no graph."""
-    return generator.device.type == "cpu" and part.numel() >= _WORTH_A_STREAM
+    return generator.device.type == "cpu" and part.is_floating_point() and part.numel() >= _WORTH_A_STREAM
 
 
 def _grown(seeds: Tensor, like: Tensor) -> Tensor:
     """The streams of some seeds, [count, *shape]."""
     on_host = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
-    return streams.normal(seeds.tolist() if on_host else seeds, like.numel(), like.dtype).view(len(seeds), *like.shape)
+    given = seeds.tolist() if on_host else seeds  # of a GPU the host is not to wait for
+    return streams.normal(given, like.numel(), like.dtype, like.device).view(len(seeds), *like.shape)
 
 
 _MANY, _BLOCK = 2**22, 2**20  # numbers from which several threads are worth it (those of torch wait for work in a loop), and of a block

@@ -36,7 +36,7 @@ class TrainingStep(Pieces):
     A graph stands for Python that no longer runs. It is made in the first step of its kind (in seconds, if compiled): another shape of
     batch, mode of a module, precision of autocast or set of trained parameters has a graph of its own, up to 8. What the loss reads
     besides the model and the batch stays what it was in that step, but for the values of tensors: give what changes as part of the
-    batch. Learning rates may change at any time. Directions are those of the eager step, and the generator is left as it leaves it.
+    batch. Learning rates may change at any time. Directions and the generator's state are those of the eager step, up to rounding.
     Before a graph is used its loss, derivatives, gradient (or the parameters' moves), buffers and state are compared with those of the
     eager step: their norms have to agree to 1e-4 in float32, 1e-8 in float64 and 5e-2 where anything is computed in half precision (with
     `ZerothOrder` plus the rounding of its differences). Where there is no graph to be had, or it differs, one warning says why and

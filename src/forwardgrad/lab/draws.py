@@ -55,9 +55,10 @@ class _Recorder(TorchDispatchMode):
 
     def stream(self, seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         if not self._compiled:
-            self.draws.append(lambda: streams.normal(list(seeds), count, dtype, device))
+            same = seeds.clone() if isinstance(seeds, Tensor) else list(seeds)
+            self.draws.append(lambda: streams.normal(same, count, dtype, device))
             return
-        given = torch.arange(len(seeds), device=device)
+        given = torch.arange(len(seeds), device=seeds.device if isinstance(seeds, Tensor) else device)
         made = torch.compile(lambda seeds: streams.normal(seeds, count, dtype), dynamic=False)
         self.draws.append(lambda: made(given))
 
