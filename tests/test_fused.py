@@ -142,8 +142,9 @@ def test_convolutions_take_the_same_steps_in_a_graph(kind: str, method: fg.Estim
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["", "contiguous"])
-@pytest.mark.parametrize("method", [METHODS[2], METHODS[3], METHODS[4]], ids=short)
+@pytest.mark.parametrize(
+    ("kind", "method"), [("", METHODS[2]), ("", METHODS[4]), ("contiguous", METHODS[3])], ids=["dense", "rank 1", "contiguous"]
+)
 def test_convolutions_take_the_same_steps_compiled(kind: str, method: fg.Estimator) -> None:
     stepped(kind, method, 1e-9)
 

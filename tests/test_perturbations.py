@@ -102,8 +102,8 @@ PLACES = 1000
 @pytest.fixture(autouse=True)
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small seeds tell the tangent and the place that numbers are drawn for."""
-    mixed = base._mixed
-    monkeypatch.setattr(base, "_mixed", lambda seed, place: seed * PLACES + place if seed < 2**20 else mixed(seed, place))
+    mixed = base.sown
+    monkeypatch.setattr(base, "sown", lambda seed, place: seed * PLACES + place if seed < 2**20 else mixed(seed, place))
 
 
 @dataclass(frozen=True)
