@@ -28,7 +28,7 @@ def unsigned(words: Tensor | list[int]) -> list[int]:
 
 def test_the_words_are_those_of_splitmix64() -> None:
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    steps = torch.arange(1, 6) * streams._wrapped(streams._GOLDEN)
+    steps = torch.arange(1, 6) * streams._signed(streams._GOLDEN)
     assert unsigned(mixed(steps + 1234567)) == published
     assert unsigned([sown(1234567, place) for place in range(5)]) == published
 
@@ -89,8 +89,8 @@ def test_a_stream_is_the_same_among_others_and_on_any_number_of_threads() -> Non
 
 
 def test_steps_are_odd_and_change_often_enough() -> None:
-    seeds = torch.arange(20_000) * streams._wrapped(streams._GOLDEN)
-    _, gammas = streams._begun(seeds)
+    seeds = torch.arange(20_000) * streams._signed(streams._GOLDEN)
+    _, gammas = streams._begun_together(seeds)
     assert bool((gammas & 1).all())
     assert len(set(gammas.tolist())) == len(seeds)
     changes = [(g ^ g >> 1).bit_count() - (g >> 63) for g in unsigned(gammas)]
@@ -119,7 +119,7 @@ def test_numbers_are_standard_normal_and_independent(dtype: torch.dtype) -> None
 
 
 def test_the_bits_of_words_are_fair_coins() -> None:
-    start, gamma = streams._begun(torch.arange(1000))
+    start, gamma = streams._begun_together(torch.arange(1000))
     words = mixed(torch.arange(1, 1001) * gamma.unsqueeze(1) + start.unsqueeze(1))
     bits = words.unsqueeze(2) >> torch.arange(64) & 1
     ones = bits.double().sum((0, 1)).numpy()

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 _BLOCK = 2**17  # pairs made at a time where nothing fuses the passes over them: so many stay in the caches of two cores
+_SCALE = 2.0**31, 2.0**63  # of whole numbers with a sign, in float32 and in float64
 _GOLDEN, _ALTERNATING = 0x9E3779B97F4A7C15, 0xAAAAAAAAAAAAAAAA
 _MASK = 2**64 - 1
 _STAFFORD = (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)
 _MURMUR = (33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), (33, 1)
 
-Words = TypeVar("Words", int, Tensor)
 Seeds = Int[Tensor, " k"] | Sequence[int]
 
 
@@ -40,11 +39,13 @@ def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | 
         device: where numbers are made, if the seeds are no tensor.
     """
     if not isinstance(seeds, Tensor):
-        numbers = torch.empty((len(seeds), count), dtype=_wide(dtype), device=device)
-        _fill_(numbers, *_begin(seeds, device))
+        begun = [_begun(seed) for seed in seeds]
+        numbers = torch.empty((len(seeds), count), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        _fill_(numbers, *torch.tensor(begun, device=device).T.unsqueeze(2))
         return numbers.to(dtype)
-    (start, gamma), half, wide = _begin(seeds), -(-count // 2), dtype == torch.float64
-    words = mixed(torch.arange(1, (half, 2 * half)[wide] + 1, device=start.device) * gamma + start)
+    half, wide = -(-count // 2), dtype == torch.float64
+    start, gamma = (word.unsqueeze(1) for word in _begun_together(seeds))
+    words = mixed(torch.arange(1, (half, 2 * half)[wide] + 1, device=seeds.device) * gamma + start)
     if wide:  # a word for each number of a pair
         length, angle = words[:, :half].double(), words[:, half:].double()
     else:
@@ -52,13 +53,6 @@ def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | 
     length = torch.sqrt(torch.log((length + 0.5).abs() * (1 / _SCALE[wide])) * -2)
     angle = angle * (math.pi / _SCALE[wide])
     return torch.cat([torch.cos(angle) * length, torch.sin(angle) * length], 1)[:, :count].to(dtype)
-
-
-_SCALE = 2.0**31, 2.0**63
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _fill_(numbers: Float[Tensor, "k count"], start: Tensor, gamma: Tensor) -> None:
@@ -89,49 +83,47 @@ def _fill_(numbers: Float[Tensor, "k count"], start: Tensor, gamma: Tensor) -> N
         torch.sin(angle, out=other).mul_(length)
 
 
-def _begin(seeds: Seeds, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Where streams start and the steps of their words, [k, 1] each."""
-    if isinstance(seeds, Tensor):
-        start, gamma = _begun(seeds)
-        return start.unsqueeze(1), gamma.unsqueeze(1)
-    start, gamma = torch.tensor([_begun(seed) for seed in seeds], device=device).T.unsqueeze(2)
-    return start, gamma
+def _begun(seed: int) -> tuple[int, int]:
+    """Where a stream starts and the odd step γ of its words, one whose bits change often enough, as torch's integers write them."""
+    start, gamma = sown(seed, 0), _finished(seed + 2 * _GOLDEN & _MASK, _MURMUR) | 1
+    if ((gamma ^ gamma >> 1) & _MASK >> 1).bit_count() < 24:
+        gamma ^= _ALTERNATING
+    return _signed(start), _signed(gamma)
 
 
-def _begun(seed: Words) -> tuple[Words, Words]:
-    """Where a stream starts and the odd step γ of its words, one whose bits change often enough."""
-    start, gamma = mixed(_wrapped(seed + _wrapped(_GOLDEN))), mixed(_wrapped(seed + _wrapped(2 * _GOLDEN)), _MURMUR) | 1
-    changing, other = gamma ^ gamma >> 1, gamma ^ _wrapped(_ALTERNATING)
-    if isinstance(changing, int):
-        return start, (gamma if (changing & 2**63 - 1).bit_count() >= 24 else other)
-    changes = (changing.unsqueeze(1) >> torch.arange(63, device=changing.device) & 1).sum(1)
-    return start, torch.where(changes >= 24, gamma, other)
+def _begun_together(seeds: Int[Tensor, " k"]) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
+    """The same for several seeds, as operations."""
+    start, gamma = mixed(seeds + _signed(_GOLDEN)), mixed(seeds + _signed(2 * _GOLDEN), _MURMUR) | 1
+    changes = ((gamma ^ gamma >> 1).unsqueeze(1) >> torch.arange(63, device=seeds.device) & 1).sum(1)
+    return start, torch.where(changes < 24, gamma ^ _signed(_ALTERNATING), gamma)
 
 
 def sown(seed: int, place: int) -> int:
     """A seed for one of many places: every bit of it depends on all bits of both numbers."""
-    z = seed + (place + 1) * _GOLDEN & _MASK  # as `mixed`, in few words: it is asked for at every step
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
-    return z ^ z >> 31
+    return _finished(seed + (place + 1) * _GOLDEN & _MASK, _STAFFORD)
 
 
-def mixed(words: Words, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Words:
-    """Words of which every bit depends on all bits of the given ones."""
+def _finished(word: int, finaliser: tuple[tuple[int, int], ...]) -> int:
+    """A word of which every bit depends on all bits of the given one, both without a sign."""
     for by, factor in finaliser:
-        words = _wrapped((words ^ words >> by & (1 << 64 - by) - 1) * _wrapped(factor))
-    return words
+        word = (word ^ word >> by) * factor & _MASK
+    return word
 
 
-def _mix_(words: Tensor, scratch: Tensor) -> Tensor:
+def mixed(words: Tensor, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Tensor:
+    """The same for every word of a tensor, with a sign."""
+    return _mix_(words.clone(), torch.empty_like(words), finaliser)
+
+
+def _mix_(words: Tensor, scratch: Tensor, finaliser: tuple[tuple[int, int], ...] = _STAFFORD) -> Tensor:
     """The same in place."""
-    for by, factor in _STAFFORD:
+    for by, factor in finaliser:
         words.bitwise_xor_(torch.bitwise_right_shift(words, by, out=scratch).bitwise_and_((1 << 64 - by) - 1))
         if factor != 1:
-            words.mul_(_wrapped(factor))
+            words.mul_(_signed(factor))
     return words
 
 
-def _wrapped(words: Words) -> Words:
-    """64 bits with a sign, as torch's integers are by themselves."""
-    return (words + 2**63) % 2**64 - 2**63 if isinstance(words, int) else words
+def _signed(word: int) -> int:
+    """The last 64 bits as torch's integers write them."""
+    return (word + 2**63) % 2**64 - 2**63
