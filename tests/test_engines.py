@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import forwardgrad as fg
 from forwardgrad.engines import compiled
-from forwardgrad.engines.pieces import Survey
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
 RANK_1 = fg.ForwardGradient(perturb=fg.LowRank())
@@ -211,38 +210,6 @@ def test_a_step_under_autocast_is_another_than_one_without() -> None:
     compare(network, fg.Backprop(), run=run, graphs=2, close=2e-2)
 
 
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "mode": lambda m: m.eval(),
-    "option": lambda m: setattr(m[3], "p", 0.5),
-    "frozen": lambda m: m[0].weight.requires_grad_(False),
-    "parameter": lambda m: setattr(m[4], "weight", nn.Parameter(m[4].weight.detach().clone())),
-    "single number": lambda m: setattr(m[7], "bias", nn.Parameter(m[7].bias.detach().clone())),  # another object, but equal
-    "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
-    "buffer": lambda m: m[1].register_buffer("running_mean", m[1].running_mean.clone()),
-    "type": lambda m: m.double(),
-    "layer": lambda m: m.__setitem__(2, nn.Tanh()),
-    "one more": lambda m: m.append(nn.Identity()),
-    "another dictionary": lambda m: setattr(m[2], "_parameters", {"weight": nn.Parameter(torch.ones(1))}),
-    "hook": lambda m: m[2].register_forward_hook(lambda *_: None),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_a_survey_takes_over_what_holds_still_and_nothing_else(change: Callable[[nn.Module], object]) -> None:
-    model = nn.Sequential(*network(0.3), nn.Linear(3, 1))
-    step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded())
-    first = Survey(step, (X, Y))
-    same = Survey(step, (X[:7], Y[:7]), first.model)
-    assert same.model is first.model
-    assert same.key == Survey(step, (X[:7], Y[:7])).key
-    assert same.key != first.key
-    change(model)
-    now, fresh = Survey(step, (X, Y), first.model), Survey(step, (X, Y))
-    assert now.model is not first.model
-    assert (now.key, now.hooked, now.given) == (fresh.key, fresh.hooked, fresh.given)
-    assert [id(t) for t in (*now.tensors, *now.trained)] == [id(t) for t in (*fresh.tensors, *fresh.trained)]
-
-
 @pytest.mark.usefixtures("uncompiled")
 def test_a_model_put_in_the_place_of_another_is_the_one_that_moves() -> None:
     def run(step: fg.TrainingStep) -> list[fg.Estimate]:
@@ -264,14 +231,6 @@ def test_scripted_parts_are_told_or_followed_but_no_crash() -> None:
         warnings.simplefilter("ignore")
         found = [float(step(X, Y).loss) for _ in range(2)]
     assert found[1] < found[0]
-
-
-def test_a_step_holds_no_batch() -> None:
-    model = small()
-    step = fg.TrainingStep(loss, model, sgd(model), fg.Backprop(), engine="compile")
-    step._take.__self__._runs.clear()  # type: ignore[attr-defined]
-    survey = Survey(step, (X.clone(), Y))
-    assert not any(t is survey.tensors[survey.given] for t in survey.model.tensors)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -70,13 +70,10 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Inside, operations compute in the precision of what they are given."""
-    on = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if not on:
-        yield
-        return
     with ExitStack() as stack:
-        for device in on:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

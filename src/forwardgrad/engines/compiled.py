@@ -67,7 +67,7 @@ class Compiled(Engine):
             raise Different("the random numbers of a step are not drawn the same way twice") from error
         if any(one is not other for one, other in zip(Survey(pieces, ()).tensors, survey.tensors[: survey.given], strict=True)):
             raise Untraceable("the step puts new tensors in place of the model's")
-        changing = range(survey.given, len(inputs))
+        changing, taught, passes = range(survey.given, len(inputs)), step.taught, step.passes  # a graph keeps nothing of the first batch
         with without_autocast():
             function = self._function(traced, [t.detach() for t in (*inputs, *traced.constants)], changing)
 
@@ -76,9 +76,9 @@ class Compiled(Engine):
                 now = self._rates.now(pieces.optimizer, device) if descends else []
                 found = function(*survey.tensors, *now, *plan.again(), *traced.constants)
             clear(pieces.optimizer)
-            for index, gradient in zip(step.taught, found[2:], strict=True):
+            for index, gradient in zip(taught, found[2:], strict=True):
                 survey.trained[index].grad = gradient
-            return Estimate(found[0], found[1], step.passes)
+            return Estimate(found[0], found[1], passes)
 
         return run, traced.lowest
 

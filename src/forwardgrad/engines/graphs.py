@@ -74,7 +74,7 @@ class Engine(ABC):
         return eager(batch)
 
     def _found(self, key: tuple[Hashable, ...]) -> Run | None:
-        """The graph for a key, which is nearly always that of the step before."""
+        """The graph for a key: nearly always that of the step before, of which the parts are the same objects and need no hash."""
         if self._again is None or self._again[0] != key:
             run = self._runs.get(key)
             self._again = None if run is None else (key, run)
@@ -92,11 +92,8 @@ class Engine(ABC):
         later = Survey(self.pieces, batch)
         after, kept = Snapshot(later), False
         try:
-            if (
-                moves,
-                later.key,
-                self._pinned(later, moves),
-            ) != key:  # a state was filled, or a buffer took another form: the next step will do
+            now = moves, later.key, self._pinned(later, moves)
+            if now != key:  # a state was filled, or a buffer took another form: the next step will do
                 raise Different("the state of the estimator or the model has another form after every step")
             before.restore()
             with warnings.catch_warnings(), _plain():

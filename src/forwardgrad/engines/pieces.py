@@ -136,7 +136,7 @@ class ModelSurvey:
         self._empty = [d for d in held if not d]
         self._within = [(d, [*map(id, d.values())]) for d in held if d]
         self._held = [list(d.values()) for d in held]  # as long as they live, no other object has their place in memory
-        self.key = _Key(part for module in model.modules() for part in self._parts(module))
+        self.key: Hashable = tuple(part for module in model.modules() for part in self._parts(module))
         self._described = [_described(tensor) for tensor in self.tensors]
 
     def _parts(self, module: nn.Module) -> Iterator[Hashable]:
@@ -156,19 +156,6 @@ class ModelSurvey:
             return False
         within = all([*map(id, now.values())] == then for now, then in self._within)
         return within and self._described == [*map(_described, self.tensors)]
-
-
-class _Key(tuple[Hashable, ...]):
-    """Of many parts, compared with itself first: its hash is worked out once."""
-
-    def __hash__(self) -> int:
-        found: int | None = self.__dict__.get("found")
-        if found is None:
-            found = self.__dict__["found"] = super().__hash__()
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or super().__eq__(other)
 
 
 def _inside(module: nn.Module) -> list[dict[str, Any]]:
