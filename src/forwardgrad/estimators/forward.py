@@ -16,6 +16,7 @@ from forwardgrad.factored import Gradient, dense
 from forwardgrad.objective import Objective
 from forwardgrad.outputs import shared_out
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
+from forwardgrad.perturbations.base import Sown
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
 from forwardgrad.tangents import Gaussian, Law, fork
@@ -171,7 +172,7 @@ class ForwardGradient(Estimator):
             solved = torch.linalg.pinv(gram.double(), hermitian=True) @ found.derivatives.double()
             return [solved.unsqueeze(1)] * len(found.entered)
         shares = {name: b / _uses(found)[name] for name, b in predicted.items()}  # a weight used twice moves twice: half of b for each
-        inner = [entered.inner(shares) for entered in found.entered if entered.in_weights] if predicted else []
+        inner = [entered.inner(shares) for entered in found.entered if isinstance(entered, Sown)] if predicted else []
         weights = []
         for entered in found.entered:
             d = found.of(entered)
@@ -200,7 +201,7 @@ class ForwardGradient(Estimator):
 
 def _uses(found: Pass) -> Counter[str]:
     """How often each weight moved itself."""
-    return Counter(name for entered in found.entered if entered.in_weights for name in entered.names)
+    return Counter(name for entered in found.entered if isinstance(entered, Sown) for name in entered.names)
 
 
 def add_parts(gradients: dict[str, Tensor | None], found: Pass, weights: list[Tensor]) -> None:

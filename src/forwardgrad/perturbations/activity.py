@@ -61,8 +61,6 @@ class Point(Entered):
     put off until something else uses it.
     """
 
-    in_weights = False
-
     def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
         super().__init__()
         self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows

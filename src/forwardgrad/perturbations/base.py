@@ -64,8 +64,6 @@ class Entered(ABC):
     rows: int = 1
     apart: bool = True
     """Whether its rows are the examples of the loss."""
-    in_weights: ClassVar[bool] = True
-    """Whether its directions are changes of weights, with covariance I there."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
@@ -83,13 +81,13 @@ class Entered(ABC):
     def names(self) -> list[str]:
         """The parameters that this perturbation has a gradient for."""
 
-    def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
-        """⟨direction k of example b, other⟩ with `other` given by parameter name."""
-        raise NotImplementedError
-
 
 class Sown(Entered):
-    """A perturbation that is added to a layer's output as soon as that is known."""
+    """A change of weights, with covariance I there, that is added to a layer's output as soon as that is known."""
+
+    @abstractmethod
+    def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
+        """⟨direction k of example b, other⟩ with `other` given by parameter name."""
 
     @abstractmethod
     def tangent(self, pick: Pick) -> Tensor:
