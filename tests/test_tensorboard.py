@@ -92,6 +92,19 @@ def test_the_table_of_hyperparameters(tmp_path: Path) -> None:
     assert set(given) == set(tensorboard.hyperparameters(RUN))
 
 
+def test_a_run_that_goes_on_within_a_second_is_read_after_what_it_goes_on_from(tmp_path: Path) -> None:
+    train.train(RUN, tmp_path / "first", tensorboard=tmp_path / "first")  # what takes long for the first time
+    board = tmp_path / RUN.identity
+    board.mkdir()
+    while time.time() % 1 > 0.1:
+        time.sleep(0.01)
+    earlier = board / f"events.out.tfevents.{int(time.time())}.zzz.9.0"  # of this second, and the last in it by name
+    earlier.touch()
+    train.train(RUN, tmp_path / "run", tensorboard=tmp_path)
+    assert max(board.iterdir()) != earlier
+    assert_all_there(tmp_path, tmp_path / "run", RUN)
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -37,7 +37,10 @@ class Board:
 
     def __init__(self, folder: Path | None, run: Run, state: State) -> None:
         self.run, self.state = run, state
-        self._writer = installed().SummaryWriter(str(folder), purge_step=state.step + 1) if folder else None
+        self._writer = None
+        if folder:
+            _wait_for_a_later_name(folder)
+            self._writer = installed().SummaryWriter(str(folder), purge_step=state.step + 1)
         self._evaluations, self._walk, self._step, self._noted = len(state.evaluations), len(state.walk), state.step, time.monotonic()
 
     def __enter__(self) -> Self:
@@ -86,6 +89,13 @@ class Board:
         for name, value in zip(names, values, strict=True):
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)  # type: ignore[union-attr]
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads a run's files in the order of their names, which tell the second they were begun in and then the process: one
+    that goes on in the second of another must not come before it."""
+    begun = [int(stamp) for path in folder.glob("events.out.tfevents.*") if (stamp := path.name.split(".")[3]).isdecimal()]
+    time.sleep(min(1.0, max(0.0, max(begun, default=0) + 1 - time.time())))
 
 
 def hyperparameters(run: Run) -> dict[str, bool | int | float | str]:
