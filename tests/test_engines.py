@@ -374,26 +374,3 @@ def test_a_compiled_step_under_autocast() -> None:
 
     step = compare(network, fg.Backprop(), loss=halved, run=whole, graphs=1, close=2e-2)
     assert step(X, Y).loss.dtype == torch.float32
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: captured graphs are tested where torch.cuda.is_available()")
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "capturable"])
-@pytest.mark.parametrize("method", [fg.Backprop(), RANK_1, fg.ForwardGradient(tangents=2), fg.ZerothOrder(), fg.Guess()], ids=short)
-def test_captured_steps_are_those_of_the_eager_engine(method: fg.Estimator, optimizer: str) -> None:
-    makers = {**OPTIMIZERS, "capturable": lambda m: torch.optim.Adam(m.parameters(), torch.tensor(0.05, device="cuda"), capturable=True)}
-    found = []
-    for engine in ("eager", "graph"):
-        model = network().cuda()
-        generator = torch.Generator("cuda").manual_seed(3)
-        step = fg.TrainingStep(loss, model, makers[optimizer](model), method, generator=generator, engine=engine)  # type: ignore[arg-type]
-        schedule = torch.optim.lr_scheduler.ExponentialLR(step.optimizer, 0.5)
-        records = []
-        for index in range(7):
-            stop = 7 if index % 3 == 2 else 12
-            records.append(step(X[:stop].cuda(), Y[:stop].cuda()))
-            schedule.step()
-        found.append((outcome(step, records), generator.get_state()))
-    assert len(made(step)) == 2
-    assert len({float(d) for d in found[1][0]["derivatives"]}) == len(found[1][0]["derivatives"])  # no direction is drawn twice
-    close = 1e-2 if isinstance(method, fg.ZerothOrder) else 1e-4
-    torch.testing.assert_close(found[1], found[0], rtol=close, atol=close)

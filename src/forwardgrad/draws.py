@@ -3,7 +3,7 @@
 A compiled or captured step cannot draw from an explicit generator. It is handed its random numbers instead, or the seeds that they follow
 from (`streams`), and what draws them is the plan of the step it was made from: the same calls in the same order, so that they are the same
 bits and leave every generator in the same state. Whatever draws from a generator in a step does so through `drawn`, which otherwise does
-nothing.
+nothing. A captured graph makes those draws itself that need nothing but generators on its GPU (`Plan.in_graph`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 Made = TypeVar("Made", Tensor, dict[str, Tensor], list[Any])
 
@@ -23,47 +24,78 @@ class Unplanned(Exception):
     """A step draws other random numbers than the plan says."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One draw: what makes it, what it made the first time, and the generators that it draws from, None if that is not known.
+
+    Lists (seeds, generators) stay the objects that later draws know, with new content. Of numbers only the shape is kept: while a step
+    runs they may belong to torch's transforms.
+    """
+
+    make: Callable[[], Any]
+    first: Any
+    on: tuple[Generator, ...] | None
+
+    def again(self) -> Sequence[Tensor]:
+        """Make it once more; the numbers, if it makes numbers."""
+        made = self.make()
+        if isinstance(self.first, list):
+            self.first[:] = made
+            return ()
+        return (made,) if isinstance(made, Tensor) else tuple(made.values())
+
+
 class Plan:
-    """The draws of one step in order. Lists (seeds, generators) stay the objects that later draws know, with new content."""
+    """The draws of one step in order."""
 
     def __init__(self) -> None:
-        self._draws: list[tuple[Callable[[], Any], Any]] = []
+        self.draws: list[Draw] = []
         self._known: set[Hashable] = set()
 
-    def note(self, make: Callable[[], Any], once: Hashable) -> Any:
+    def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[Generator] | None) -> Any:
         made = make()
         if once is None or once not in self._known:
             self._known.add(once)
-            # of numbers only the shape is kept: while a step runs they may belong to torch's transforms
-            self._draws.append((make, made if isinstance(made, list) else _shapes(made)))
+            first = made if isinstance(made, list) else _shapes(made)
+            self.draws.append(Draw(make, first, None if on is None else tuple(on)))
         return made
 
     def again(self) -> list[Tensor]:
         """Make all draws once more and return the numbers, each draw's tensors in a row."""
-        tensors: list[Tensor] = []
-        for make, first in self._draws:
-            made = make()
-            if isinstance(first, list):
-                first[:] = made
+        return [tensor for draw in self.draws for tensor in draw.again()]
+
+    def in_graph(self) -> set[int]:
+        """The draws that a captured graph can make itself, by their place: from generators on a GPU from which the host draws nothing
+        after them, since all that is drawn outside the graph is drawn before it."""
+        found, barred, all_barred = set[int](), set[int](), False
+        for index in reversed(range(len(self.draws))):
+            draw = self.draws[index]
+            if draw.on is None:
+                all_barred = True
+                continue
+            on_gpu = bool(draw.on) and all(generator.device.type == "cuda" for generator in draw.on)
+            names = {id(generator) for generator in draw.on}
+            if isinstance(draw.first, list) or not on_gpu or all_barred or names & barred:
+                barred |= names
             else:
-                tensors += [made] if isinstance(made, Tensor) else made.values()
-        return tensors
+                found.add(index)
+        return found
 
     def handed(self, tensors: Sequence[Tensor]) -> Handed:
-        return Handed(self._draws, tensors)
+        return Handed(self.draws, tensors)
 
 
 class Handed:
     """What a step gets where it would draw: these tensors, in the plan's order, each as a copy that it may write to."""
 
-    def __init__(self, draws: Sequence[tuple[Callable[[], Any], Any]], tensors: Sequence[Tensor]) -> None:
-        self._draws, self._tensors = iter(draws), iter(tensors)
+    def __init__(self, draws: Sequence[Draw], tensors: Sequence[Tensor]) -> None:
+        self._firsts, self._tensors = (draw.first for draw in draws), iter(tensors)
         self._known: dict[Hashable, Any] = {}
 
-    def note(self, make: Callable[[], Any], once: Hashable) -> Any:
+    def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[Generator] | None) -> Any:
         if once is not None and once in self._known:
             return _copied(self._known[once])
-        first = next(self._draws, (None, None))[1]
+        first = next(self._firsts, None)
         if first is None:
             raise Unplanned
         if isinstance(first, list):
@@ -74,21 +106,22 @@ class Handed:
         return _copied(found)
 
     def end(self) -> None:
-        if next(self._draws, None) is not None:
+        if next(self._firsts, None) is not None:
             raise Unplanned
 
 
-def drawn(make: Callable[[], Made], once: Hashable = None) -> Made:
+def drawn(make: Callable[[], Made], once: Hashable = None, on: Sequence[Generator] | None = None) -> Made:
     """What `make` draws: tensors, or a list of whatever later draws are made from.
 
     `make` is called again for every step of a plan, when the step is over: it must not hold tensors that the step computes. Draws with
-    the same `once` in one step are known to be the same numbers.
+    the same `once` in one step are known to be the same numbers. `on`: the generators that it draws from, where it is known to touch
+    no other; from those on a GPU it has to draw without a word from the host.
     """
     plan = _at_work.get()
     if plan is None:
         return make()
     with _working(None):  # a law may draw by way of another
-        made: Made = plan.note(make, once)
+        made: Made = plan.note(make, once, on)
     return made
 
 

@@ -42,7 +42,7 @@ class Law(ABC):
 
         A CPU generator gives a model on any device the same directions, up to rounding.
         """
-        return drawn(lambda: self._draw(like, count, generator))
+        return drawn(lambda: self._draw(like, count, generator), on=None if self.joint else [generator])
 
     def _draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         made = {name: torch.empty((count, *p.shape), dtype=p.dtype, device=generator.device) for name, p in like.items()}
@@ -89,7 +89,7 @@ class Gaussian(Law):
 
     def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
         """As `Law.draw`. What is large follows from seeds (`streams`), on all cores, and in a compiled step as part of it."""
-        sown = drawn(lambda: self._sown(like, count, generator))
+        sown = drawn(lambda: self._sown(like, count, generator), on=[generator])
         return {name: _grown(tangent, like[name]) if tangent.dtype == torch.int64 else tangent for name, tangent in sown.items()}
 
     def _sown(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
@@ -194,7 +194,7 @@ class Orthogonal(Law):
 
 def fork(generator: Generator, count: int) -> list[int]:
     """Seeds of `count` streams that follow from the generator's state, which moves on; a generator on a GPU is not waited for."""
-    return drawn(lambda: _seeds(generator, count))
+    return drawn(lambda: _seeds(generator, count), on=[generator])
 
 
 def _seeds(generator: Generator, count: int) -> list[int]:

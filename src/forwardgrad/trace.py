@@ -64,6 +64,8 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
         _turn_products(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
+    if lowest == torch.float32 and any(_as_tf32(node) for node in functional.graph.nodes):
+        lowest = torch.float16  # which has as many digits
     return Traced(functional, constants, random, lowest)
 
 
@@ -115,6 +117,16 @@ def _check(node: Node) -> None:
         raise Untraceable(f"a shape or value depends on the values of a tensor ({node.target})")
 
 
+def _as_tf32(node: Node) -> bool:
+    """Whether a GPU computes a product of float32 with the ten bits of a TF32 number; convolutions it does unless it is told otherwise."""
+    factor = _value(node.args[0]) if node.args else None
+    if factor is None or factor.device.type != "cuda" or factor.dtype != torch.float32:
+        return False
+    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")  # noqa: B009  # unknown to its types
+    kind = convolutions if node.target in _CONVOLUTIONS else products if node.target in _MATRIX_PRODUCTS else None
+    return kind is not None and kind.fp32_precision == "tf32"
+
+
 def _tagged(node: Node, tag: torch.Tag) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and tag in node.target.tags
 
@@ -132,6 +144,8 @@ _KEEP_ZERO = {
     *(aten.alias.default, aten.clone.default, aten.detach.default, aten._to_copy.default),
 }
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.convolution.default}
+_CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+_MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 
 
 def _simplify(graph: GraphModule) -> None:

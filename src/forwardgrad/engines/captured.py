@@ -8,33 +8,36 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from forwardgrad.draws import Plan
 from forwardgrad.engines.compiled import Compiled, Function, compiled
+from forwardgrad.engines.graphs import Run
 from forwardgrad.engines.pieces import Batch, Survey
-from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Traced, Untraceable
 
 
 class Captured(Compiled):
     """Steps that the GPU repeats by itself: the compiled function, or the plain graph where there is no compiler, captured once.
 
-    Before each step the batch and the random numbers are written to where the graph reads them. Directions are drawn outside the graph:
-    their seeds follow from the generator on the host, and a graph that drew them would draw the same ones at every step. The loss lies on
-    the device, and nothing waits for it. Gradients handed to an optimizer are overwritten by the next step.
+    Directions from a generator on the GPU are drawn inside the graph, which moves the generator on as the eager step does; all others,
+    and the batch, are written before each step to where the graph reads them. The loss lies on the device, and nothing waits for it.
+    Gradients handed to an optimizer are overwritten by the next step.
     """
 
     name: ClassVar[str] = "graph"
 
-    def take(self, batch: Batch) -> Estimate:
-        devices = {p.device.type for p in self.pieces.model.parameters()}
-        if devices != {"cuda"} and not self._given_up:
-            self._give_up(f"a CUDA graph needs all parameters on a GPU, and there are some on {', '.join(sorted(devices - {'cuda'}))}")
-        return super().take(batch)
+    def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
+        devices = {p.device.type for p in survey.model.tensors}
+        if devices != {"cuda"}:
+            others = ", ".join(sorted(devices - {"cuda"}))
+            raise Untraceable(f"a CUDA graph needs all parameters on a GPU, and there are some on {others}")
+        return super()._build(survey, batch, plan, moves)
 
     def _pinned(self, survey: Survey, moves: bool) -> Hashable:
         """The graph reads and writes memory, whatever tensor it belongs to."""
         return super()._pinned(survey, moves), tuple(tensor.data_ptr() for tensor in survey.tensors[: survey.given])
 
-    def _function(self, traced: Traced, inputs: list[Tensor], changing: range) -> Function:
+    def _function(self, traced: Traced, given: list[Tensor], numbers: list[Tensor], plan: Plan, batch: range) -> Function:
+        inputs = [*given, *numbers, *(constant.detach() for constant in traced.constants)]
         if any(not tensor.is_cuda for tensor in inputs):
             raise Untraceable("the batch, the model or the estimator's state keeps numbers on the CPU")
         try:
@@ -42,25 +45,37 @@ class Captured(Compiled):
             function(*inputs)
         except Exception:  # no compiler for this GPU: its own kernels do
             function = traced.graph
-        return capture(function, inputs, changing)
+        return capture(function, given, inputs[len(given) + len(numbers) :], plan, batch)
 
 
-def capture(function: Function, inputs: list[Tensor], changing: range) -> Function:
-    """The function as a CUDA graph; inputs that change are copied to where it reads them, the others have to stay where they are."""
-    static = [tensor.clone() if index in changing else tensor for index, tensor in enumerate(inputs)]
+def capture(function: Function, given: list[Tensor], constants: list[Tensor], plan: Plan, batch: range) -> Function:
+    """The function as a CUDA graph; the batch is copied to where it reads it, all else that is given has to stay where it is."""
+    static = [tensor.clone() if index in batch else tensor for index, tensor in enumerate(given)]
+    inside = plan.in_graph()
+    outside = {index: draw.again() for index, draw in enumerate(plan.draws) if index not in inside}
+
+    def step() -> Sequence[Any]:
+        drawn = [number for index, draw in enumerate(plan.draws) for number in (draw.again() if index in inside else outside[index])]
+        return function(*static, *drawn, *constants)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries set themselves up outside the capture
         for _ in range(2):
-            function(*static)
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    for generator in {id(one): one for index in inside for one in plan.draws[index].on or ()}.values():
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        found = function(*static)
+        found = step()
 
-    def replay(*given: Any) -> Sequence[Any]:
-        for index in changing:
-            static[index].copy_(given[index], non_blocking=True)
+    def replay(*now: Any) -> Sequence[Any]:
+        for index in batch:
+            static[index].copy_(now[index], non_blocking=True)
+        for index, slots in outside.items():
+            for slot, number in zip(slots, plan.draws[index].again(), strict=True):
+                slot.copy_(number, non_blocking=True)
         graph.replay()
         return [found[0].clone(), found[1].clone(), *found[2:]]
 

@@ -44,9 +44,10 @@ class Compiled(Engine):
             return moved
         return moved, tuple(id(tensor) for tensor in (*slots(optimizer), *(group["lr"] for group in optimizer.param_groups)))
 
-    def _function(self, traced: Traced, inputs: list[Tensor], changing: range) -> Function:
-        """What computes the graph; of its inputs only those that change are other tensors at every step."""
-        return compiled(traced, inputs)
+    def _function(self, traced: Traced, given: list[Tensor], numbers: list[Tensor], plan: Plan, batch: range) -> Function:
+        """What computes the graph from what it is given, and draws for it; only the batch is other tensors at every step."""
+        function = compiled(traced, [*given, *numbers, *_plain(traced.constants)])
+        return lambda *given: function(*given, *plan.again(), *traced.constants)
 
     def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
         if getattr(self.pieces.estimator, "checkpoint", False):
@@ -67,14 +68,14 @@ class Compiled(Engine):
             raise Different("the random numbers of a step are not drawn the same way twice") from error
         if any(one is not other for one, other in zip(Survey(pieces, ()).tensors, survey.tensors[: survey.given], strict=True)):
             raise Untraceable("the step puts new tensors in place of the model's")
-        changing, taught, passes = range(survey.given, len(inputs)), step.taught, step.passes  # a graph keeps nothing of the first batch
+        changing, taught, passes = range(survey.given, len(survey.tensors)), step.taught, step.passes  # nothing is kept of the first batch
         with without_autocast():
-            function = self._function(traced, [t.detach() for t in (*inputs, *traced.constants)], changing)
+            function = self._function(traced, _plain([*survey.tensors, *rates]), numbers, plan, changing)
 
         def run(survey: Survey) -> Estimate:
             with without_autocast():
                 now = self._rates.now(pieces.optimizer, device) if descends else []
-                found = function(*survey.tensors, *now, *plan.again(), *traced.constants)
+                found = function(*survey.tensors, *now)
             clear(pieces.optimizer)
             for index, gradient in zip(taught, found[2:], strict=True):
                 survey.trained[index].grad = gradient
@@ -109,6 +110,11 @@ class _Step:
         pieces.state.update(self._state)
         self.taught = list(gradients)
         return [record.loss, record.derivatives, *gradients.values()]
+
+
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory, without a parameter's claim to a gradient."""
+    return [tensor.detach() for tensor in tensors]
 
 
 def compiled(traced: Traced, inputs: list[Tensor]) -> Function:

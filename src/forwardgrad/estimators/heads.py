@@ -109,7 +109,7 @@ class Head:
         """
         width = self.weight.shape[1]
         dtype, device = error.dtype, error.device
-        u = drawn(lambda: _moves(width, dtype, device, law, generator))
+        u = drawn(lambda: _moves(width, dtype, device, law, generator), on=None if law.joint else [generator])
         residual = u @ self.weight.T - u @ self.feedback.T
         self.feedback.add_(residual.T @ u, alpha=1 / (sum(u.shape) + 1))
         return error @ self.feedback

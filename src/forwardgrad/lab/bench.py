@@ -21,7 +21,7 @@ from forwardgrad.diagnostics import LEAST
 from forwardgrad.estimators import Backprop, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import bench_memory, draws, environment, information, roofline, timing
-from forwardgrad.lab.bench_arms import BACKPROP, COMPILED, PLAIN, TABLE_1, Arm, Step
+from forwardgrad.lab.bench_arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, Arm, Step
 from forwardgrad.lab.bench_cases import Built, Case, build, layouts, loss
 from forwardgrad.lab.bench_section import text
 from forwardgrad.lab.errors import UserError
@@ -30,6 +30,7 @@ from forwardgrad.lab.store import Store, check, read_json, write_json
 
 SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
 PLACE = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
+IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
 TRIED = 5  # rounds of backpropagation in each order in memory
 
 
@@ -114,7 +115,7 @@ def _layout(case: Case, on: torch.device) -> dict[str, Any]:
     if len(options) == 1:
         return {"layout": options[0].layout, "tried": {}}
     steps: dict[str, timing.Work] = {option.layout: Step(BACKPROP, build(option, on)) for option in options}
-    found = timing.interleaved(steps, rounds=TRIED, now=lambda: roofline.now(on))
+    found = timing.interleaved(steps, rounds=TRIED, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     tried = {layout: float(np.median(times)) for layout, times in found.items()}
     return {"layout": min(tried, key=lambda layout: tried[layout]), "tried": tried}
 
@@ -127,7 +128,8 @@ def _measured(
     drawn = {arm.name: _drawn(arm, steps[arm], built) for arm in steps}
     works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
     works.update({f"draws of {name}": draws.total(made) for name, made in drawn.items() if made})
-    times = timing.interleaved(works, rounds=method.rounds, seconds=method.seconds, seed=method.seed, now=lambda: roofline.now(on))
+    how: dict[str, Any] = {"rounds": method.rounds, "seconds": method.seconds, "seed": method.seed}
+    times = timing.interleaved(works, **how, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
     found = [_arm(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, method) for arm in arms]
     if method.repeats:
@@ -149,7 +151,8 @@ def _drawn(arm: Arm, step: Step, built: Built) -> list[draws.Draw]:
     """The draws of a step. Those inside a graph are not to be seen: they are read off the same step taken eagerly."""
     if arm.engine == "eager":
         return draws.recorded(step)
-    return draws.recorded(Step(dataclasses.replace(arm, engine="eager"), built), compiled=True)
+    made = draws.recorded(Step(dataclasses.replace(arm, engine="eager"), built), compiled=True)
+    return draws.captured(made) if made and arm.engine == "graph" else made
 
 
 def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:
@@ -181,7 +184,7 @@ def _arm(
     if step is None:
         return head
     mine, plain, backprop = times[arm.name], times.get(PLAIN.name), times.get(BACKPROP.name)
-    exact = [times[name] for name in (BACKPROP.name, BACKPROP.name + COMPILED) if name in times]
+    exact = [times[name] for name in (BACKPROP.name, BACKPROP.name + COMPILED, BACKPROP.name + CAPTURED) if name in times]
     middle = float(np.median(mine))
     one = times.get(arm.name.rpartition("-k")[0]) if arm.tangents > 1 else None
     return {

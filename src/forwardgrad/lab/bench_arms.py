@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.spec import format_estimator, parse_estimator
 from forwardgrad.perturbations import Activity, LowRank, PerExample
 from forwardgrad.tangents import Gaussian, Law, Rademacher
-from forwardgrad.training_step import TrainingStep
+from forwardgrad.training_step import EngineName, TrainingStep
 
 LR = 1e-7  # small, so that no arm diverges while it is timed
 LAW: dict[str, Law] = {law.name: law for law in (Gaussian(), Rademacher())}
@@ -34,7 +33,7 @@ class Arm:
     label: str
     kind: str
     estimator: Estimator | None = None
-    engine: Literal["eager", "compile"] = "eager"
+    engine: EngineName = "eager"
     peer: str | None = None
     stands_for: Estimator | None = None
 
@@ -67,38 +66,41 @@ MOVED: tuple[Arm, ...] = (
     Arm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
     Arm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
 )
-COMPILED = "-compiled"
+COMPILED, CAPTURED = "-compiled", "-graph"
 
 
-def _compiled(arm: Arm) -> Arm:
-    """The same step as one compiled function."""
+def _by(engine: EngineName, arm: Arm) -> Arm:
+    """The same step as one compiled function, or as one captured graph."""
     base, mark, count = arm.name.partition("-k")
-    return dataclasses.replace(arm, name=f"{base}{COMPILED}{mark}{count}", label=f"{arm.label}, compiled", engine="compile", peer=None)
+    name, words = (COMPILED, "compiled") if engine == "compile" else (CAPTURED, "captured graph")
+    label = f"{arm.label.removesuffix(', plain torch')}, {words}"
+    return dataclasses.replace(arm, name=f"{base}{name}{mark}{count}", label=label, engine=engine, peer=None)
 
 
 ARMS: tuple[Arm, ...] = (
     PLAIN,
     BACKPROP,
-    dataclasses.replace(_compiled(BACKPROP), label="backpropagation, compiled"),
+    _by("compile", BACKPROP),
     Arm("backprop-checkpoint", "backpropagation, checkpoints", "backprop", Backprop(checkpoint=True)),
     *MOVED,
-    *map(_compiled, MOVED),
+    *(_by("compile", arm) for arm in MOVED),
     Arm("zeroth-order", "zeroth order", "zeroth-order", ZerothOrder()),
     Arm("local-feedback", "local losses with feedback", "local", LocalLosses(feedback=True, head="pooled", cells=4)),
     Arm("func-jvp", "func.jvp, plain torch", "peer", peer="func-jvp", stands_for=ForwardGradient()),
     Arm("forward-ad", "forward_ad, plain torch", "peer", peer="dual-numbers", stands_for=ForwardGradient()),
     Arm("mezo", "MeZO, plain torch", "peer", peer="two-passes", stands_for=ZerothOrder()),
 )
-NAMED = {arm.name: arm for arm in ARMS}
+ON_GPU: tuple[Arm, ...] = tuple(_by("graph", arm) for arm in (BACKPROP, *MOVED))
+NAMED = {arm.name: arm for arm in (*ARMS, *ON_GPU)}
 TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I needs
 
 
-def arms(text: str | None, law: str | None = None) -> list[Arm]:
-    """The arms of a list of names and estimators' texts, all named ones if left out; plain and backprop are always among them.
+def arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> list[Arm]:
+    """The arms of a list of names and estimators' texts, all named ones of the device if left out; plain and backprop are always there.
 
     `law` takes the place of the law of the arms that move weights at rank one, weights per example and activities.
     """
-    chosen = list(ARMS) if text is None else [_arm(word) for word in _split(text)]
+    chosen = [*ARMS, *(ON_GPU if on_gpu else ())] if text is None else [_arm(word) for word in _split(text)]
     if law is not None:
         chosen = [_with_law(arm, LAW[law]) for arm in chosen]
     return list(dict.fromkeys([PLAIN, BACKPROP, *chosen]))
@@ -133,7 +135,7 @@ def _split(text: str) -> list[str]:
 
 
 def _with_law(arm: Arm, law: Law) -> Arm:
-    if arm in ARMS and isinstance(arm.estimator, ForwardGradient) and not arm.name.startswith(FORWARD.name):
+    if arm in NAMED.values() and isinstance(arm.estimator, ForwardGradient) and not arm.name.startswith(FORWARD.name):
         return dataclasses.replace(arm, estimator=dataclasses.replace(arm.estimator, law=law))
     return arm
 

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from forwardgrad import streams
 from forwardgrad.tangents import LAWS, Law
 
-Draw = Callable[[], object]
+
+@dataclass(frozen=True)
+class Draw:
+    """A draw that can be made again, and the generators that it is made from."""
+
+    make: Callable[[], object]
+    on: tuple[Generator, ...] = ()
+
+    def __call__(self) -> object:
+        return self.make()
 
 
 def recorded(work: Callable[[], object], *, compiled: bool = False) -> list[Draw]:
@@ -46,21 +56,22 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.inside and torch.Tag.nondeterministic_seeded in func.tags:
             given = tree_map(self._template, (args, kwargs))
-            self.draws.append(lambda: _again(func, *given))
+            on = tuple(leaf for leaf in tree_leaves(given) if isinstance(leaf, Generator))
+            self.draws.append(Draw(lambda: _again(func, *given), on))
         return func(*args, **kwargs)
 
     def law(self, law: Law, tangent: list[Tensor]) -> None:
         parts, generator = [_Template(part) for part in tangent], self.generator(tangent[0].device)
-        self.draws.append(lambda: law.fill_([part.empty() for part in parts], generator))
+        self.draws.append(Draw(lambda: law.fill_([part.empty() for part in parts], generator), (generator,)))
 
     def stream(self, seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None) -> None:
         if not self._compiled:
             same = seeds.clone() if isinstance(seeds, Tensor) else list(seeds)
-            self.draws.append(lambda: streams.normal(same, count, dtype, device))
+            self.draws.append(Draw(lambda: streams.normal(same, count, dtype, device)))
             return
         given = torch.arange(len(seeds), device=seeds.device if isinstance(seeds, Tensor) else device)
         made = torch.compile(lambda seeds: streams.normal(seeds, count, dtype), dynamic=False)
-        self.draws.append(lambda: made(given))
+        self.draws.append(Draw(lambda: made(given)))
 
     def generator(self, device: torch.device) -> Generator:
         return self._generators.setdefault(device, Generator(device).manual_seed(0))
@@ -116,6 +127,21 @@ def _laws_watched(recorder: _Recorder) -> Iterator[None]:
             stack.callback(setattr, kind, "fill_", own)
             kind.fill_ = watched(own)  # type: ignore[method-assign, assignment]
         yield
+
+
+def captured(draws: list[Draw]) -> list[Draw]:
+    """All draws as one captured graph, as where the whole step is one; what cannot be captured stays as it is."""
+    work, graph = total(draws), torch.cuda.CUDAGraph()
+    try:
+        work()
+        torch.cuda.synchronize()
+        for generator in {id(one): one for draw in draws for one in draw.on}.values():
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError:
+        return draws
+    return [Draw(graph.replay)]
 
 
 def total(draws: list[Draw]) -> Callable[[], None]:

@@ -34,7 +34,7 @@ def device(name: str) -> torch.device:
 
 def describe(on: torch.device) -> dict[str, Any]:
     """Versions, hardware, threads, commit and command, for environment.json."""
-    return {
+    found: dict[str, Any] = {
         "forwardgrad": forwardgrad.__version__,
         "commit": commit(),
         "command": command(),
@@ -45,6 +45,9 @@ def describe(on: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
+    if on.type == "cuda":  # whether its float32 products are of numbers cut to ten bits, which is torch's own choice for convolutions
+        found["tf32"] = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
+    return found
 
 
 def command() -> str:

@@ -38,13 +38,21 @@ class Measured(TypedDict):
 
 
 def interleaved(
-    works: Mapping[str, Work], *, rounds: int, warm_up: int = WARM_UP, seed: int = 0, seconds: float | None = None, now: Callable[[], float]
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    seconds: float | None = None,
+    times: int = 1,
+    now: Callable[[], float],
 ) -> dict[str, Samples]:
     """The seconds of every piece of work in every round, each timed once a round.
 
     Right before it is timed each piece of work is done once more, so that it finds what it left in the processor's caches, as a step of
     training does, and not what the others left. A round that begins after `seconds` is not measured any more, but there are never fewer
-    than five. `now` tells the time when all that was asked of the device is done.
+    than five. `now` tells the time when all that was asked of the device is done; what runs beside the host is timed so many `times` in a
+    row, as training asks for step after step without waiting, and counts as one of them on average.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     with _collected_between_rounds() as collect:
@@ -59,8 +67,9 @@ def interleaved(
             for name in order(list(works), seed, index):
                 works[name]()
                 began = now()
-                works[name]()
-                found[name].append(now() - began)
+                for _ in range(times):
+                    works[name]()
+                found[name].append((now() - began) / times)
     return {name: np.array(times) for name, times in found.items()}
 
 

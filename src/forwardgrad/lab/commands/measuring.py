@@ -37,7 +37,7 @@ def bench(
     from forwardgrad.lab import bench_arms, bench_cases
 
     cases = bench_cases.cases(models, batch_size, sweep, layout)
-    chosen = bench_arms.arms(arms, law)
+    chosen = bench_arms.arms(arms, law, on_gpu=device.startswith("cuda"))
     repeats = (0 if sweep else 20) if repeats is None else repeats
     method = benchmark.Method(rounds, seconds, seed, repeats, numbers(cosine, "--cosine"), verify_memory)
     store = Store(out)
