@@ -117,6 +117,26 @@ def test_convolutions_cut_to_ten_bits_are_no_reason_to_fall_back(method: fg.Esti
 
 
 @on_gpu
+@pytest.mark.parametrize("method", [fg.Backprop(), fg.ForwardGradient(), RANK_1], ids=short)
+def test_captured_steps_go_on_from_a_checkpoint_to_the_same_bits(method: fg.Estimator) -> None:
+    def begun() -> tuple[nn.Module, torch.Generator, fg.TrainingStep]:
+        model, generator = network().to(DEVICE), torch.Generator(DEVICE).manual_seed(3)
+        pieces = loss, model, torch.optim.SGD(model.parameters(), lr=0.05), method
+        return model, generator, fg.TrainingStep(*pieces, generator=generator, engine="graph")
+
+    x, y = X.to(DEVICE), Y.to(DEVICE)
+    model, generator, step = begun()
+    for _ in range(4):
+        step(x, y)
+    kept = {name: t.clone() for name, t in model.state_dict().items()}, generator.get_state()
+    wanted = [step(x, y).loss for _ in range(4)]
+    model, generator, step = begun()
+    model.load_state_dict(kept[0])
+    generator.set_state(kept[1])
+    assert [float(step(x, y).loss) for _ in range(4)] == [float(one) for one in wanted]
+
+
+@on_gpu
 @pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(1), fg.LowRank(3)], ids=str)
 def test_on_a_gpu_a_derivative_is_that_of_backpropagation_along_the_direction(perturb: Any) -> None:
     """ĝ = d·V says what V was; ∇f comes from backpropagation in float64 on the processor."""
@@ -135,6 +155,27 @@ def test_on_a_gpu_a_derivative_is_that_of_backpropagation_along_the_direction(pe
         d = step.derivatives[0].cpu()
         direction = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu() / d
         torch.testing.assert_close(direction @ exact, d, rtol=1e-9, atol=1e-12)
+
+
+@on_gpu
+@pytest.mark.parametrize("method", DRAWING[:7], ids=short)
+def test_on_a_gpu_replicas_of_an_ensemble_are_models_alone(method: fg.Estimator) -> None:
+    torch.manual_seed(1)
+    models = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double().to(DEVICE) for _ in range(3)]
+    x, y = torch.stack([X.double() * k for k in (1, 2, 3)]).to(DEVICE), torch.stack([Y] * 3).to(DEVICE)
+    generators = lambda: [torch.Generator(DEVICE).manual_seed(seed) for seed in range(3)]  # noqa: E731
+    wanted = []
+    for model, generator, images, labels in zip(models, generators(), x, y, strict=True):
+        model.zero_grad()
+        fg.estimate_grad_(lambda model, images=images, labels=labels: loss(model, images, labels), model, method, generator=generator)
+        wanted.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    ensemble = fg.Ensemble(models)
+    for _ in range(2):  # what the first evaluation draws inside vmap the second one draws beforehand
+        for model in models:
+            model.zero_grad()
+        fg.estimate_grads_(loss, ensemble, (x, y), method, generators=generators())
+        torch.testing.assert_close([[p.grad for p in model.parameters()] for model in models], wanted, rtol=1e-9, atol=1e-12)
 
 
 class Running:

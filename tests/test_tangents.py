@@ -174,6 +174,25 @@ def test_tangents_drawn_at_once_are_the_bits_of_tangents_drawn_one_by_one(law: f
         assert all(torch.equal(one[name][0], at_once[name][index]) for name in like)
 
 
+def test_what_a_gpu_draws_at_once_are_parts_of_one_draw_a_tangent() -> None:
+    like = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.float64), "c": torch.zeros(()), "d": torch.zeros(70)}
+    together, apart, plain = seeded(1), seeded(1), seeded(1)
+    found = fg.Gaussian()._at_once(like, 3, together)
+    singly = [fg.Gaussian()._at_once(like, 1, apart) for _ in range(3)]
+    for name, p in like.items():
+        assert (found[name].shape, found[name].dtype) == ((3, *p.shape), p.dtype)
+        assert torch.equal(found[name], torch.cat([one[name] for one in singly]))
+    whole = [
+        (torch.empty(64 + 64 + 128).normal_(generator=plain), torch.empty(64, dtype=torch.float64).normal_(generator=plain))
+        for _ in range(3)
+    ]
+    for k, (single, double) in enumerate(whole):
+        assert torch.equal(found["a"][k].flatten(), single[:15])
+        assert torch.equal(found["c"][k], single[64])
+        assert torch.equal(found["d"][k], single[128:198])
+        assert torch.equal(found["b"][k], double[:7])
+
+
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_a_draw_replays_from_its_seed_and_leaves_the_global_generator_alone(law: fg.Law) -> None:
     state = torch.get_rng_state()

@@ -11,6 +11,7 @@ from tests.cases import rows
 from torch import Tensor
 from torch.func import jvp
 
+import forwardgrad.trace as trace_module
 from forwardgrad.trace import Untraceable, trace
 
 aten = torch.ops.aten
@@ -112,6 +113,19 @@ def test_a_product_of_few_rows_or_columns_is_turned_and_stays_what_it_is(rows_: 
     assert any(node.target is aten.addmm.default for node in products) == (bias and not turned)
     first = products[0].args[-2]
     assert (first is not placeholder) == turned
+    torch.testing.assert_close(found.graph(*inputs)[0], F.linear(x, w, b).relu().sum())
+
+
+@pytest.mark.parametrize(("columns", "summed"), [(1, True), (12, True), (13, False)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_on_a_gpu_a_small_product_of_few_columns_is_added_up_and_stays_what_it_is(
+    columns: int, summed: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_module, "_turn", trace_module._add_up)  # as if this were one
+    x, w, b = rows(49, 6), rows(columns, 6) - 1, rows(columns) if bias else None
+    inputs = [x, w] if b is None else [x, w, b]
+    found = trace(lambda: [F.linear(x, w, b).relu().view(-1).sum()], inputs)
+    assert any(node.target in (aten.mm.default, aten.addmm.default) for node in found.graph.graph.nodes) != summed
     torch.testing.assert_close(found.graph(*inputs)[0], F.linear(x, w, b).relu().sum())
 
 

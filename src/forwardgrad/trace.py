@@ -61,7 +61,7 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
     _simplify(functional)
     # what is drawn in a graph is drawn in the order of memory, and a view by strides goes by it
     if not random and not any(node.target is aten.as_strided.default for node in functional.graph.nodes):
-        _turn_products(functional)
+        _arrange_products(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
     if lowest == torch.float32 and any(_as_tf32(node) for node in functional.graph.nodes):
@@ -176,25 +176,40 @@ def _simplify(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def _turn_products(graph: GraphModule) -> None:
+def _arrange_products(graph: GraphModule) -> None:
+    """Write products of few rows or columns as what takes less time on their device."""
     for node in list(graph.graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):  # of a product in either order in memory
             node.target = aten.reshape.default
-        _turn(graph, node)
+        elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs:
+            x, weight = (_value(arg) for arg in node.args[-2:])
+            if x is not None and weight is not None and x.dtype.itemsize >= 4:
+                (_turn if x.device.type == "cpu" else _add_up)(graph, node, x, weight)
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
-def _turn(graph: GraphModule, node: Node) -> None:
+def _add_up(graph: GraphModule, node: Node, x: Tensor, weight: Tensor) -> None:
+    """Let a small product with few columns be a sum of products of elements on a GPU: its library of products takes ten times as long,
+    and several kernels, where a compiler makes one of it and of what comes before and after."""
+    if weight.shape[1] > _FEW or x.shape[0] * weight.numel() > _SMALL:
+        return
+    make = graph.graph.call_function
+    with graph.graph.inserting_before(node):
+        left = make(aten.unsqueeze.default, (node.args[-2], 1))
+        right = make(aten.unsqueeze.default, (make(aten.t.default, (node.args[-1],)), 0))
+        total = make(aten.sum.dim_IntList, (make(aten.mul.Tensor, (left, right)), [2]))
+        if node.target is aten.addmm.default:
+            total = make(aten.add.Tensor, (total, node.args[0]))
+        total.meta = dict(node.meta)
+    node.replace_all_uses_with(total)
+
+
+def _turn(graph: GraphModule, node: Node, x: Tensor, weight: Tensor) -> None:
     """Let a product x Wᵀ of few rows, or with few columns, be (W xᵀ)ᵀ on a processor: as many numbers, in down to a quarter of the time.
 
     Libraries of products cut their left factor into tiles of some sixteen rows, and rows that fill no tile are computed with one by one.
     """
-    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-        return
-    x, weight = (_value(arg) for arg in node.args[-2:])
-    if x is None or weight is None or x.device.type != "cpu" or x.dtype.itemsize < 4:
-        return
     if weight.stride(0) != 1 or weight.stride(1) < weight.shape[0]:
         return
     rows, columns = x.shape[0], weight.shape[1]
@@ -210,6 +225,7 @@ def _turn(graph: GraphModule, node: Node) -> None:
     node.replace_all_uses_with(turned)
 
 
+_SMALL = 2**22  # elements multiplied
 _FEW, _SOME = 12, 48  # rows: measured from 256 × 256 to 4096 × 4096 with the library that torch's own products come from
 
 
