@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 import forwardgrad as fg
 from forwardgrad.draws import drawn, planned
 from forwardgrad.engines import captured
-from forwardgrad.perturbations import base
-from forwardgrad.perturbations.base import Directions
-from forwardgrad.tangents import fork
+from forwardgrad.perturbations import directions
+from forwardgrad.perturbations.directions import Directions
+from forwardgrad.tangents import Seeds, fork
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: captured graphs are tested where torch.cuda.is_available()")
 DEVICE = "cuda"
@@ -71,6 +72,11 @@ def same(make: Any, method: fg.Estimator, optimizer: Any, batches: list[tuple[Te
     return step
 
 
+def plain() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
 EPOCHS = [(X, Y), (X, Y), (X[:7], Y[:7])] * 3
 
 
@@ -79,7 +85,8 @@ EPOCHS = [(X, Y), (X, Y), (X[:7], Y[:7])] * 3
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1, fg.ForwardGradient(tangents=2), fg.ZerothOrder(), fg.Guess()], ids=short)
 def test_captured_steps_are_those_of_the_eager_engine(method: fg.Estimator, optimizer: str) -> None:
     makers = {**OPTIMIZERS, "capturable": lambda m: torch.optim.Adam(m.parameters(), torch.tensor(0.05, device="cuda"), capturable=True)}
-    same(network, method, makers[optimizer], EPOCHS, 1e-2 if isinstance(method, fg.ZerothOrder) else 1e-4)
+    make = plain if optimizer in ("adam", "capturable") else network  # Adam would make steps of the rounding of a bias before a norm
+    same(make, method, makers[optimizer], EPOCHS, 1e-2 if isinstance(method, fg.ZerothOrder) else 1e-4)
 
 
 @on_gpu
@@ -95,14 +102,7 @@ def test_every_estimator_takes_the_same_steps_in_a_captured_graph(method: fg.Est
         return whole(*args)
 
     monkeypatch.setattr(captured, "capture", counted)
-    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).state_dict()
-
-    def make() -> nn.Module:
-        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-        model.load_state_dict(plain)
-        return model
-
-    step = same(make, method, OPTIMIZERS["sgd"], EPOCHS, 1e-2 if isinstance(method, fg.ZerothOrder) else 1e-4)
+    step = same(plain, method, OPTIMIZERS["sgd"], EPOCHS, 1e-2 if isinstance(method, fg.ZerothOrder) else 1e-4)
     assert all(count > 0 for count in inside) or method not in DRAWING
     derivatives = [float(d) for d in step(X.to(DEVICE), Y.to(DEVICE)).derivatives]
     assert len(set(derivatives)) == len(derivatives)  # no direction is drawn twice
@@ -207,16 +207,23 @@ class Counting(fg.Gaussian):
 
 
 def test_on_a_gpu_places_are_drawn_from_running_streams_in_the_order_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "Generator", Running)
+    monkeypatch.setattr(directions, "Generator", Running)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     like = torch.zeros(())
-    directions = Directions(Counting(), [], torch.device("cpu"))
-    directions._count, directions._sources = 2, base._Running([1000, 2000], torch.device("cuda"))
-    first, second, third = (directions.plan((size,), like) for size in (2, 3, 2))
+    seeds = Seeds([1000, 2000])
+
+    def begun() -> list[Callable[[], Tensor]]:
+        found = Directions(Counting(), [], torch.device("cpu"))
+        found._count, found._sources = 2, directions._Running.of(seeds, torch.device("cuda"))
+        return [found.plan((size,), like) for size in (2, 3, 2)]
+
+    first, second, third = begun()
     assert second().tolist() == [[1000, 1001, 1002], [2000, 2001, 2002]]
     assert first().tolist() == [[1003, 1004], [2003, 2004]]
     assert second().tolist() == [[1000, 1001, 1002], [2000, 2001, 2002]]  # again the same, and what follows is not disturbed
+    first, second, third = begun()  # an evaluation that is made again
     assert third().tolist() == [[1005, 1006], [2005, 2006]]
+    assert first().tolist() == [[1003, 1004], [2003, 2004]]
 
 
 def test_draws_go_into_a_graph_where_the_host_draws_nothing_later() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import forwardgrad as fg
 from forwardgrad.draws import Unplanned, drawn, handed, planned
-from forwardgrad.perturbations.base import Directions
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.tangents import fork
 
 LAWS = [fg.Gaussian(), fg.Rademacher(), fg.Sphere(), fg.Orthogonal()]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
-Made = TypeVar("Made", Tensor, dict[str, Tensor], list[Any])
+Made = TypeVar("Made", bound=Tensor | dict[str, Tensor] | list[Any])
 
 
 class Unplanned(Exception):
@@ -98,9 +98,9 @@ class Handed:
         first = next(self._firsts, None)
         if first is None:
             raise Unplanned
-        if isinstance(first, list):
-            return first
-        found: Any = next(self._tensors) if isinstance(first, torch.Size) else {name: next(self._tensors) for name in first}
+        found: Any = first
+        if not isinstance(first, list):
+            found = next(self._tensors) if isinstance(first, torch.Size) else {name: next(self._tensors) for name in first}
         if once is not None:
             self._known[once] = found
         return _copied(found)
@@ -156,6 +156,8 @@ def _shapes(made: Tensor | Mapping[str, Tensor]) -> Any:
 
 
 def _copied(found: Any) -> Any:
+    if isinstance(found, list):
+        return found
     return found.clone() if isinstance(found, Tensor) else {name: tensor.clone() for name, tensor in found.items()}
 
 

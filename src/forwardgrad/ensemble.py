@@ -19,8 +19,8 @@ from forwardgrad.estimators.base import Estimate, Estimator, check_count, needed
 from forwardgrad.estimators.forward import ForwardGradient, add, add_exact, add_parts
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Dense
-from forwardgrad.perturbations.base import Directions
 from forwardgrad.perturbations.dense import DenseUse
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.passes import Pass, gathered
 from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
 from forwardgrad.tangents import Law, fork
@@ -178,7 +178,7 @@ class _Streams:
     """The directions of all replicas and tangents. What is drawn inside vmap costs ten times as much, so what the last evaluation asked
     for is drawn beforehand: the same places in the same order, hence the same bits."""
 
-    def __init__(self, law: Law, seeds: list[list[int]], device: torch.device, expected: Sequence[_Drawn]) -> None:
+    def __init__(self, law: Law, seeds: Sequence[list[int]], device: torch.device, expected: Sequence[_Drawn]) -> None:
         self.all = Directions(law, [seed for row in seeds for seed in row], device)
         self.law, self.tangents, self.asked = law, len(seeds[0]), 0
         self.draws, self._stacks = list(expected), [self._fill(wanted) for wanted in expected]

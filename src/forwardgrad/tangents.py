@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -207,9 +207,15 @@ class Orthogonal(Law):
         return n
 
 
-def fork(generator: Generator, count: int) -> list[int]:
+class Seeds(list[int]):
+    """Seeds of streams, with the generators on a GPU that were begun from them, if there are any."""
+
+    running: Any = None
+
+
+def fork(generator: Generator, count: int) -> Seeds:
     """Seeds of `count` streams that follow from the generator's state, which moves on; a generator on a GPU is not waited for."""
-    return drawn(lambda: _seeds(generator, count), on=[generator])
+    return drawn(lambda: Seeds(_seeds(generator, count)), on=[generator])
 
 
 def _seeds(generator: Generator, count: int) -> list[int]:

@@ -48,6 +48,10 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
         try:
             with _is_compiling():
                 graph = make_fx(lambda *_: list(step()))(*inputs)
+        except NotImplementedError as error:
+            if "Generator" in str(error):  # torch 2.11 says so itself
+                raise Untraceable("the loss or the model draws from a generator of its own") from error
+            raise
         except RuntimeError as error:
             if "value out of a tracing tensor" in str(error):
                 raise Untraceable("a value is read off a tensor on the way (.item(), bool(), a Python branch)") from error

@@ -89,6 +89,7 @@ class Engine(ABC):
         before = Snapshot(survey)
         with planned() as plan:
             record = eager(batch)
+        before.keep_state()
         later = Survey(self.pieces, batch)
         after, kept = Snapshot(later), False
         try:

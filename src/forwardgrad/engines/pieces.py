@@ -210,6 +210,14 @@ class Snapshot:
         self._global_gpu = {gpu: torch.cuda.get_rng_state(gpu) for gpu in {t.get_device() for t in survey.tensors if t.is_cuda}}
 
     @torch.no_grad()
+    def keep_state(self) -> None:
+        """Let what a step put in the place of a tensor of the state be that tensor's new value: a graph knows no others."""
+        state = self._pieces.state
+        for name, kept in self._state.items():
+            if (now := state.get(name)) is not None and now is not kept and _described(now) == _described(kept):
+                state[name] = kept.copy_(now)
+
+    @torch.no_grad()
     def restore(self) -> None:
         for tensor, value in zip(self.tensors, self.values, strict=True):
             if 0 not in tensor.stride():  # an expanded constant

@@ -97,7 +97,8 @@ class LearnedFeedback(Estimator):
         generator = needed(generator)
         seeds = fork(generator, self.tangents)
         found = perturbed_pass(objective, Activity(self.masked), self.law, seeds, generator.device, exact_output=True)
-        step = state.setdefault(STEP, torch.zeros((), dtype=torch.int64))  # on the CPU, so that reading it waits for no device
+        read = torch.device("cpu") if self.warm_up else found.loss.device  # so that reading it waits for no device
+        step = state.setdefault(STEP, torch.zeros((), dtype=torch.int64, device=read))
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, type(self).__name__)

@@ -88,7 +88,8 @@ class Head:
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return like(f"{name}.weight", (classes, width)), like(f"{name}.bias", (classes,))
 
-        steps = tuple(state.setdefault(f"{key}.step.{role}", torch.zeros(())) for role in ("weight", "bias"))  # where Adam wants them
+        counted = features.device if features.is_cuda else torch.device("cpu")  # where Adam wants its counts of steps
+        steps = tuple(state.setdefault(f"{key}.step.{role}", torch.zeros((), device=counted)) for role in ("weight", "bias"))
         feedback = like("feedback", (classes, width))
         return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]))
 
@@ -125,7 +126,7 @@ class Head:
             [],
             list(self.steps),
             amsgrad=False,
-            capturable=torch.compiler.is_compiling(),  # then the count of steps stays a tensor, and bits differ
+            capturable=self.steps[0].is_cuda or torch.compiler.is_compiling(),  # nobody waits for a count, and bits differ
             beta1=0.9,
             beta2=0.999,
             lr=rate,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Gradient
-from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick
+from forwardgrad.perturbations.base import Entered, Perturbation, Pick
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Calls, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
 

@@ -3,94 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.func import vmap
 
-from forwardgrad.draws import drawn
 from forwardgrad.factored import Gradient
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Layer
-from forwardgrad.streams import sown
 from forwardgrad.tangents import Law
 
 Pick = Callable[[Tensor], Tensor]
 """From a stack of K to the one that is being evaluated: `stack[k]`, with k unknown to the code while K are evaluated at once."""
-
-
-class Directions:
-    """K directions of one law, each of which follows from a seed, place by place.
-
-    Every place has random numbers of its own, so they can be drawn again when they are needed a second time, and need not be held.
-    """
-
-    def __init__(self, law: Law, seeds: list[int], device: torch.device) -> None:
-        self.law, self._count, self._home = law, len(seeds), device
-        self._sources: _Sources = _Running(seeds, device) if device.type == "cuda" else _Sown(seeds, device)
-        self._places = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def plan(self, shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
-        """What draws a stack [K, *shape] with the dtype and device of `like`: the same bits at every call."""
-        place, dtype, device, sources, home = self._places, like.dtype, like.device, self._sources, self._home
-        self._places += 1
-        size = (self._count, *shape)
-
-        def stack() -> Tensor:  # in few words: it is asked for at every step, twice
-            numbers = torch.empty(size, dtype=dtype, device=home)
-            sources.fill_((numbers,) if size[0] == 1 else numbers, self.law, place)
-            return numbers if home == device else numbers.to(device)
-
-        return lambda: drawn(stack, once=(id(sources.known), place), on=sources.generators)
-
-    def draw(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A stack [K, *shape] with the dtype and device of `like`."""
-        return self.plan(shape, like)()
-
-
-class _Sown:
-    """One generator, begun anew for every direction at every place."""
-
-    generators: list[Generator] | None = None  # a graph cannot begin one
-
-    def __init__(self, seeds: list[int], device: torch.device) -> None:
-        self.known, self._stream = seeds, Generator(device)
-
-    def fill_(self, tangents: Iterable[Tensor], law: Law, place: int) -> None:
-        for tangent, seed in zip(tangents, self.known, strict=True):
-            law.fill_([tangent], self._stream.manual_seed(sown(seed, place)))
-
-
-class _Running:
-    """A generator on the GPU for every direction, which goes through the places in the order in which they are first drawn.
-
-    A captured graph, which draws every place once, can do so itself: nothing but where a generator begins is the host's business.
-    """
-
-    def __init__(self, seeds: list[int], device: torch.device) -> None:
-        streams = [Generator(device) for _ in seeds]
-        self.generators = drawn(lambda: [stream.manual_seed(seed) for stream, seed in zip(streams, seeds, strict=True)], on=streams)
-        self.known, self._offsets = self.generators, dict[int, int]()
-
-    def fill_(self, tangents: Iterable[Tensor], law: Law, place: int) -> None:
-        captured = torch.cuda.is_current_stream_capturing()
-        for tangent, stream in zip(tangents, self.generators, strict=True):
-            if captured:
-                law.fill_([tangent], stream)
-                continue
-            now = stream.get_offset()
-            stream.set_offset(self._offsets.setdefault(place, now))
-            law.fill_([tangent], stream)
-            stream.set_offset(max(now, stream.get_offset()))
-
-
-_Sources = _Sown | _Running
 
 
 class Entered(ABC):

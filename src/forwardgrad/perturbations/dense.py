@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from forwardgrad.factored import Along, Gradient
-from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Pick, Sown
+from forwardgrad.perturbations.base import Entered, Perturbation, Pick, Sown
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Layer
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from forwardgrad.factored import Factored, Gradient
-from forwardgrad.perturbations.base import Directions, Perturbation, Pick, Sown
+from forwardgrad.perturbations.base import Perturbation, Pick, Sown
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Layer
 
 

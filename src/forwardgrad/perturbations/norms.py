@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forwardgrad.perturbations.base import Directions, Pick, Sown
+from forwardgrad.perturbations.base import Pick, Sown
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Norm
 
 

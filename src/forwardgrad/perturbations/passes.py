@@ -15,7 +15,8 @@ from forwardgrad.derivative import RandomState, derivatives_under
 from forwardgrad.objective import Objective
 from forwardgrad.outputs import Output, spread
 from forwardgrad.perturbations.activity import Point
-from forwardgrad.perturbations.base import Directions, Entered, Perturbation
+from forwardgrad.perturbations.base import Entered, Perturbation
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
 from forwardgrad.tangents import Law
 

@@ -18,8 +18,9 @@ from forwardgrad import outputs
 from forwardgrad.derivative import Evaluation, Redo
 from forwardgrad.explicit import READS
 from forwardgrad.perturbations.activity import Point
-from forwardgrad.perturbations.base import Directions, Entered, Perturbation, Sown
+from forwardgrad.perturbations.base import Entered, Perturbation, Sown
 from forwardgrad.perturbations.dense import DenseUse
+from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import LAYERS, BatchNorm, Layer, Norm
 
 
