@@ -39,7 +39,7 @@ import forwardgrad as fg
 from forwardgrad.factored import dense
 from forwardgrad.moments import Moments, Part
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import base
+from forwardgrad.perturbations import directions as streams_of_directions
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
@@ -102,8 +102,8 @@ PLACES = 1000
 @pytest.fixture(autouse=True)
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small seeds tell the tangent and the place that numbers are drawn for."""
-    mixed = base.sown
-    monkeypatch.setattr(base, "sown", lambda seed, place: seed * PLACES + place if seed < 2**20 else mixed(seed, place))
+    mixed = streams_of_directions.sown
+    monkeypatch.setattr(streams_of_directions, "sown", lambda seed, place: seed * PLACES + place if seed < 2**20 else mixed(seed, place))
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,11 @@ def _arrange_products(graph: GraphModule) -> None:
 def _add_up(graph: GraphModule, node: Node, x: Tensor, weight: Tensor) -> None:
     """Let a small product with few columns be a sum of products of elements on a GPU: its library of products takes ten times as long,
     and several kernels, where a compiler makes one of it and of what comes before and after."""
-    if weight.shape[1] > _FEW or x.shape[0] * weight.numel() > _SMALL:
-        return
+    if weight.shape[1] <= _FEW and x.shape[0] * weight.numel() <= _SMALL:
+        _replace_by_sum(graph, node)
+
+
+def _replace_by_sum(graph: GraphModule, node: Node) -> None:
     make = graph.graph.call_function
     with graph.graph.inserting_before(node):
         left = make(aten.unsqueeze.default, (node.args[-2], 1))
@@ -213,7 +216,11 @@ def _turn(graph: GraphModule, node: Node, x: Tensor, weight: Tensor) -> None:
     """Let a product x Wᵀ of few rows, or with few columns, be (W xᵀ)ᵀ on a processor: as many numbers, in down to a quarter of the time.
 
     Libraries of products cut their left factor into tiles of some sixteen rows, and rows that fill no tile are computed with one by one.
+    With one column and few numbers the call takes longer than the sums, which the compiler writes out.
     """
+    if weight.shape[1] == 1 and x.numel() <= _TINY:
+        _replace_by_sum(graph, node)
+        return
     if weight.stride(0) != 1 or weight.stride(1) < weight.shape[0]:
         return
     rows, columns = x.shape[0], weight.shape[1]
@@ -229,7 +236,7 @@ def _turn(graph: GraphModule, node: Node, x: Tensor, weight: Tensor) -> None:
     node.replace_all_uses_with(turned)
 
 
-_SMALL = 2**22  # elements multiplied
+_SMALL, _TINY = 2**22, 2**14  # elements multiplied, on a GPU and on a processor
 _FEW, _SOME = 12, 48  # rows: measured from 256 × 256 to 4096 × 4096 with the library that torch's own products come from
 
 
