@@ -337,7 +337,7 @@ def test_an_unknown_engine_is_refused() -> None:
 def test_a_captured_graph_needs_a_gpu() -> None:
     model = network()
     step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded(), engine="graph")
-    with pytest.warns(UserWarning, match=r"engine='graph' falls back to eager steps: a CUDA graph needs all parameters on a GPU"):
+    with pytest.warns(UserWarning, match="falls back to eager steps: a CUDA graph needs all parameters and buffers on a GPU"):
         records = batches(step)
     other = network()
     eager = fg.TrainingStep(loss, other, sgd(other), RANK_1, generator=seeded())

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tests.cases import rows
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp
 
 import forwardgrad.trace as trace_module
@@ -127,6 +128,31 @@ def test_on_a_gpu_a_small_product_of_few_columns_is_added_up_and_stays_what_it_i
     found = trace(lambda: [F.linear(x, w, b).relu().view(-1).sum()], inputs)
     assert any(node.target in (aten.mm.default, aten.addmm.default) for node in found.graph.graph.nodes) != summed
     torch.testing.assert_close(found.graph(*inputs)[0], F.linear(x, w, b).relu().sum())
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "setting", "cut"),
+    [
+        (aten.convolution.default, torch.float32, "tf32", True),
+        (aten.convolution.default, torch.float32, "ieee", False),
+        (aten.convolution.default, torch.float64, "tf32", False),
+        (aten.mm.default, torch.float32, "tf32", False),  # products of matrices are told apart from convolutions
+        (aten.relu.default, torch.float32, "tf32", False),
+    ],
+)
+def test_what_a_gpu_computes_with_ten_bits(target: object, dtype: torch.dtype, setting: str, cut: bool) -> None:
+    graph = torch.fx.Graph()
+    factor = graph.placeholder("x")
+    with FakeTensorMode():
+        factor.meta["val"] = torch.empty(2, 3, 5, 5, dtype=dtype, device="cuda")
+    node, convolutions = graph.call_function(target, (factor,)), torch.backends.cudnn.conv  # type: ignore[arg-type, attr-defined]
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = setting
+        assert trace_module._as_tf32(node) == cut
+        assert trace_module.tf32() == {"products": False, "convolutions": setting == "tf32"}
+    finally:
+        convolutions.fp32_precision = before
 
 
 @pytest.mark.parametrize(

@@ -121,14 +121,20 @@ def _check(node: Node) -> None:
         raise Untraceable(f"a shape or value depends on the values of a tensor ({node.target})")
 
 
+def tf32() -> dict[str, bool]:
+    """Whether a GPU cuts the factors of float32 products to ten bits; in convolutions it does unless it is told otherwise."""
+    convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009  # unknown to its types
+    kinds = {"products": torch.backends.cuda.matmul, "convolutions": convolutions}
+    return {name: kind.fp32_precision == "tf32" for name, kind in kinds.items()}
+
+
 def _as_tf32(node: Node) -> bool:
-    """Whether a GPU computes a product of float32 with the ten bits of a TF32 number; convolutions it does unless it is told otherwise."""
+    """Whether it does so at this node."""
     factor = _value(node.args[0]) if node.args else None
     if factor is None or factor.device.type != "cuda" or factor.dtype != torch.float32:
         return False
-    products, convolutions = torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv")  # noqa: B009  # unknown to its types
-    kind = convolutions if node.target in _CONVOLUTIONS else products if node.target in _MATRIX_PRODUCTS else None
-    return kind is not None and kind.fp32_precision == "tf32"
+    cut = tf32()
+    return (cut["convolutions"] and node.target in _CONVOLUTIONS) or (cut["products"] and node.target in _MATRIX_PRODUCTS)
 
 
 def _tagged(node: Node, tag: torch.Tag) -> bool:

@@ -29,7 +29,7 @@ class Captured(Compiled):
         devices = {p.device.type for p in survey.model.tensors}
         if devices != {"cuda"}:
             others = ", ".join(sorted(devices - {"cuda"}))
-            raise Untraceable(f"a CUDA graph needs all parameters on a GPU, and there are some on {others}")
+            raise Untraceable(f"a CUDA graph needs all parameters and buffers on a GPU, and there are some on {others}")
         return super()._build(survey, batch, plan, moves)
 
     def _pinned(self, survey: Survey, moves: bool) -> Hashable:

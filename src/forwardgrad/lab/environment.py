@@ -45,8 +45,10 @@ def describe(on: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }
-    if on.type == "cuda":  # whether its float32 products are of numbers cut to ten bits, which is torch's own choice for convolutions
-        found["tf32"] = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
+    if on.type == "cuda":
+        from forwardgrad.trace import tf32  # takes a second to load
+
+        found["tf32"] = tf32()
     return found
 
 
