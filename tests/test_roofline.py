@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import forwardgrad as fg
+from forwardgrad import tangents
+from forwardgrad.draws import planned
 from forwardgrad.lab import draws, roofline
-from forwardgrad.lab.bench_arms import ARMS, Arm, Step
+from forwardgrad.lab.bench_arms import ARMS, NAMED, Arm, Step
 from forwardgrad.lab.bench_cases import Case, build
 from forwardgrad.lab.roofline import Ceilings, Count, count
 
@@ -127,3 +129,28 @@ def test_a_dense_gaussian_step_draws_a_number_a_weight() -> None:
     with Entries() as again:
         draws.total(made)()
     assert again.count == built.parameters
+
+
+@pytest.mark.parametrize("name", ["forward", "low-rank", "low-rank-k2", "per-example", "activity"])
+def test_a_step_that_is_a_graph_draws_each_number_once(name: str) -> None:
+    """Low-rank factors are drawn twice by an eager step, which does not keep them."""
+    torch.manual_seed(0)
+    step = Step(NAMED[name], build(Case("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
+    made = draws.of_a_graph(step, captured=False)
+    with planned() as plan, Entries() as planning:
+        step()
+    with Entries() as again:
+        draws.total(made)()
+    with Entries() as once:
+        plan.again()
+    assert 0 < again.count == once.count
+    assert (once.count < planning.count) == name.startswith("low-rank")
+
+
+def test_streams_of_a_graph_are_made_by_a_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tangents, "_WORTH_A_STREAM", 100)
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda seeds: calls.append(function(seeds)))
+    made = draws.of_a_graph(Step(NAMED["forward"], build(Case("mlp-2x8", 4, "contiguous"), torch.device("cpu"))), captured=False)
+    draws.total(made)()
+    assert [tuple(found.shape) for found in calls] == [(1, 784 * 8)]

@@ -148,11 +148,10 @@ def _measured(
 
 
 def _drawn(arm: Arm, step: Step, built: Built) -> list[draws.Draw]:
-    """The draws of a step. Those inside a graph are not to be seen: they are read off the same step taken eagerly."""
+    """The draws of a step. Those of a graph are read off the same step taken eagerly."""
     if arm.engine == "eager":
         return draws.recorded(step)
-    made = draws.recorded(Step(dataclasses.replace(arm, engine="eager"), built), compiled=True)
-    return draws.captured(made) if made and arm.engine == "graph" else made
+    return draws.of_a_graph(Step(dataclasses.replace(arm, engine="eager"), built), captured=arm.engine == "graph")
 
 
 def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from forwardgrad import streams
+from forwardgrad.draws import planned
 from forwardgrad.tangents import LAWS, Law
 
 
@@ -27,25 +28,35 @@ class Draw:
         return self.make()
 
 
-def recorded(work: Callable[[], object], *, compiled: bool = False) -> list[Draw]:
+def recorded(work: Callable[[], object]) -> list[Draw]:
     """Every draw of a piece of work, run once, as something that can be run again: the same law over memory of the same shapes.
-
-    `compiled`: streams are drawn by a compiled function of their own, as they are where the whole step is one.
 
     A law's `fill_` is one draw, with all it takes to turn random bits into directions; whatever else draws random numbers (a peer's
     `randn_like`, dropout) is recorded operator by operator. Run again, each draw goes into memory that was not touched before, as in
     the step, and comes from a generator of its own.
     """
-    recorder = _Recorder(compiled)
-    with _laws_watched(recorder), recorder:
+    recorder = _Recorder()
+    with _laws_watched(recorder), _streams_watched(recorder), recorder:
         work()
     return recorder.draws
+
+
+def of_a_graph(work: Callable[[], object], *, captured: bool) -> list[Draw]:
+    """The draws of an eager step, run once, as they are where the step is one function: what is drawn before it, every place once; as a
+    captured graph what can be captured; and the streams that are made inside it, by a compiled function of their own."""
+    recorder = _Recorder(compiled=True)
+    with planned() as plan, _streams_watched(recorder):
+        work()
+    inside = plan.in_graph() if captured else set[int]()
+    before = [Draw(draw.again, draw.on or ()) for index, draw in enumerate(plan.draws) if index not in inside]
+    held = [Draw(plan.draws[index].again, plan.draws[index].on or ()) for index in sorted(inside)]
+    return [*before, *_captured(held), *recorder.draws]
 
 
 class _Recorder(TorchDispatchMode):
     """Notes what draws random numbers; inside a law's draw it looks away."""
 
-    def __init__(self, compiled: bool) -> None:
+    def __init__(self, *, compiled: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._compiled = compiled
         self.draws: list[Draw] = []
@@ -98,13 +109,25 @@ def _again(func: Any, args: Any, kwargs: Any) -> object:
 
 
 @contextmanager
-def _laws_watched(recorder: _Recorder) -> Iterator[None]:
-    """Inside, every law tells the recorder what it fills, and what it takes from streams."""
+def _streams_watched(recorder: _Recorder) -> Iterator[None]:
+    """Inside, the recorder is told what is taken from streams."""
 
     def normal(seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
         if not recorder.inside:
             recorder.stream(seeds, count, dtype, device)
         return stream(seeds, count, dtype, device)
+
+    stream = streams.normal
+    streams.normal = normal
+    try:
+        yield
+    finally:
+        streams.normal = stream
+
+
+@contextmanager
+def _laws_watched(recorder: _Recorder) -> Iterator[None]:
+    """Inside, every law tells the recorder what it fills."""
 
     def watched(fill_: Callable[[Law, list[Tensor], Generator], None]) -> Callable[[Law, list[Tensor], Generator], None]:
         def told(law: Law, tangent: list[Tensor], generator: Generator) -> None:
@@ -118,10 +141,7 @@ def _laws_watched(recorder: _Recorder) -> Iterator[None]:
 
         return told
 
-    stream = streams.normal
     with ExitStack() as stack:
-        stack.callback(setattr, streams, "normal", stream)
-        streams.normal = normal
         for kind in LAWS:
             own = kind.__dict__["fill_"]
             stack.callback(setattr, kind, "fill_", own)
@@ -129,8 +149,10 @@ def _laws_watched(recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-def captured(draws: list[Draw]) -> list[Draw]:
-    """All draws as one captured graph, as where the whole step is one; what cannot be captured stays as it is."""
+def _captured(draws: list[Draw]) -> list[Draw]:
+    """All draws as one captured graph; what cannot be captured stays as it is."""
+    if not draws:
+        return []
     work, graph = total(draws), torch.cuda.CUDAGraph()
     try:
         work()
