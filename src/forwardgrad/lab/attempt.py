@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from forwardgrad.lab import failure
+from forwardgrad.lab import allocation, failure
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Run
@@ -110,6 +110,7 @@ def _at_home(place: Place) -> Iterator[None]:
     """The threads and the modules that a run is given, and what was there before again after it."""
     import torch
 
+    allocation.keep()
     threads, path = torch.get_num_threads(), list(sys.path)
     if place.threads is not None:
         torch.set_num_threads(place.threads)

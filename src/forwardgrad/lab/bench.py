@@ -20,7 +20,7 @@ import torch
 from forwardgrad.diagnostics import LEAST
 from forwardgrad.estimators import Backprop, Estimator
 from forwardgrad.gradient import estimate_grad_
-from forwardgrad.lab import bench_memory, draws, environment, information, roofline, timing
+from forwardgrad.lab import allocation, bench_memory, draws, environment, information, roofline, timing
 from forwardgrad.lab.bench_arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, Arm, Step
 from forwardgrad.lab.bench_cases import Built, Case, build, layouts, loss
 from forwardgrad.lab.bench_section import text
@@ -56,6 +56,7 @@ def measure(store: Store, cases: Sequence[Case], arms: Sequence[Arm], method: Me
     """Measure the cases, store each as it is done beside those of the same machine, and return a text table."""
     on = environment.device(device)
     where, tables = environment.describe(on), []
+    allocation.keep()
     say("the machine's own limits")
     limits = roofline.ceilings(on)
     for index, case in enumerate(cases, 1):

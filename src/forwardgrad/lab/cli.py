@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from forwardgrad import __version__
-from forwardgrad.lab import allocation, interrupts
+from forwardgrad.lab import interrupts
 from forwardgrad.lab.commands import datasets, measuring, reading, studies, training
 from forwardgrad.lab.errors import UserError
 
@@ -39,7 +39,6 @@ app.add_typer(data_app, name="data")
 def main() -> None:
     """Run the command line: every mistake of the user's is one sentence and status 2, Ctrl-C is status 130."""
     interrupts.listen()
-    allocation.keep()
     for stream in (sys.stdout, sys.stderr):  # a path, or a stored name, may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from forwardgrad.lab import allocation
 from forwardgrad.lab.attempt import Died, Lost, Outcome, Unit, attempt, reason_of
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.place import Place
@@ -167,7 +166,6 @@ def _unseen(node: str, root: Path) -> str:
 
 def _task(unit: Unit, root: Path, token: Path, place: Place, words: list[str]) -> Outcome:
     """What a node does with a unit; it may have joined after the others were asked."""
-    allocation.keep()
     sys.argv = words  # what environment.json says of the command
     if not token.exists():
         return UserError(_unseen(os.uname().nodename, root))

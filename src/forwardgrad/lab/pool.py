@@ -15,7 +15,6 @@ from multiprocessing import get_context, resource_tracker
 
 from pebble import ProcessExpired, ProcessPool
 
-from forwardgrad.lab import allocation
 from forwardgrad.lab.attempt import Died, Lost, Outcome, Unit, attempt
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.place import Place
@@ -44,7 +43,7 @@ class Pool:
     def _schedule(self, unit: Unit, store: Store) -> Future[Outcome]:
         if self._pool is None:
             context = get_context("spawn")
-            self._pool = ProcessPool(self.room, initializer=_begin, initargs=(os.getpid(),), context=context)
+            self._pool = ProcessPool(self.room, initializer=_follow_parent, initargs=(os.getpid(),), context=context)
         return self._pool.schedule(_attempt, args=(unit, store, self.place))
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
@@ -113,8 +112,7 @@ def _unheard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(parent: int) -> None:
-    allocation.keep()
+def _follow_parent(parent: int) -> None:
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 
 
