@@ -337,7 +337,8 @@ def test_cifar_files_are_read_in_order_and_checked_before_they_are_interpreted(t
     assert test.labels.tolist() == [5, 5, 5]
     monkeypatch.setattr(data, "unpickle", lambda content: pytest.fail("interpreted before it was checked"))
     with pytest.raises(
-        UserError, match=r"data_batch_1 is damaged \(its checksum is wrong\): run `forwardgrad data fetch cifar10 --data-dir"
+        UserError,
+        match=r"data_batch_1 is damaged or of another data set \(its checksum is wrong\): run `forwardgrad data fetch cifar10 --data-dir",
     ):
         data.read_cifar(tmp_path, 3)
 

@@ -2,6 +2,7 @@ import dataclasses
 import html.parser
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -240,8 +241,20 @@ def test_stored_text_is_escaped(table1: Store) -> None:
 
 
 def test_nothing_to_report_is_one_sentence(store: Store) -> None:
-    with pytest.raises(UserError, match=r"nothing to report in .*: run `forwardgrad reproduce table1 --out"):
+    with pytest.raises(UserError, match=r"nothing to report in .*: no command has left anything there"):
         report.write(store)
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "its one run belongs to no study"), (3, "its 3 runs belong to no study")])
+def test_runs_outside_studies_are_listed_and_not_reported(tmp_path: Path, count: int, words: str) -> None:
+    lone = Store(tmp_path / "a folder's name")
+    for run in seeds(recipes.TABLE1[0], count):
+        put(lone, run, 0.5)
+    with pytest.raises(UserError) as told:
+        report.write(lone)
+    assert words in str(told.value)
+    (command,) = re.findall(r"`(.*?)`", str(told.value))
+    assert shlex.split(command) == ["forwardgrad", "list", str(lone.root)]
 
 
 @pytest.mark.parametrize("name", ["cost.json", "bench.json", "functions.json"])

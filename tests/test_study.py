@@ -59,7 +59,8 @@ def test_diverged_points_are_never_chosen(tmp_path: Path) -> None:
     record = run_study(Study("s", "S", (arm(lr=(0.01, 0.02, 0.03)),)), Store(tmp_path), fake, "command")
     assert record["arms"][0]["chosen"]["values"] == {"lr": 0.01}
     nothing = run_study(Study("t", "T", (arm(lr=(0.02, 0.03)),)), Store(tmp_path), Fake(lambda _: None), "command")
-    assert nothing["arms"][0]["chosen"] == {"values": {"lr": 0.02}, "validation_loss": None, "at_edge": ["lr"]}
+    assert nothing["arms"][0]["chosen"] == {"values": {}, "validation_loss": None, "at_edge": []}
+    assert nothing["arms"][0]["no_winner"] == "all 2 trials diverged"
 
 
 def test_unequal_budgets_are_refused() -> None:

@@ -206,9 +206,10 @@ def test_damaged_records_and_vanished_files_stop_nobody(store: Store) -> None:
     (store.folder(trials(ONE)[1].identity) / "run.json").unlink()
     (store.root / "runs" / "stray").write_text("no folder")
     now = snapshot(store, now=T + 23)
-    assert now.unread == ("half.json",)
+    (unread,) = now.unread
+    assert re.search(r"studies/half\.json is damaged \(.*\): delete this file", unread)
     assert now.arms[0].done == 1
-    assert "studies/half.json cannot be read" in drawn(now, 80)
+    assert "is damaged" in drawn(now, 200)
 
 
 def test_runs_outside_studies_are_arms_of_their_own(store: Store) -> None:

@@ -66,7 +66,7 @@ def _table(title: str, arms: Sequence[ArmResult], others: Sequence[StudyResult])
     if paper:
         groups.append(("Table I as published", tuple(map(_published, paper))))
     names = {row.name: row for row in paper}
-    ours = [arm for study in others if study.name == "table1" for arm in study.arms if arm.name in names and arm.done]
+    ours = [arm for study in others if study.family == "table1" for arm in study.arms if arm.name in names and arm.done]
     if ours:
         groups.append(("Table I as trained here", tuple(_trained(arm, names[arm.name]) for arm in ours)))
     return Table(HEADS, tuple(groups), f"{title}: every arm", MEANING)

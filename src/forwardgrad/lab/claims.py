@@ -22,13 +22,20 @@ NOTE = (
 
 def judge(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> tuple[Judged, ...]:
     """Every claim, in the order of the papers' arguments."""
-    evidence = Evidence({study.name: study for study in studies}, measured)
+    fullest = {study.family: study for study in sorted(studies, key=_weight)}  # where one is stored several times
+    evidence = Evidence(fullest, measured)
     return tuple(decide(evidence) for decide in (*PAPER, *BY_BAYDIN))
+
+
+def _weight(study: StudyResult) -> tuple[int, int, bool]:
+    """How much a record says: arms at full length first, then arms that are complete; of two alike the first record."""
+    complete = [arm for arm in study.arms if arm.complete]
+    return sum(not arm.shortened for arm in complete), len(complete), not study.of
 
 
 def claims_section(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> Section | None:
     """The claims as a part of the page; None for a store that holds nothing they speak of."""
-    if not (any(study.name in ABOUT for study in studies) or measured.keys() & {"bench.json", "functions.json", "quality.json"}):
+    if not (any(study.family in ABOUT for study in studies) or measured.keys() & {"bench.json", "functions.json", "quality.json"}):
         return None
     found = judge(studies, measured)
     return Section("claims", f"The papers' {len(found)} claims, one by one", _counted(found), (NOTE, found))

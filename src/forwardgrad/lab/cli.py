@@ -11,9 +11,8 @@ import typer
 from forwardgrad import __version__
 from forwardgrad.lab import interrupts
 from forwardgrad.lab.commands import datasets, measuring, reading, studies, training
+from forwardgrad.lab.commands.ending import INTERRUPTED, MISTAKE, STATUSES
 from forwardgrad.lab.errors import UserError
-
-INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 for command in (
@@ -37,7 +36,7 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """Run the command line: every mistake of the user's is one sentence and status 2, Ctrl-C is status 130."""
+    """Run the command line: whatever keeps a command from its result is one sentence and a status of its own (`commands.ending`)."""
     interrupts.listen()
     for stream in (sys.stdout, sys.stderr):  # a path, or a stored name, may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
@@ -61,7 +60,7 @@ def main() -> None:
 
 def _fail(message: str) -> int:
     print(f"forwardgrad: {message}", file=sys.stderr)
-    return 2
+    return MISTAKE
 
 
 def _show_version(wanted: bool) -> None:
@@ -70,7 +69,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog=STATUSES)
 def forwardgrad(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:

@@ -210,6 +210,15 @@ def _damaged(path: Path, why: object, name: str, root: Path) -> Damaged:
     return Damaged(f"{path} is damaged ({why}): run `{remedy(name, root)}`")
 
 
+class _Other(ValueError):
+    """A file that can be read and is not the official one: damaged, or of another data set."""
+
+
+def _other(path: Path, why: object, name: str, root: Path) -> Damaged:
+    own = "data of your own belong in a study that names them by import path (docs/studies.md)"
+    return Damaged(f"{path} is damaged or of another data set ({why}): run `{remedy(name, root)}` for the official one; {own}")
+
+
 # MNIST -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -223,9 +232,11 @@ def read_mnist(
         try:
             values = parse_idx(content, shape)
             if len(shape) == 1 and bool((values >= CLASSES).any()):
-                raise ValueError(f"label {int(values.max())} is not a digit")
+                raise _Other(f"label {int(values.max())} is not a digit")
             if digest(content) != known.get(relative, digest(content)):
-                raise ValueError("its checksum is wrong")
+                raise _Other("its checksum is wrong")
+        except _Other as error:
+            raise _other(path, error, "mnist", root) from error
         except ValueError as error:
             raise _damaged(path, error, "mnist", root) from error
         return values
@@ -246,10 +257,10 @@ def parse_idx(content: bytes, shape: tuple[int, ...]) -> Tensor:
     if content[:4] != bytes((0, 0, 8, len(shape))):  # two zeros, the type (8: unsigned byte), the number of dimensions
         raise ValueError(f"it starts with {content[:4].hex()}, not with {bytes((0, 0, 8, len(shape))).hex()}")
     found = struct.unpack(f">{len(shape)}I", content[4:header])
+    if len(content) != header + math.prod(found):
+        raise ValueError(f"it has {len(content) - header} values, not {math.prod(found)}")
     if found != shape:
-        raise ValueError(f"it declares the shape {found}, not {shape}")
-    if len(content) != header + math.prod(shape):
-        raise ValueError(f"it has {len(content) - header} values, not {math.prod(shape)}")
+        raise _Other(f"it declares the shape {found}, not {shape}")
     return _bytes(content[header:]).reshape(shape)
 
 
@@ -267,8 +278,10 @@ def read_cifar(root: Path, count: int = 10_000, known: Mapping[str, str] = KNOWN
         path, content = _read(root, "cifar10", relative)
         try:
             if digest(content) != known[relative]:  # before anything in it is interpreted
-                raise ValueError("its checksum is wrong")
+                raise _Other("its checksum is wrong")
             return parse_batch(content, count)
+        except _Other as error:
+            raise _other(path, error, "cifar10", root) from error
         except ValueError as error:
             raise _damaged(path, error, "cifar10", root) from error
 

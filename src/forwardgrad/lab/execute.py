@@ -31,6 +31,9 @@ class Workers(Protocol):
     def room(self) -> int:
         """How many units may be under way."""
 
+    def expect(self, units: int) -> None:
+        """Hear how many units are to come, before the first of them."""
+
     def start(self, unit: Unit, store: Store) -> None: ...
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
@@ -51,6 +54,9 @@ class Here:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._done: list[tuple[Unit, Outcome]] = []
+
+    def expect(self, units: int) -> None:
+        """One after the other, however many."""
 
     def start(self, unit: Unit, store: Store) -> None:
         self._done.append((unit, attempt(unit, store, self.place)))
@@ -136,6 +142,7 @@ class _Sharing:
         self.found: Results = {}
         self.deaths: Counter[str] = Counter()
         self.told = False
+        workers.expect(len(units))
 
     def results(self) -> Results:
         """All results, once there are all."""

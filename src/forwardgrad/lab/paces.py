@@ -17,6 +17,7 @@ from forwardgrad.lab import environment, own
 from forwardgrad.lab.data import Dataset, Split
 from forwardgrad.lab.evaluate import losses_of
 from forwardgrad.lab.length import BACKWARD, Pace
+from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.space import FURTHER
 from forwardgrad.lab.state import begin, steps_per_epoch, total_steps
@@ -69,13 +70,17 @@ def _measure(run: Run, on: torch.device, data_dir: Path | None) -> Pace:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm of a study will take on one worker: runs, steps, seconds, forward passes; `further` trials if spaces are widened."""
+    """What an arm of a study will take on one worker: runs, steps, seconds of trials and of final runs, forward passes.
+
+    `further` trials come on top where spaces are widened.
+    """
 
     arm: str
     trials: int
     finals: int
     steps: int
-    seconds: float
+    tuning: float
+    training: float
     forward_passes: float
     further: int = 0
     further_seconds: float = 0.0
@@ -100,10 +105,11 @@ def _cost(campaign: Campaign, arm: Arm, sizes: Callable[[str], tuple[Dataset, in
     points = study.points(arm) or [{} for _ in range(study.budget(arm))]
     trials = [study.trial(arm, point, campaign.pace) for point in points]
     finals = [study.final(arm, {}, seed, campaign.pace) for seed in range(study.seeds)]
-    steps, seconds, passes = _sum(campaign, [*trials, *finals], sizes)
+    tuning, training = (_sum(campaign, runs, sizes) for runs in (trials, finals))
     further = study.widen * FURTHER if trials else 0
     more = _sum(campaign, trials[:1] * further, sizes)[1]
-    return Cost(arm.name, len(trials), len(finals), steps, seconds, passes, further, more)
+    steps, passes = tuning[0] + training[0], tuning[2] + training[2]
+    return Cost(arm.name, len(trials), len(finals), steps, tuning[1], training[1], passes, further, more)
 
 
 def _sum(campaign: Campaign, runs: Iterable[Run], sizes: Callable[[str], tuple[Dataset, int, int]]) -> tuple[int, float, float]:
@@ -119,20 +125,24 @@ def _sum(campaign: Campaign, runs: Iterable[Run], sizes: Callable[[str], tuple[D
     return steps, seconds, passes
 
 
-def table(found: list[Cost], workers: int) -> str:
-    """The costs in plain text, and what they come to."""
+def table(found: list[Cost], place: Place) -> str:
+    """The costs in plain text, and what they come to: trials first, then final runs, as many at a time as there are of them and cores."""
     head = ("arm", "trials", "final runs", "steps", "forward passes", "time")
-    rows = [(c.arm, str(c.trials), str(c.finals), f"{c.steps:,}", f"{c.forward_passes:,.0f}", clock(c.seconds)) for c in found]
+    rows = [(c.arm, str(c.trials), str(c.finals), f"{c.steps:,}", f"{c.forward_passes:,.0f}", clock(c.tuning + c.training)) for c in found]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         for row in (head, *rows)
     ]
-    runs, seconds = sum(c.trials + c.finals for c in found), sum(c.seconds for c in found)
-    lines.append(f"{runs} runs, {clock(seconds)} of work: about {clock(seconds / workers)} with {workers} at a time")
+    trials, finals = sum(c.trials for c in found), sum(c.finals for c in found)
+    tuning, training = sum(c.tuning for c in found), sum(c.training for c in found)
+    lasts = tuning / place.at_a_time(trials) + training / place.at_a_time(finals)
+    most = place.at_a_time(max(trials, finals))
+    lines.append(f"{trials + finals} runs, {clock(tuning + training)} of work: about {clock(lasts)} with {most} at a time")
     if more := sum(c.further_seconds for c in found):
         further = sum(c.further for c in found)
-        lines.append(f"up to {further} further trials where a winner lies on the edge of its space: {clock(more / workers)} more")
+        longer = clock(more / place.at_a_time(further))
+        lines.append(f"up to {further} further trials where a winner lies on the edge of its space: {longer} more")
     return "\n".join(lines)
 
 

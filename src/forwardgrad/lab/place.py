@@ -64,6 +64,19 @@ class Place:
         """The cores of a run that has others beside it."""
         return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
 
+    def at_a_time(self, runs: int) -> int:
+        """How many of so many runs make progress at full speed: no more than there are jobs, nor than have cores here to themselves."""
+        fit = self.jobs if self.executor == "ray" else max(1, (os.cpu_count() or 1) // self.share)
+        return max(1, min(self.jobs, runs, fit))
+
+    @property
+    def crowded(self) -> str:
+        """What to say where runs get in one another's way, empty where each has its cores."""
+        if self.jobs == self.at_a_time(self.jobs):
+            return ""
+        each = f" of {self.share} threads each" if self.share > 1 else ""
+        return f"{self.jobs} runs at a time{each} are more than this machine's {os.cpu_count()} cores: they slow one another down"
+
     @property
     def gpu_share(self) -> float:
         """The part of a GPU that Ray gives a run."""

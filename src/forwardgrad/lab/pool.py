@@ -22,14 +22,24 @@ from forwardgrad.lab.store import Store
 
 
 class Pool:
-    """As many processes as the place has jobs, started with the first unit."""
+    """As many processes as the place has jobs, and no more than there are units, started with the first of them."""
 
     def __init__(self, place: Place) -> None:
         self.place = dataclasses.replace(place, threads=place.share)
         self.room = place.jobs
+        self._processes = place.jobs
         self._running: dict[Future[Outcome], Unit] = {}
         self._pool: ProcessPool | None = None
         self._fruitless = 0  # pools that broke since a unit came back
+
+    def expect(self, units: int) -> None:
+        """So many units are to come: processes are started for these, and where more are needed than there are, all anew."""
+        self.room = max(1, min(self.place.jobs, units))
+        if self._pool is None:
+            self._processes = self.room
+        elif self.room > self._processes and not self._running:
+            self._end()
+            self._processes = self.room
 
     def start(self, unit: Unit, store: Store) -> None:
         with _unheard():
@@ -43,7 +53,7 @@ class Pool:
     def _schedule(self, unit: Unit, store: Store) -> Future[Outcome]:
         if self._pool is None:
             context = get_context("spawn")
-            self._pool = ProcessPool(self.room, initializer=_follow_parent, initargs=(os.getpid(),), context=context)
+            self._pool = ProcessPool(self._processes, initializer=_follow_parent, initargs=(os.getpid(),), context=context)
         return self._pool.schedule(_attempt, args=(unit, store, self.place))
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:

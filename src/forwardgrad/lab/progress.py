@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forwardgrad.lab import interrupts
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.watch import ArmNow, Phase, Snapshot, StudyNow, Watch, Work
 
@@ -68,31 +69,39 @@ class Progress:
 
 
 def watch(store: Store, *, once: bool = False) -> None:
-    """Show a store on the output until all in it is done, or as it is now."""
+    """Show a store on the output until all in it is done, or as it is now; UserError at the end where a record could not be read."""
     console, looked = console_on(sys.stdout), Watch(store)
-    if not once:
-        follow(looked, console, threading.Event(), None)
-        return
-    if not console.is_terminal:
-        console.width = max(console.width, PIPED)
-    console.print(Display(looked.snapshot(), whole=True))
+    if once:
+        if not console.is_terminal:
+            console.width = max(console.width, PIPED)
+        console.print(Display(now := looked.snapshot(), whole=True))
+    else:
+        now = follow(looked, console, threading.Event(), None)
+    if now.unread:
+        raise UserError(now.unread[0] + (f" ({len(now.unread) - 1} more like it)" if len(now.unread) > 1 else ""))
 
 
-def follow(watched: Watch, console: Console, stop: threading.Event, expected: set[str] | None) -> None:
-    """Draw until told to stop, or until all is done where nobody expects certain runs."""
+def follow(watched: Watch, console: Console, stop: threading.Event, expected: set[str] | None) -> Snapshot:
+    """Draw until told to stop, or until all is done where nobody expects certain runs; returns what it saw last.
+
+    A record that cannot be read is looked at twice, and not waited for after that.
+    """
     show = _Live(watched, console, expected) if console.is_terminal and not console.is_dumb_terminal else _Log(watched, console, expected)
     with show:
-        last = False
+        last, unread = False, set[str]()
         while not last:
             began = time.monotonic()
             now = watched.snapshot()
             show.update(now)
             if expected is None:
                 interrupts.check()
-                last = now.complete
+                last = now.complete and unread.issuperset(now.unread)
+                unread = set(now.unread)
             if not last and stop.wait(min(max(POLL_SECONDS, SHARE * (time.monotonic() - began)), SLOWEST_SECONDS)):
-                show.update(watched.snapshot())
+                now = watched.snapshot()
+                show.update(now)
                 last = True
+    return now
 
 
 class _Log:
@@ -102,6 +111,7 @@ class _Log:
         self.watched, self.console, self.expected = watched, console, expected
         self.told: set[str] | None = set() if expected is not None else None
         self.logged = time.monotonic()
+        self.unread: set[str] = set()
 
     def __enter__(self) -> None:
         pass
@@ -111,6 +121,10 @@ class _Log:
 
     def update(self, now: Snapshot) -> None:
         self._ended(now)
+        for words in () if now.complete else now.unread:  # else they are the last that is said
+            if words not in self.unread:
+                self.unread.add(words)
+                self._print(words)
         if time.monotonic() - self.logged >= LOG_SECONDS:
             self.logged = time.monotonic()
             for study in now.studies:
@@ -176,9 +190,8 @@ class Display:
         yield from map(head, shown if self.whole else shown[:HEADS])
         if done:
             yield f"done: {', '.join(done)}"
-        for name in self.now.unread:
-            yield f"studies/{name} cannot be read"
-        if not self.now.studies:
+        yield from self.now.unread
+        if not self.now.studies and not self.now.unread:
             yield "no runs yet"
 
 

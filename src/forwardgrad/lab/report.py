@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,18 +43,27 @@ def write(store: Store, *, pdf: bool = False) -> Path:
     With `pdf` also figures/*.pdf: embedding their letters takes longer than all else. The same stored results give the same bytes.
     Raises UserError where there is nothing to report or a stored file is damaged.
     """
-    studies = sorted(results.studies(store), key=lambda study: ORDER.index(study.name) if study.name in ORDER else len(ORDER))
+    studies = sorted(results.studies(store), key=lambda study: ORDER.index(study.family) if study.family in ORDER else len(ORDER))
     measured = {name: stored for name in MEASURED if (stored := read_json(store.root / name)) is not None}
     if not studies and not measured:
-        raise UserError(f"nothing to report in {store.root}: run `forwardgrad reproduce table1 --out {store.root}` first")
+        raise UserError(_nothing(store))
     sections = _sections(store, studies, measured)
     with _checked(store.root / "bench.json", "measure it again"):
         said = verdict.verdict(studies, measured.get("bench.json"))
+    page, plain = html(TITLE, said, sections).encode(), markdown(TITLE, said, sections).encode()  # both made before anything is written
     _export(store, sections, pdf)
-    write_whole(store.root / "report.md", markdown(TITLE, said, sections).encode())
-    page = store.root / "report.html"
-    write_whole(page, html(TITLE, said, sections).encode())
-    return page
+    write_whole(store.root / "report.md", plain)
+    write_whole(store.root / "report.html", page)
+    return store.root / "report.html"
+
+
+def _nothing(store: Store) -> str:
+    """Why there is no report, and what there is instead."""
+    where, runs = shlex.quote(str(store.root)), len(store.runs())
+    if not runs:
+        return f"nothing to report in {store.root}: no command has left anything there; one that does is `forwardgrad demo --out {where}`"
+    some = "its one run belongs to no study" if runs == 1 else f"its {runs:,} runs belong to no study"
+    return f"nothing to report in {store.root}: {some}, and reports are of studies; `forwardgrad list {where}` shows runs"
 
 
 def _export(store: Store, sections: list[Section], pdf: bool) -> None:
@@ -77,8 +87,8 @@ def _sections(store: Store, studies: list[StudyResult], measured: dict[str, dict
         with _checked(store.root / name, "measure it again"):
             extra[name] = dataclasses.replace(make(stored), source=place("source", title))
             environments.append((title, stored["environment"]))
-    ahead = [_study(store, study, studies) for study in studies if study.name != "demo"]
-    behind = [_study(store, study, studies) for study in studies if study.name == "demo"]
+    ahead = [_study(store, study, studies) for study in studies if study.family != "demo"]
+    behind = [_study(store, study, studies) for study in studies if study.family == "demo"]
     with _checked(store.root / "studies", "run its commands again"):
         judged = claims_section(studies, measured)
     return [*([judged] if judged else []), *ahead, *extra.values(), *behind, provenance_section(studies, environments)]
@@ -101,9 +111,9 @@ def _named(study: StudyResult) -> StudyResult:
 
 def _study(store: Store, study: StudyResult, studies: list[StudyResult]) -> Section:
     with _checked(store.root / "studies" / f"{study.name}.json", "run its command again; finished runs are kept"):
-        if study.name == "noise":  # asks what holds an explosion back, not which arm is best
+        if study.family == "noise":  # asks what holds an explosion back, not which arm is best
             section = noise_section(study)
-        elif study.name == "beyond":
+        elif study.family == "beyond":
             section = _compared(beyond_section(study, studies), study)
         else:
             section = _compared(study_section(_named(study)), _named(study))

@@ -120,6 +120,8 @@ class ArmResult:
 
     @property
     def progress(self) -> str:
+        if reason := self.record.get("no_winner"):
+            return f"no winner ({reason})"
         return f"unfinished ({len(self.done)} of {self.planned} runs)"
 
     @property
@@ -182,6 +184,12 @@ class StudyResult:
     name: str
     title: str
     arms: tuple[ArmResult, ...]
+    of: str = ""
+
+    @property
+    def family(self) -> str:
+        """The study that this is a further record of (`forwardgrad.lab.records`), else its own name: what it is about."""
+        return self.of or self.name
 
     @property
     def groups(self) -> dict[str, list[ArmResult]]:
@@ -202,7 +210,8 @@ def studies(store: Store) -> list[StudyResult]:
 
 
 def _study(record: dict[str, Any], store: Store) -> StudyResult:
-    return StudyResult(record["name"], record["title"], tuple(_arm(record["name"], arm, store) for arm in record["arms"]))
+    arms = tuple(_arm(record["name"], arm, store) for arm in record["arms"])
+    return StudyResult(record["name"], record["title"], arms, record.get("of", ""))
 
 
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:

@@ -42,7 +42,7 @@ def further_tables(study: StudyResult) -> list[Table]:
 
 
 def _pictures(study: StudyResult) -> Iterable[str | Picture | Views]:
-    if study.name == "baydin":
+    if study.family == "baydin":
         yield from _baydin(study)
     elif not any(arm.record.get("published") for arm in study.arms):
         for index, (group, arms) in enumerate(list(study.groups.items())[: learning.drawn(study)]):

@@ -80,6 +80,7 @@ __all__ = [  # with the files that it is made of, so that those who read or writ
 
 BESIDE = ("run.json", "environment.json", "evaluations.csv", "walk.csv", "losses.csv.gz", "error.txt")  # what result.json vouches for
 CHECKPOINT_SEAL = 32  # bytes at the end of a checkpoint
+MEASURED = ("bench.json", "quality.json", "functions.json", "cost.json")  # what lies beside the studies
 PATIENCE = 60.0  # seconds to wait for others who change a record
 
 
@@ -235,6 +236,12 @@ class Store:
         """Every stored study; UserError for one that is damaged or of another version."""
         return [read_study(path) for path in sorted((self.root / "studies").glob("*.json"))]
 
+    def check(self) -> None:
+        """UserError where a record or a measurement is damaged, which would keep what is trained from being reported."""
+        self.studies()
+        for name in MEASURED:
+            read_json(self.root / name)
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Hold what many processes may change, a study's record or a measurement: read it again inside, then write it."""
@@ -281,8 +288,15 @@ ARM = {
     "chosen": dict,
     "runs": list,
 }
-LATER_STUDY = {"seeds": int}  # what not every study has
-LATER_ARM = {"full_epochs": int, "budget": dict, "sampler": str, "training": dict, "epochs": int}  # what not every arm has
+LATER_STUDY = {"seeds": int, "of": str}  # what not every study has
+LATER_ARM = {
+    "full_epochs": int,
+    "budget": dict,
+    "sampler": str,
+    "training": dict,
+    "epochs": int,
+    "no_winner": str,
+}  # what not every arm has
 PUBLISHED = {"epochs": int, "test_loss": NUMBER}
 TRIAL = {"values": dict, "run": str}
 CHOSEN = {"values": dict, "validation_loss": MAYBE, "at_edge": list}

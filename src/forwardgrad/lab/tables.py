@@ -164,7 +164,7 @@ def tuning(study: StudyResult) -> Table | None:
     )
     rows = _grouped(
         StudyResult(study.name, study.title, arms),
-        [arm_cell, _points, _space, lambda arm: Cell(values_text(_chosen(arm).get("values") or {})), _trial_loss, _edge],
+        [arm_cell, _points, _space, lambda arm: Cell(values_text(_chosen(arm).get("values") or {}) or "–"), _trial_loss, _edge],
     )
     return Table(columns, rows, "Tuning", meaning)
 
@@ -382,9 +382,16 @@ def _numbers(values: Sequence[Any]) -> bool:
 
 def _trial_loss(arm: ArmResult) -> Cell:
     loss = _chosen(arm).get("validation_loss")
-    return Cell(number(finite(loss))) if loss is not None else Cell("no point stayed finite", tone="warn")
+    if loss is not None:
+        return Cell(number(finite(loss)))
+    if reason := arm.record.get("no_winner"):
+        return Cell("no winner", reason, tone="warn")
+    ended = [trial for trial in arm.trials if trial]
+    return Cell("no point stayed finite", tone="warn") if len(ended) == len(arm.trials) else Cell("–", tone="quiet")
 
 
 def _edge(arm: ArmResult) -> Cell:
     edges = _chosen(arm).get("at_edge") or []
+    if not _chosen(arm).get("values"):
+        return Cell("–", tone="quiet")
     return Cell(f"on the edge of its grid: {', '.join(edges)}", tone="warn") if edges else Cell("inside its grid", tone="quiet")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from forwardgrad.lab import space
+from forwardgrad.lab import records, space
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Pace, paced_alike, unpaced
 from forwardgrad.lab.run import SCHEMA, Run
 from forwardgrad.lab.space import Point
-from forwardgrad.lab.store import Store, read_study, write_json
+from forwardgrad.lab.store import Store, write_json
 from forwardgrad.lab.study import Arm, Study, check
 
 Results = dict[str, dict[str, Any]]
@@ -27,34 +27,54 @@ Trial = tuple[Point, Run]
 
 
 @dataclass
-class _Progress:
-    """What is known of an arm so far."""
+class Standing:
+    """What is known of an arm so far. `no_winner` says why none of its points was chosen."""
 
     arm: Arm
     trials: list[Trial] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=lambda: {"values": {}, "validation_loss": None, "at_edge": []})
     finals: list[Run] = field(default_factory=list)
+    no_winner: str = ""
 
 
 class Campaign:
-    """One study, its store, and how its runs are executed."""
+    """One study, its store, and how its runs are executed.
 
-    def __init__(self, study: Study, store: Store, execute: Execute, command: str, pace: Callable[[Run], Pace] = unpaced) -> None:
+    `examine` is given runs before a record names them, and raises UserError where they cannot even begin.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        execute: Execute,
+        command: str,
+        pace: Callable[[Run], Pace] = unpaced,
+        examine: Callable[[Sequence[Run]], None] = lambda runs: None,
+    ) -> None:
         check(study)
         self.study, self.store, self.execute, self.command = study, store, execute, command
-        self.store = store
-        self.path = store.root / "studies" / f"{study.name}.json"
+        self.record_name: str | None = None  # once there is a record
         self.names: dict[str, str] = {}
-        self.arms = [_Progress(arm) for arm in study.arms]
+        self.arms = [Standing(arm) for arm in study.arms]
         self.results: Results = {}
-        self._measure = pace
-        self.paces: dict[str, Any] = (read_study(self.path).get("paces") or {}) if self.path.exists() else {}
+        self._measure, self._examine, self._planned = pace, examine, False
+        self._good: set[str] = set()  # runs that were examined
+        self.paces = records.paces(store, study.name)
 
-    def run(self) -> dict[str, Any]:
-        """Tune, train, and return the stored record."""
+    def plan(self) -> None:
+        """Plan every run that is known before the first one is trained; UserError where one of them cannot begin. Writes nothing."""
         for state in self.arms:
             self._plan(state, self.study.points(state.arm))
-        self.record()
+            if not state.arm.space:
+                state.finals = self._finals(state)
+        self._check()
+        self._planned = True
+
+    def run(self) -> dict[str, Any]:
+        """Tune, train, and return the stored record. An arm without a single finished trial has no winner, and is trained no further."""
+        if not self._planned:
+            self.plan()
         self._try()
         if self.study.sampler == "optuna":
             self._adapt()
@@ -63,10 +83,13 @@ class Campaign:
                 break
             self._try()
         for state in self.arms:
-            state.chosen = choose(state.arm, state.trials, self.results)
-            state.finals = [self._final(state, seed) for seed in range(self.study.seeds)]
+            if state.arm.space:
+                state.chosen = choose(state.arm, state.trials, self.results)
+                state.no_winner = without_winner(state.trials, self.results)
+                state.finals = [] if state.no_winner else self._finals(state)
         self.record()  # before the long part: a report can be made of what is there
-        self.execute([run for state in self.arms for run in state.finals])
+        if finals := [run for state in self.arms for run in state.finals]:
+            self.results |= self.execute(finals)
         return self.record()
 
     def pace(self, run: Run) -> Pace:
@@ -76,16 +99,24 @@ class Campaign:
             self.paces[key] = dataclasses.asdict(self._measure(run))
         return Pace(**self.paces[key])
 
-    def _plan(self, state: _Progress, points: Sequence[Point]) -> None:
+    def _plan(self, state: Standing, points: Sequence[Point]) -> None:
         for point in points:
             run = self.study.trial(state.arm, point, self.pace)
             self.names[run.identity] = f"{state.arm.name} trial {_short(point)}"
             state.trials.append((point, run))
 
-    def _final(self, state: _Progress, seed: int) -> Run:
-        run = self.study.final(state.arm, state.chosen["values"], seed, self.pace)
-        self.names[run.identity] = f"{state.arm.name} seed {seed}"
-        return run
+    def _finals(self, state: Standing) -> list[Run]:
+        runs = [self.study.final(state.arm, state.chosen["values"], seed, self.pace) for seed in range(self.study.seeds)]
+        self.names |= {run.identity: f"{state.arm.name} seed {seed}" for seed, run in enumerate(runs)}
+        return runs
+
+    def _check(self) -> None:
+        """Let what is to be trained be examined; a run that has a result needs nothing any more."""
+        named = {run.identity: run for state in self.arms for run in (*(run for _, run in state.trials), *state.finals)}
+        new = [run for key, run in named.items() if key not in self._good and self.store.result(key) is None]
+        if new:
+            self._examine(new)
+        self._good |= named.keys()
 
     def _try(self) -> None:
         """Execute every planned trial that has no result yet, those of all arms together."""
@@ -98,7 +129,8 @@ class Campaign:
         """Ask Optuna for the points of every arm, a few at a time, and tell it what came of them."""
         from forwardgrad.lab.adaptive import Asker
 
-        askers = [(state, Asker(self.study.name, state.arm, self.path.with_suffix(".journal"))) for state in self.arms if state.arm.space]
+        journal = self.store.root / "studies" / f"{self.record_name}.journal"
+        askers = [(state, Asker(self.study.name, state.arm, journal)) for state in self.arms if state.arm.space]
         for start in range(0, self.study.trials or 0, ASKED):
             count = min(ASKED, (self.study.trials or 0) - start)
             for state, asker in askers:
@@ -108,42 +140,50 @@ class Campaign:
                 asker.tell([self.results[run.identity] for _, run in state.trials[start:]])
 
     def _widen(self) -> bool:
-        """Plan further points for every tuned arm of a group in which a winner lies on an edge; whether there was one."""
+        """Plan further points for every tuned arm of a group in which a winner lies on an edge; whether there was one.
+
+        An arm of which every trial failed is left out: nothing is known of where to look on.
+        """
         planned = False
+        best = {state.arm.name: choose(state.arm, state.trials, self.results, or_least=True) for state in self.arms}
         for group in dict.fromkeys(arm.group for arm in self.study.arms):
-            tuned = [state for state in self.arms if state.arm.group == group and state.arm.space]
-            for state in tuned:
-                state.chosen = choose(state.arm, state.trials, self.results)
-            if not any(state.chosen["at_edge"] for state in tuned):
+            tuned = [state for state in self.arms if state.arm.group == group and best[state.arm.name]["values"]]
+            if not any(best[state.arm.name]["at_edge"] for state in tuned):
                 continue
-            points = [self._further(state) for state in tuned]
+            points = [self._further(state, best[state.arm.name]["values"]) for state in tuned]
             equal = min(map(len, points))  # fewer where an arm's values are words: no arm gets more trials than another
             for state, found in zip(tuned, points, strict=True):
                 self._plan(state, found[:equal])
             planned = planned or equal > 0
         return planned
 
-    def _further(self, state: _Progress) -> list[Point]:
+    def _further(self, state: Standing, best: Point) -> list[Point]:
         tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
-        return space.further(state.arm.space, tried, state.chosen["values"], possible)
+        return space.further(state.arm.space, tried, best, possible)
 
     def record(self) -> dict[str, Any]:
-        """Store the study; arms of the same study that were run before and are not part of this call are kept."""
+        """Store the study. Arms that were run before and are not part of this call are kept, and so is every result (`records`)."""
+        self._check()
+        rows = [self._described(state) for state in self.arms]
         with self.store.changing():
-            before = {arm["name"]: arm for arm in (read_study(self.path)["arms"] if self.path.exists() else [])}
-            before |= {state.arm.name: self._described(state) for state in self.arms}
+            name, path, stored, arms = records.placed(self.store, self.study.name, rows, self.record_name)
+            self.record_name, further = name, name != self.study.name
+            title = self.study.title + (f" ({name.rpartition('-')[2]})" if further else "")
+            if stored is not None and (stored["title"], stored["arms"]) == (title, arms):
+                return stored
             record = {
                 "schema": SCHEMA,
-                "name": self.study.name,
-                "title": self.study.title,
+                "name": name,
+                **({"of": self.study.name} if further else {}),
+                "title": title,
                 "seeds": self.study.seeds,
                 **({"paces": self.paces} if self.paces else {}),
-                "arms": list(before.values()),
+                "arms": arms,
             }
-            write_json(self.path, record)
+            write_json(path, record)
         return record
 
-    def _described(self, state: _Progress) -> dict[str, Any]:
+    def _described(self, state: Standing) -> dict[str, Any]:
         arm, study = state.arm, self.study
         return {
             "name": arm.name,
@@ -157,13 +197,14 @@ class Campaign:
             "trials": [{"values": values, "run": run.identity} for values, run in state.trials],
             "chosen": state.chosen,
             "runs": [run.identity for run in state.finals],
+            **({"no_winner": state.no_winner} if state.no_winner else {}),
             **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
             **({"budget": self._budget(state), "sampler": study.sampler} if arm.space else {}),
             **({"training": study.training.given} if study.training else {}),
             **({"epochs": arm.run.epochs} if not study.training and arm.run.steps is None else {}),
         }
 
-    def _budget(self, state: _Progress) -> dict[str, Any]:
+    def _budget(self, state: Standing) -> dict[str, Any]:
         """What an arm may spend on tuning: planned trials, those of widening among them, and how long each is."""
         return {"trials": max(self.study.budget(state.arm), len(state.trials)), **self.study.tuning.given}
 
@@ -200,19 +241,43 @@ def _short(values: Point) -> str:
     return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
 
 
-def choose(arm: Arm, trials: Sequence[Trial], results: Results) -> dict[str, Any]:
-    """The trial with the least validation loss, and on which edges of its space it lies."""
-    if not trials:
-        return {"values": {}, "validation_loss": None, "at_edge": []}
-    finished = [(results[run.identity], values) for values, run in trials if results[run.identity]["status"] == "finished"]
-    fit = [(result["validation_loss"], values) for result, values in finished if result["validation_loss"] is not None]
+def without_winner(trials: Sequence[Trial], results: Results) -> str:
+    """Why no trial can be chosen, empty where one can: how many failed, and how many diverged."""
+    if not trials or _fit(trials, results):
+        return ""
+    statuses = [results[run.identity]["status"] for _, run in trials]
+    ended = {"failed": "failed", "diverged": "diverged", "finished": "ended without a validation loss"}
+    counted = [(statuses.count(status), words) for status, words in ended.items() if status in statuses]
+    if len(counted) == 1:
+        return f"all {len(trials)} trials {counted[0][1]}" if len(trials) > 1 else f"its only trial {counted[0][1]}"
+    return f"of {len(trials)} trials {' and '.join(f'{n} {words}' for n, words in counted)}"
+
+
+def choose(arm: Arm, trials: Sequence[Trial], results: Results, *, or_least: bool = False) -> dict[str, Any]:
+    """The trial with the least validation loss, and on which edges of its space it lies; no values where none finished.
+
+    With `or_least`, where none finished and some diverged, that of the least learning rate: below it lies the best place to look on.
+    """
     tried = [values for values, _ in trials]
-    if not fit:  # every point diverged: the least learning rate is the best guess there is, and the report shows it
-        values = min(tried, key=lambda values: values.get("lr", 0.0))
+    if fit := _fit(trials, results):
+        loss, values = min(fit, key=lambda pair: pair[0])
+        return {"values": values, "validation_loss": loss, "at_edge": list(space.edges(arm.space, tried, values))}
+    diverged = [values for values, run in trials if results[run.identity]["status"] == "diverged"]
+    if or_least and diverged:
+        values = min(diverged, key=lambda values: values.get("lr", 0.0))
         return {
             "values": values,
             "validation_loss": None,
             "at_edge": [name for name, values in arm.space.items() if space.size({name: values}) > 1],
         }
-    loss, values = min(fit, key=lambda pair: pair[0])
-    return {"values": values, "validation_loss": loss, "at_edge": list(space.edges(arm.space, tried, values))}
+    return {"values": {}, "validation_loss": None, "at_edge": []}
+
+
+def _fit(trials: Sequence[Trial], results: Results) -> list[tuple[float, Point]]:
+    """Validation losses of the trials that finished, and their points."""
+    found = [(results[run.identity], values) for values, run in trials]
+    return [
+        (result["validation_loss"], values)
+        for result, values in found
+        if result["status"] == "finished" and result["validation_loss"] is not None
+    ]

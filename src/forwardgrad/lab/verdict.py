@@ -26,7 +26,7 @@ def _fair(studies: Sequence[StudyResult]) -> list[tuple[Pair, bool]]:
     """Every fair comparison with hyperparameters chosen for each arm, and whether it was trained at full length."""
     found = []
     for study in studies:
-        if study.name in ("beyond", "noise"):
+        if study.family in ("beyond", "noise"):
             continue
         for pair in findings.pairs(study):
             tuned = all(arm.record.get("space") or arm.record.get("published") for arm in pair)
@@ -88,7 +88,7 @@ def _sure(gaps: Sequence[stats.Estimate]) -> str:
 
 def _beyond(studies: Sequence[StudyResult]) -> list[str]:
     """The best arm without a backward pass on every network of the study beyond the paper."""
-    study = next((study for study in studies if study.name == "beyond"), None)
+    study = next((study for study in studies if study.family == "beyond"), None)
     groups = study.groups if study else {}
     titles = [title for title in TITLES if title in groups]
     best = [(title, found) for title in titles if (found := _best(groups[title]))]

@@ -126,12 +126,12 @@ class Snapshot:
 
     studies: tuple[StudyNow, ...]
     arms: tuple[ArmNow, ...]
-    unread: tuple[str, ...]  # records that cannot be read
+    unread: tuple[str, ...]  # what is to say of records that cannot be read
 
     @property
     def complete(self) -> bool:
         """Whether there was something to do, and all of it is done; runs outside studies whose process is gone are not waited for."""
-        return bool(self.studies) and all(s.complete or (not s.name and not s.running) for s in self.studies)
+        return bool(self.studies or self.unread) and all(s.complete or (not s.name and not s.running) for s in self.studies)
 
 
 def snapshot(store: Store, studies: Collection[str] | None = None, now: float | None = None) -> Snapshot:
@@ -155,7 +155,7 @@ class Watch:
         self.store, self.only, self.runs, self.names = store, studies, runs, names if names is not None else {}
         self.ended: dict[str, Ended] = {}
         self._going: dict[str, Going] = {}
-        self._records: dict[Path, tuple[tuple[int, int], dict[str, Any] | None]] = {}
+        self._records: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
         self._called: dict[str, str] = {}
 
     def snapshot(self, now: float | None = None) -> Snapshot:
@@ -178,7 +178,7 @@ class Watch:
         return Snapshot(tuple(studies), tuple(sorted(arms, key=_rank)), tuple(unread))
 
     def _studies(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The records as they are now, and the names of the files that cannot be read."""
+        """The records as they are now, and what is to say of those that cannot be read."""
         found, unread = [], []
         for path in sorted((self.store.root / "studies").glob("*.json")):
             try:
@@ -186,15 +186,12 @@ class Watch:
                 stamp = stat.st_mtime_ns, stat.st_size
                 if path not in self._records or self._records[path][0] != stamp:
                     self._records[path] = stamp, read_study(path)
+                found.append(self._records[path][1])
             except FileNotFoundError:
                 continue
-            except (UserError, OSError):
-                self._records[path] = (0, 0), None
-            record = self._records[path][1]
-            if record is None:
-                unread.append(path.name)
-            else:
-                found.append(record)
+            except (UserError, OSError) as error:
+                self._records.pop(path, None)
+                unread.append(str(error))
         return found, unread
 
     def _look(self) -> None:
@@ -205,7 +202,7 @@ class Watch:
         except OSError:
             there = set()
         if self.runs is not None:
-            there &= set(self.runs) | {run for _, record in self._records.values() if record for run in _identities(record)}
+            there &= set(self.runs) | {run for _, record in self._records.values() for run in _identities(record)}
         self.ended = {run: ended for run, ended in self.ended.items() if run in there}
         self._going = {}
         for run in sorted(there - self.ended.keys()):
@@ -225,7 +222,8 @@ class Watch:
         trials = [trial["run"] for trial in arm["trials"]]
         finals = [run for run in arm["runs"] if isinstance(run, str)]
         tried = max(len(trials), 0 if finals else _count(arm.get("budget"), "trials"))
-        kinds = {"trial": (trials, tried), "seed": (finals, len(finals) or _count(record, "seeds"))}
+        trained = 0 if arm.get("no_winner") else len(finals) or _count(record, "seeds")
+        kinds = {"trial": (trials, tried), "seed": (finals, trained)}
         group = [a for a in record["arms"] if a["group"] == arm["group"]]
         works = [
             self._work(runs, planned, *self._usual(kind, arm, group), now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forwardgrad.lab.errors import UserError
@@ -12,21 +12,39 @@ from forwardgrad.lab.place import Place
 from forwardgrad.lab.run import Run
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.study import Study
-from forwardgrad.lab.tuning import Campaign, run_study
+from forwardgrad.lab.tuning import Campaign
 
 
-def carry_out(study: Study, out: Path, place: Place) -> Store:
-    """Run what is not finished of a study, under the live display; returns the store it is in."""
+def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store, list[Campaign]]:
+    """Run what is not finished of some studies, one after the other, under the live display; returns the store that they are in.
+
+    Before the first of them writes anything, all of them are planned and what they need is looked at.
+    """
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.execute import execute, ready
     from forwardgrad.lab.progress import Progress
 
     check(place)
     store, progress = Store(out), Progress()
-    progress.say(study.title)
+    store.check()
+    campaigns = [
+        Campaign(study, store, lambda runs: execute(runs, store, place, progress), command(), _pace(place), _examine(place))
+        for study in studies
+    ]
+    for campaign in campaigns:
+        campaign.names = progress.names
+        campaign.plan()
+    if words := place.crowded:
+        progress.say(words)
     with ready(place):
-        run_study(study, store, lambda runs: execute(runs, store, place, progress), command(), progress.names, _pace(place))
-    return store
+        for campaign in campaigns:
+            progress.say(campaign.study.title)
+            campaign.run()
+            if campaign.record_name != campaign.study.name:
+                progress.say(
+                    f"{campaign.study.name} is there with runs of another description: this one is stored as {campaign.record_name}"
+                )
+    return store, campaigns
 
 
 def show_cost(study: Study, out: Path, place: Place) -> None:
@@ -38,7 +56,9 @@ def show_cost(study: Study, out: Path, place: Place) -> None:
     with tempfile.TemporaryDirectory() as away:
         store = Store(out if (out / "runs").is_dir() else Path(away))
         campaign = Campaign(study, store, lambda runs: {}, command(), _pace(place))
-        print(table(costs(campaign, place.data_dir), place.jobs))
+        print(table(costs(campaign, place.data_dir), place))
+    if words := place.crowded:
+        print(words)
 
 
 def check(place: Place) -> None:
@@ -51,6 +71,18 @@ def check(place: Place) -> None:
         from forwardgrad.lab.tensorboard import installed
 
         installed()
+
+
+def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
+    """What looks at runs before a record names them. Data that only the nodes of a cluster see is not looked for here."""
+
+    def look(runs: Sequence[Run]) -> None:
+        from forwardgrad.lab.examine import examine
+
+        if place.address is None:
+            examine(runs, place.data_dir)
+
+    return look
 
 
 def _pace(place: Place) -> Callable[[Run], Pace]:

@@ -8,6 +8,7 @@ import typer
 
 from forwardgrad.lab.commands.options import DataDir
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.run import DataName, check_choice
 
 
 def fetch(
@@ -16,6 +17,8 @@ def fetch(
     """Download the official files, check them, and lay them out; what is there and good is not downloaded again."""
     from forwardgrad.lab.fetch import fetch as download
 
+    for name in names or []:  # all of them, before the first is downloaded
+        check_choice(name, DataName, "data set")
     for name in names or ["mnist", "cifar10"]:
         for path in download(name, data_dir):
             print(path)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from forwardgrad.lab.commands.options import Data, DataDir, Device, Model, Out, Seed, counts, numbers, write_report
+from forwardgrad.lab.commands.options import OUT, Data, DataDir, Device, Model, Out, Seed, counts, numbers, write_report
 from forwardgrad.lab.spec import parse_estimators
 from forwardgrad.lab.store import Store
 
@@ -30,7 +29,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's own choice]")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    out: Out = Path("results"),
+    out: Out = OUT,
 ) -> None:
     """Measure one whole step of every arm, all in turn in one run: time, memory, random numbers, the roofline, and what it is worth."""
     from forwardgrad.lab import bench as benchmark
@@ -41,6 +40,7 @@ def bench(
     repeats = (0 if sweep else 20) if repeats is None else repeats
     method = benchmark.Method(rounds, seconds, seed, repeats, numbers(cosine, "--cosine"), verify_memory)
     store = Store(out)
+    store.check()
     with benchmark.threads(threads):
         print(benchmark.measure(store, cases, chosen, method, device=device, say=lambda words: print(words, file=sys.stderr)))
     write_report(store)
@@ -65,7 +65,7 @@ def quality(
     seed: Seed = 0,
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = OUT,
 ) -> None:
     """Measure bias, variance, angle and cost of estimators against the exact gradient of one batch, and add that to the report."""
     from forwardgrad.lab.quality import Setting, arms, measure
@@ -73,5 +73,6 @@ def quality(
     chosen = arms(parse_estimators(estimators), counts(tangents, "--tangents"))
     setting = Setting(model, data, batch_size, repeats, warm_up, learn, seed)
     store = Store(out)
+    store.check()
     print(measure(store, setting, chosen, device=device, data_dir=data_dir, say=lambda words: print(words, file=sys.stderr)))
     write_report(store)

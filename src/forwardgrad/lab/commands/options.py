@@ -14,6 +14,7 @@ from forwardgrad.lab.run import DataName, Engine, ModelName, OptimizerName, Prec
 from forwardgrad.lab.spec import parse_estimator
 from forwardgrad.lab.store import Store
 
+OUT = Path("runs")  # not "results": the folder of that name in a checkout holds what was published
 Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder with the data sets in torchvision's layout. [default: $FORWARDGRAD_DATA, else the cache folder]")

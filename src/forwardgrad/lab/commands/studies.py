@@ -11,7 +11,9 @@ import typer
 
 from forwardgrad.lab import beyond, noise, recipes
 from forwardgrad.lab.commands.carrying import carry_out, show_cost
+from forwardgrad.lab.commands.ending import end_of_studies
 from forwardgrad.lab.commands.options import (
+    OUT,
     Address,
     Batched,
     DataDir,
@@ -46,7 +48,7 @@ def study(
     budget: Annotated[bool, typer.Option("--budget", help="Only print what it would cost, from a timed warm-up of every arm.")] = False,
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = OUT,
     jobs: Jobs = 1,
     batched: Batched = None,
     threads: Threads = None,
@@ -56,15 +58,20 @@ def study(
     retry_failed: RetryFailed = False,
     tensorboard: TensorBoard = False,
 ) -> None:
-    """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once."""
+    """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once.
+
+    Exit status: 0 where it has all its results, 1 where a run failed, 3 where nothing failed but all trials of an arm diverged.
+    """
     from forwardgrad.lab.studyfile import load
 
     found, folder = load(file, dict(_setting(text) for text in settings or []))
     place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, folder, retry_failed, tensorboard)
     if budget:
         show_cost(found, out, place)
-    else:
-        write_report(carry_out(found, out, place))
+        return
+    store, campaigns = carry_out([found], out, place)
+    write_report(store)
+    end_of_studies(store, campaigns)
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -90,7 +97,7 @@ def reproduce(
     engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = OUT,
     jobs: Jobs = 1,
     batched: Batched = None,
     threads: Threads = None,
@@ -127,7 +134,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store = carry_out(study.computed(precision, engine), out, place)
+    store, campaigns = carry_out([study.computed(precision, engine)], out, place)
     if recipe == "baydin":
         from forwardgrad.lab import functions
 
@@ -135,16 +142,17 @@ def reproduce(
     if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
         _time_steps(store, {arm.run.model for arm in study.arms}, device)
     write_report(store)
+    end_of_studies(store, campaigns)
 
 
 def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
     from forwardgrad.lab import functions
 
-    for study in studies:
-        store = carry_out(study, out, place)
+    store, campaigns = carry_out(studies, out, place)
     functions.write(store)
     _time_steps(store, {arm.run.model for study in studies for arm in study.arms}, place.device)
     write_report(store)
+    end_of_studies(store, campaigns)
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:

@@ -10,7 +10,9 @@ import typer
 
 from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, check
+from forwardgrad.lab.commands.ending import end_of_run, end_of_studies
 from forwardgrad.lab.commands.options import (
+    OUT,
     Address,
     Anneal,
     Batched,
@@ -68,13 +70,17 @@ def train(
     engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = OUT,
+    retry_failed: RetryFailed = False,
     tensorboard: TensorBoard = False,
 ) -> None:
-    """Train one network once and print its validation and test results."""
+    """Train one network once and print its validation and test results.
+
+    Exit status: 0 where it finished, 1 where it failed, 3 where it diverged.
+    """
     options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
-    place = Place(device, data_dir, tensorboard=tensorboard)
+    place = Place(device, data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
     check(place)
     from forwardgrad.lab.execute import execute
     from forwardgrad.lab.progress import Progress, describe
@@ -82,6 +88,7 @@ def train(
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
     result = execute([run], store, place, progress)[run.identity]
     print(f"{describe(result)}\n{store.folder(run.identity)}")
+    end_of_run(result, store.folder(run.identity))
 
 
 def tune(
@@ -105,7 +112,7 @@ def tune(
     engine: EngineOption = "eager",
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Out = Path("results"),
+    out: Out = OUT,
     jobs: Jobs = 1,
     batched: Batched = None,
     threads: Threads = None,
@@ -130,7 +137,7 @@ def tune(
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
     study = Study("tune", "Tuning", (arm,), seeds, Length(epochs=tuning_epochs), widen=widen)
-    write_report(carry_out(study, out, place))
+    _carry_out_and_report(study, out, place)
 
 
 def demo(
@@ -140,4 +147,10 @@ def demo(
     jobs: Jobs = 2,
 ) -> None:
     """Compare both arms on scikit-learn's handwritten digits, without any download, in less than a minute."""
-    write_report(carry_out(recipes.demo(epochs, seeds), out, Place(jobs=jobs)))
+    _carry_out_and_report(recipes.demo(epochs, seeds), out, Place(jobs=jobs))
+
+
+def _carry_out_and_report(study: Study, out: Path, place: Place) -> None:
+    store, campaigns = carry_out([study], out, place)
+    write_report(store)
+    end_of_studies(store, campaigns)

@@ -1,0 +1,56 @@
+"""How a command ends, for the job script that started it: a status, and one sentence where it is not 0."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from forwardgrad.lab.store import Store
+from forwardgrad.lab.tuning import Campaign
+
+FAILED, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 130
+NAMED = 3  # arms that a sentence names
+STATUSES = """Exit status: 0 finished; 1 a run failed, or an arm of a study has no winner because trials failed; 2 a mistake in what was
+asked for, such as missing data; 3 the run of `train` diverged, or all trials of an arm did; 130 interrupted."""
+
+
+def end(status: int, words: str) -> NoReturn:
+    """Say why a command ends with this status, and end it."""
+    print(f"forwardgrad: {words}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def end_of_run(result: dict[str, Any], folder: Path) -> None:
+    """Go on where a single run finished; else end with what a run that failed or diverged ends with."""
+    if result["status"] == "failed":
+        end(FAILED, f"the run failed: {shlex.quote(str(folder / 'error.txt'))} says why, and --retry-failed runs it again")
+    if result["status"] == "diverged":
+        end(DIVERGED, f"the run diverged at step {result['steps']:,}: that is its result, and it is kept in {shlex.quote(str(folder))}")
+
+
+def end_of_studies(store: Store, campaigns: Sequence[Campaign]) -> None:
+    """Go on where every study has all its results; else end with what is missing of them.
+
+    A final run that diverged is a result, and so is a trial that did where another one finished.
+    """
+    results = [result for campaign in campaigns for result in campaign.results.values()]
+    failed = sum(result["status"] == "failed" for result in results)
+    arms = [(campaign, state) for campaign in campaigns for state in campaign.arms]
+    lacking = [f"{state.arm.name} of {campaign.study.name} ({state.no_winner})" for campaign, state in arms if state.no_winner]
+    if not failed and not lacking:
+        return
+    if not any(result["status"] == "finished" for result in results):
+        said = f"no run of {' and '.join(campaign.study.name for campaign in campaigns)} finished"
+        said += ": nothing was chosen, and nothing trained further" if len(lacking) == len(arms) else ""
+    else:
+        told = [f"{failed:,} of {len(results):,} runs failed"] if failed else []
+        more = f" and {len(lacking) - NAMED} more arms" if len(lacking) > NAMED else ""
+        told += [f"no winner was chosen, and nothing trained further, for {', '.join(lacking[:NAMED])}{more}"] if lacking else []
+        said = ", and ".join(told)
+    why = f"; error.txt in the folders below {shlex.quote(str(store.root / 'runs'))} says why, and --retry-failed runs them again"
+    end(FAILED if failed else DIVERGED, said + (why if failed else ""))
