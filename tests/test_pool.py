@@ -11,6 +11,7 @@ from tests.faults import ALWAYS_DIES, DIES_ONCE, EXHAUSTS, EXITS, FULL, LEAVES, 
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execute import Place, execute, ready
+from forwardgrad.lab.paces import Cost, clock, table
 from forwardgrad.lab.pool import Pool, how
 from forwardgrad.lab.progress import Progress
 from forwardgrad.lab.run import Optimizer, Run
@@ -81,12 +82,52 @@ def test_a_pool_goes_on_after_a_worker_was_killed_with_nothing_to_do(tmp_path: P
     store, place = Store(tmp_path), Place(jobs=2, threads=1)
     with ready(place) as workers:
         assert isinstance(workers, Pool)
-        execute(seeded(0), store, place, QUIET)
+        execute(seeded(2, 3), store, place, QUIET)
         assert workers._pool is not None
         for pid in list(workers._pool._pool_manager.worker_manager.workers):
             os.kill(pid, signal.SIGKILL)
         results = execute(seeded(0, 1), store, place, QUIET)
     assert {result["status"] for result in results.values()} == {"finished"}
+
+
+def processes(pool: Pool) -> int:
+    return 0 if pool._pool is None else len(pool._pool._pool_manager.worker_manager.workers)
+
+
+def test_there_are_never_more_processes_than_runs(tmp_path: Path) -> None:
+    store, place = Store(tmp_path), Place(jobs=99, threads=1)
+    with ready(place) as workers:
+        assert isinstance(workers, Pool)
+        for seeds, there in (((0,), 1), ((0, 1, 2), 2), ((3,), 2), ((4, 5, 6), 3)):  # finished ones need none; what is there is used again
+            assert len(execute(seeded(*seeds), store, place, QUIET)) == len(seeds)
+            assert processes(workers) == there
+    assert processes(workers) == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "jobs", "threads", "runs", "at_a_time", "told"),
+    [
+        (2, 1, None, 40, 1, ""),
+        (2, 2, None, 40, 2, ""),
+        (2, 99, None, 40, 2, "99 runs at a time are more than this machine's 2 cores"),
+        (2, 99, None, 1, 1, "99 runs at a time are more"),
+        (16, 4, None, 3, 3, ""),
+        (16, 14, 1, 40, 14, ""),
+        (16, 8, 4, 40, 4, "8 runs at a time of 4 threads each are more than this machine's 16 cores"),
+        (2, 3, 8, 40, 1, "3 runs at a time of 8 threads each are more"),
+        (16, 5, None, 40, 5, ""),
+    ],
+)
+def test_an_estimate_counts_no_more_at_a_time_than_there_are_runs_and_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, jobs: int, threads: int | None, runs: int, at_a_time: int, told: str
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    place = Place(jobs=jobs, threads=threads)
+    assert place.at_a_time(runs) == at_a_time
+    assert place.crowded.startswith(told) if told else not place.crowded
+    cost = Cost("arm", trials=runs, finals=1, steps=10, tuning=600.0, training=60.0, forward_passes=20, further=0)
+    hand = clock(600 / at_a_time + 60)  # one final run is one, however many jobs there are
+    assert f"{runs + 1} runs, 11 min 0 s of work: about {hand} with {at_a_time} at a time" in table([cost], place)
 
 
 @pytest.mark.parametrize(("code", "said"), [(3, "ended with status 3"), (-11, "was killed by SIGSEGV"), (-200, "was killed by signal 200")])

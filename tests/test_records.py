@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from tests.test_study import arm
 
 from forwardgrad.lab import recipes, results
 from forwardgrad.lab.claims import judge
+from forwardgrad.lab.commands import options
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length, Pace
 from forwardgrad.lab.run import Optimizer, Run
 from forwardgrad.lab.store import Store, read_study, write_json
 from forwardgrad.lab.study import Arm, Study
-from forwardgrad.lab.tuning import run_study
+from forwardgrad.lab.tuning import Campaign, run_study
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO = (arm("a", lr=(0.1, 0.2)), arm("b", lr=(0.1, 0.2)))
@@ -177,10 +180,14 @@ def test_claims_are_decided_by_the_fullest_of_several_records(tmp_path: Path, fu
     assert judge(studies, {}) == judge([dataclasses.replace(whole[0], of="table1")], {})
 
 
-def test_what_cannot_begin_is_examined_before_anything_is_written(tmp_path: Path) -> None:
-    from forwardgrad.lab.errors import UserError
-    from forwardgrad.lab.tuning import Campaign
+def test_published_commands_say_where_the_evidence_lies() -> None:
+    commands = re.findall(r"^ +(forwardgrad .*)$", (ROOT / "results" / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) > 15
+    assert [command for command in commands if not re.search(r" --out results(/gpu)?( |$)", command)] == []
+    assert Path("results") != options.OUT
 
+
+def test_what_cannot_begin_is_examined_before_anything_is_written(tmp_path: Path) -> None:
     store, asked = Store(tmp_path), []
 
     def examine(runs: Sequence[Run]) -> None:
@@ -191,7 +198,6 @@ def test_what_cannot_begin_is_examined_before_anything_is_written(tmp_path: Path
     first = Campaign(STUDY, store, Storing(store), "command", examine=examine)
     first.plan()
     assert not contents(store)
-    first.examine = lambda runs: None  # type: ignore[attr-defined]
     fixed: tuple[Arm, ...] = (arm("fixed"),)
     with pytest.raises(UserError, match="the data are missing"):
         Campaign(dataclasses.replace(STUDY, arms=fixed), store, Storing(store), "command", examine=examine).run()
