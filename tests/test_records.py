@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.stored import fail, put
 from tests.test_study import arm
 
-from forwardgrad.lab import recipes, results
+from forwardgrad.lab import bench, environment, recipes, results
 from forwardgrad.lab.claims import judge
-from forwardgrad.lab.commands import options
+from forwardgrad.lab.commands import options, studies
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.length import Length, Pace
-from forwardgrad.lab.run import Optimizer, Run
+from forwardgrad.lab.run import SCHEMA, Optimizer, Run
 from forwardgrad.lab.store import Store, read_study, write_json
 from forwardgrad.lab.study import Arm, Study
 from forwardgrad.lab.tuning import Campaign, run_study
@@ -175,9 +176,25 @@ def test_claims_are_decided_by_the_fullest_of_several_records(tmp_path: Path, fu
     for study in (full, short) if full_first else (short, full):
         carried(store, study)
     assert [study.name for study in results.studies(store)] == ["table1-2", "table1"]
-    studies = results.studies(store)
-    whole = [study for study in studies if not any(each.shortened for each in study.arms)]
-    assert judge(studies, {}) == judge([dataclasses.replace(whole[0], of="table1")], {})
+    whole = [study for study in results.studies(store) if not any(each.shortened for each in study.arms)]
+    assert judge(results.studies(store), {}) == judge([dataclasses.replace(whole[0], of="table1")], {})
+
+
+def test_steps_timed_elsewhere_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`reproduce` times steps by the way: into a folder that holds no times, and beside those of the same machine and commit."""
+    store, asked = Store(tmp_path), []
+    monkeypatch.setattr(bench, "measure", lambda store, cases, *_, **__: asked.append([case.model for case in cases]) or "")
+    studies._time_steps(store, {"cnn", "nn"}, "cpu")
+    assert asked == [["cnn", "nn"]]
+    here = environment.describe(torch.device("cpu"))
+    cases = [{"model": "nn", "batch": 64, "layout": "contiguous", "accelerator": "cpu", "arms": []}]
+    for change, times in (({"commit": here["commit"]}, 2), ({"commit": "another"}, 2), ({"device": "another"}, 2)):
+        write_json(tmp_path / "bench.json", {"schema": SCHEMA, "environment": {**here, **change}, "cases": cases})
+        before = (tmp_path / "bench.json").read_bytes()
+        studies._time_steps(store, {"cnn"}, "cpu")
+        assert len(asked) == times
+        assert (tmp_path / "bench.json").read_bytes() == before
+    assert "bench.json is of another machine or commit and is kept" in capsys.readouterr().err
 
 
 def test_published_commands_say_where_the_evidence_lies() -> None:

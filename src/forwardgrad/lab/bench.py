@@ -92,6 +92,16 @@ def measured(store: Store, device: str) -> set[str]:
     return {case["model"] for case in stored["cases"] if case["batch"] == 64 and wanted <= {arm["name"] for arm in case["arms"]}}
 
 
+def replaces(store: Store, device: str) -> bool:
+    """Whether a measurement made here would take the place of others: what was measured elsewhere cannot stand beside it."""
+    stored, where = _stored(store), environment.describe(environment.device(device))
+    return bool(stored["cases"]) and not _alike(stored, where)
+
+
+def _alike(stored: dict[str, Any], where: dict[str, Any]) -> bool:
+    return all(stored["environment"].get(key) == where[key] for key in SAME)
+
+
 def _stored(store: Store) -> dict[str, Any]:
     path = store.root / "bench.json"
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
@@ -105,8 +115,7 @@ def _store(store: Store, where: dict[str, Any], new: dict[str, Any]) -> None:
     """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
     with store.changing():
         stored = _stored(store)
-        alike = all(stored["environment"].get(key) == where[key] for key in SAME)
-        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if alike else []
+        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if _alike(stored, where) else []
         write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
 
 

@@ -43,7 +43,7 @@ def write(store: Store, *, pdf: bool = False) -> Path:
     With `pdf` also figures/*.pdf: embedding their letters takes longer than all else. The same stored results give the same bytes.
     Raises UserError where there is nothing to report or a stored file is damaged.
     """
-    studies = sorted(results.studies(store), key=lambda study: ORDER.index(study.family) if study.family in ORDER else len(ORDER))
+    studies = sorted(results.studies(store), key=_order)
     measured = {name: stored for name in MEASURED if (stored := read_json(store.root / name)) is not None}
     if not studies and not measured:
         raise UserError(_nothing(store))
@@ -55,6 +55,12 @@ def write(store: Store, *, pdf: bool = False) -> Path:
     write_whole(store.root / "report.md", plain)
     write_whole(store.root / "report.html", page)
     return store.root / "report.html"
+
+
+def _order(study: StudyResult) -> tuple[int, str, int, str]:
+    """The paper's studies first, the records of one study together."""
+    place = ORDER.index(study.family) if study.family in ORDER else len(ORDER)
+    return place, study.family, len(study.name), study.name
 
 
 def _nothing(store: Store) -> str:

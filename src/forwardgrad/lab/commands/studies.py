@@ -156,11 +156,14 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
-    """Time a step of the networks that were not timed before in this store."""
+    """Time a step of the networks that were not timed before in this store; what another machine or commit timed there is kept."""
     from forwardgrad.lab import bench as benchmark
     from forwardgrad.lab.bench_arms import TABLE_1
     from forwardgrad.lab.bench_cases import Case
 
     if untimed := [Case(name, 64) for name in sorted(set(networks) - benchmark.measured(store, device))]:
+        if benchmark.replaces(store, device):
+            print("bench.json is of another machine or commit and is kept: `forwardgrad bench` times steps here", file=sys.stderr)
+            return
         method = benchmark.Method(rounds=15)
         print(benchmark.measure(store, untimed, TABLE_1, method, device=device, say=lambda _: None), file=sys.stderr)
