@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def undertake(root: Path) -> None:
-    carry_out(STUDY, root, Place())
+    carry_out([STUDY], root, Place())
 
 
 def outcome(root: Path) -> dict[str, Any]:
