@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from forwardgrad.perturbations import LowRank as LowRank
     from forwardgrad.perturbations import PerExample as PerExample
     from forwardgrad.perturbations import Perturbation as Perturbation
+    from forwardgrad.processes import independent_ranks as independent_ranks
     from forwardgrad.step import cap_step as cap_step
     from forwardgrad.tangents import LAWS as LAWS
     from forwardgrad.tangents import Gaussian as Gaussian
@@ -74,6 +75,7 @@ _HOME = {
     "cap_step": "step",
     "ZerothOrder": "estimators.zeroth_order",
     "estimate_grad_": "gradient",
+    "independent_ranks": "processes",
     "plainly": "derivative",
     "estimate_grads_": "gradient",
     "quality": "diagnostics",

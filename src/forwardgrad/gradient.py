@@ -8,9 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from forwardgrad.ensemble import Ensemble
+from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.forward import ForwardGradient
 from forwardgrad.objective import Objective, Point
+from forwardgrad.processes import check_processes
 
 
 def estimate_grad_(
@@ -38,7 +40,8 @@ def estimate_grad_(
     Returns the loss, the directional derivatives and the number of forward passes, as tensors on the device.
 
     Raises ValueError or TypeError for a loss that is not one number, for parameters that cannot be trained, or for a missing generator
-    or state; RuntimeError where the loss carries no tangent.
+    or state; RuntimeError where the loss carries no tangent, or where torch.distributed runs several processes and nobody said how they
+    work together (see `independent_ranks`).
 
     >>> xy = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> step = estimate_grad_(lambda t: (t**2).sum(), xy, generator=torch.Generator().manual_seed(0))
@@ -48,6 +51,7 @@ def estimate_grad_(
     chosen = ForwardGradient() if estimator is None else estimator
     if not isinstance(chosen, Estimator):
         raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
+    check_processes(at, reverse=isinstance(chosen, Backprop))
     if chosen.stateful and state is None:
         raise ValueError(f"{type(chosen).__name__} learns from step to step: begin with state = {{}} and pass state=state at every step")
     with torch.inference_mode(False), torch.no_grad():  # a gradient made in inference mode could never be used outside it
@@ -96,6 +100,8 @@ def estimate_grads_(
     chosen = ForwardGradient() if estimator is None else estimator
     if not isinstance(chosen, Estimator):
         raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
+    for model in ensemble.models:
+        check_processes(model, reverse=False)
     records = []
     with torch.inference_mode(False), torch.no_grad():
         for part in ensemble.estimates(loss, batch, chosen, generators):

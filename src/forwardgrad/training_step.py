@@ -9,7 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from forwardgrad.engines.pieces import Batch, Pieces
+from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.processes import check_processes
 
 if TYPE_CHECKING:
     from forwardgrad.engines.graphs import Engine
@@ -44,7 +46,7 @@ class TrainingStep(Pieces):
     `torch.optim.SGD` without momentum or weight decay moves inside the graph, and `.grad` is empty after the step; other optimizers are
     handed the gradient (with "graph" they too are captured where they are `capturable` and their learning rate is a tensor).
 
-    Raises ValueError for an unknown engine.
+    Raises ValueError for an unknown engine, and in a step what `estimate_grad_` raises.
 
     >>> model, generator = torch.nn.Linear(2, 1), torch.Generator().manual_seed(0)
     >>> from forwardgrad import Backprop
@@ -72,6 +74,7 @@ class TrainingStep(Pieces):
 
     def __call__(self, *batch: Any) -> Estimate:
         """Take one step on a batch."""
+        check_processes(self.model, reverse=isinstance(self.estimator, Backprop), eager=self.engine == "eager")
         return self._take(batch)
 
 

@@ -1,0 +1,68 @@
+"""Several processes of torch.distributed: estimates are refused until someone says how the processes work together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch.distributed
+from torch import nn
+
+from forwardgrad.objective import Point
+
+_independent: ContextVar[bool] = ContextVar("independent ranks", default=False)
+
+
+@contextmanager
+def independent_ranks() -> Iterator[None]:
+    """Inside, each process of a torch.distributed group trains on its own: nothing is exchanged between the processes.
+
+    For sweeps under `torchrun`, and for loops that average `.grad` over the processes by themselves after each estimate.
+    """
+    token = _independent.set(True)
+    try:
+        yield
+    finally:
+        _independent.reset(token)
+
+
+def check_processes(at: Point, *, reverse: bool, eager: bool = True) -> None:
+    """Raise RuntimeError where an estimate would be wrong without a word, as several processes take part in it.
+
+    `reverse`: whether the estimate is a backward pass, whose hooks average it over the processes of a DistributedDataParallel module;
+    `eager`: whether those hooks are run.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if any(_sharded(module) for module in _modules(at)):
+        raise RuntimeError(
+            "the parameters of a module under FSDP are not where they are used, so no estimate can move them: "
+            "pass the module as it was before it was sharded"
+        )
+    ranks = torch.distributed.get_world_size()
+    if ranks < 2 or (reverse and eager and isinstance(at, nn.parallel.DistributedDataParallel)):
+        return
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in _modules(at)):
+        raise RuntimeError(
+            f"DistributedDataParallel averages gradients over its {ranks} processes in the backward pass alone, and here there is none: "
+            "pass the module that it wraps (model.module) inside `with forwardgrad.independent_ranks():`, or train it with Backprop() "
+            'and engine="eager"'
+        )
+    if not _independent.get():
+        raise RuntimeError(
+            f"torch.distributed runs {ranks} processes, and estimates are not exchanged between them, so their weights would drift apart: "
+            "train inside `with forwardgrad.independent_ranks():` if each process has a model of its own or you average .grad yourself, "
+            "else call torch.distributed.destroy_process_group() first"
+        )
+
+
+def _modules(at: Point) -> Iterator[nn.Module]:
+    return at.modules() if isinstance(at, nn.Module) else iter(())
+
+
+def _sharded(module: nn.Module) -> bool:
+    """Whether a module is under FSDP, of which nothing is loaded here: who uses it has loaded it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
