@@ -72,8 +72,10 @@ class Watch(Protocol):
 
     `open` is the context in which the model runs; `close` takes the loss it returned and says what else shall be derived, by name, and
     what of the primal pass shall be kept, by name; `keep` gets the latter back as plain tensors. `silent` tells whether the loss may
-    carry no tangent, because what moved was seen elsewhere.
+    carry no tangent, because what moved was seen elsewhere. `instead`, once open, are parameters that move from the start, by name.
     """
+
+    instead: dict[str, Tensor]
 
     @property
     def silent(self) -> bool: ...
@@ -232,7 +234,7 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
         def evaluate(scale: Tensor, pick: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Any]:
             evaluation = Plain(scale, pick)
             with stands.open(evaluation, primals):
-                loss, buffers = objective.raw(primals)
+                loss, buffers = objective.raw({**primals, **stands.instead})
             values, kept = closed(stands, evaluation, loss)
             return values, (kept, buffers)
 

@@ -24,6 +24,7 @@ from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from forwardgrad.levels import level, unwrapped
 from forwardgrad.rules import RULES, Track
 
 
@@ -73,6 +74,7 @@ class Explicit(TorchFunctionMode):
         self._calls: list[Any] = []
         self.low = False  # whether a call was made in low precision
         self._level: ExitStack | None = None
+        self._outside = level()
 
     def __enter__(self) -> Explicit:
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -189,6 +191,8 @@ class Explicit(TorchFunctionMode):
         """The result of a call, moving as its arguments make it."""
         if self._guard is not None:
             self._guard.look(self, (*args, *kwargs.values()))
+        if level() != self._outside and any(self.track(unwrapped(leaf)) is not None for leaf in _leaves((args, kwargs))):
+            raise Unfollowed("a transform of torch.func was handed something that moves")
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
             return func(*args, **kwargs)
         if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
@@ -321,6 +325,7 @@ class _Guard(TorchDispatchMode):
 
     def _shares(self, tensor: Tensor) -> bool:
         try:
+            tensor = unwrapped(tensor)
             known = self._memories.get(_memory(tensor))
         except (RuntimeError, NotImplementedError):  # it has no memory of its own
             return False

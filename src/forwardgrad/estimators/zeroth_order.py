@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from forwardgrad import levels
+from forwardgrad.derivative import RandomState, Redo
 from forwardgrad.draws import drawn
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.objective import Objective
@@ -121,10 +123,24 @@ class _Directions:
             p, v = self.live[name], self.part(tangent, name)
             return torch.add(p, v, alpha=step, out=v if p.is_contiguous() else None)
 
-        with torch.no_grad(), _Moved(self.objective, moved) as mode:
-            loss, buffers = self.objective.with_(self.objective.parameters)
-        used |= mode.used
+        random = RandomState(self.objective)
+        with torch.no_grad():
+            try:
+                with _Moved(self.objective, moved) as mode:
+                    loss, buffers = self.objective.with_(self.objective.parameters)
+                used |= mode.used
+            except _Transformed:
+                random.restore()
+                loss, buffers = self.objective.with_({name: self._still(name, moved(name)) for name in self.live})
+                used.update(self.live)
         return loss.detach(), buffers
+
+    def _still(self, name: str, moved: Tensor) -> Tensor:
+        """A moved parameter with the padding row of an embedding where it was."""
+        for module in self.objective.at.modules() if isinstance(self.objective.at, nn.Module) else ():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight is self.objective.parameters[name]:
+                moved[module.padding_idx] = self.live[name][module.padding_idx]
+        return moved
 
     def combine(self, name: str, weights: Tensor) -> Tensor:
         """Σₖ weights[k]·v[k] of one parameter, the parts drawn again one after the other."""
@@ -151,6 +167,10 @@ _DESCRIBING = {
 }
 
 
+class _Transformed(Redo):
+    """A parameter went into a transform of torch.func: it has to be exchanged before that begins."""
+
+
 class _Moved(TorchFunctionMode):
     """While it is active, torch functions that are handed a live parameter get another tensor in its place, made for that call alone."""
 
@@ -159,11 +179,15 @@ class _Moved(TorchFunctionMode):
         self.names = {id(p): name for name, p in objective.parameters.items()}
         self.live = {name: p.detach() for name, p in objective.parameters.items()}
         self.moved, self.used = moved, set[str]()
+        self.level, self.memories = levels.level(), {levels.memory(p) for p in self.live.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         describes = func in _DESCRIBING or (getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VALUES)
-        if not describes:
+        if not describes and levels.level() != self.level:
+            if self.memories & levels.memories((args, kwargs)):
+                raise _Transformed
+        elif not describes:
             made: dict[str, Tensor] = {}  # a parameter handed over twice is still one tensor
             args, kwargs = self._exchange(args, made), self._exchange(kwargs, made)
             self.used |= made.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,11 @@ from forwardgrad.outputs import Output, spread
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered, Perturbation
 from forwardgrad.perturbations.directions import Directions
-from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
+from forwardgrad.perturbations.watch import ModelWatch, Transformed, UsedAgain
 from forwardgrad.tangents import Law
 
-_at_once: WeakKeyDictionary[nn.Module, dict[Hashable, frozenset[int]]] = WeakKeyDictionary()  # what was learned of a model's structure
+_Learned = tuple[frozenset[int], frozenset[str]]
+_learned: WeakKeyDictionary[nn.Module, dict[Hashable, _Learned]] = WeakKeyDictionary()  # of a model's structure: see ModelWatch
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,15 @@ def perturbed_pass(
     remembered for the model under this loss, so it happens in the first step alone.
     """
     perturbation.check(law)
-    learned: dict[Hashable, frozenset[int]] = _at_once.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
+    learned: dict[Hashable, _Learned] = _learned.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
     key = getattr(objective.loss, "__code__", type(objective.loss)), repr(perturbation), exact_output  # a lambda is new at every step
-    at_once = learned.get(key, frozenset())
+    at_once, whole = learned.get(key, (frozenset(), frozenset()))
 
     def watch() -> ModelWatch:
         directions = Directions(law, seeds, device)
-        return ModelWatch(perturbation, directions, exact_output=exact_output, at_once=at_once, ends=ends, still_ends=still_ends)
+        return ModelWatch(
+            perturbation, directions, exact_output=exact_output, at_once=at_once, whole=whole, ends=ends, still_ends=still_ends
+        )
 
     random = RandomState(objective)
     while True:
@@ -113,8 +117,16 @@ def perturbed_pass(
         except UsedAgain as found:
             at_once |= {found.index}
             random.restore()
-    if at_once:
-        learned[key] = at_once
+        except Transformed as found:
+            whole |= found.names
+            names = ", ".join(sorted(name.removeprefix("model.") for name in whole))
+            warnings.warn(
+                f"the loss uses {names} inside torch.func.grad, vmap or jvp: they move as whole weights, with the noise of Dense()",
+                stacklevel=2,
+            )
+            random.restore()
+    if at_once or whole:
+        learned[key] = at_once, whole
     return gathered(derived.values, derived.derivatives, stands)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad import outputs
+from forwardgrad import levels, outputs
 from forwardgrad.derivative import Evaluation, Redo
-from forwardgrad.explicit import READS
+from forwardgrad.explicit import READS, Explicit, Unfollowed
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered, Perturbation, Sown
 from forwardgrad.perturbations.dense import DenseUse
@@ -31,11 +31,21 @@ class UsedAgain(Redo):
         self.index = index
 
 
+class Transformed(Redo, RuntimeError):
+    """Parameters went through a transform of torch.func, inside of which nothing can begin to move: they have to do so before it."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        which = ", ".join(sorted(name.removeprefix("model.") for name in names))
+        super().__init__(f"the loss uses {which} inside torch.func.grad, vmap or jvp: use perturb=Dense(), or ZerothOrder()")
+
+
 class ModelWatch(TorchFunctionMode):
     """The watch over one evaluation with one perturbation; it satisfies `derivative.Watch`.
 
     `exact_output`: leave the last layer unmoved where its output goes straight into a loss with a closed-form error.
     `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
+    `whole`: names of parameters that move as a whole from the start, see `Transformed`.
     `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
     block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
     `still_ends`: leave the places where blocks end unmoved.
@@ -48,12 +58,14 @@ class ModelWatch(TorchFunctionMode):
         *,
         exact_output: bool = False,
         at_once: frozenset[int] = frozenset(),
+        whole: frozenset[str] = frozenset(),
         ends: Callable[[Point], bool] = lambda _: False,
         still_ends: bool = False,
     ) -> None:
         super().__init__()
         self.perturbation, self.directions = perturbation, directions
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
+        self.whole = whole if len(directions) else frozenset()
         self.blocks: list[int] = []
         self.ending: list[Point] = []
         self.unmoved: dict[str, Tensor] = {}
@@ -67,9 +79,14 @@ class ModelWatch(TorchFunctionMode):
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
         self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
+        self._level, self._memories = levels.level(), {levels.memory(p): name for name, p in parameters.items()}
+        self._put_off: dict[int, int] = {}  # memories of what a layer passed on unmoved, and the number of its place
         self._result: Any = None
         self._logits: Tensor | None = None
         self._ended: dict[str, Tensor] = {}
+        if self.whole and isinstance(evaluation, Explicit):
+            raise Unfollowed("parameters go through a transform of torch.func")
+        self.instead = {name: self._dense(p) for name, p in parameters.items() if name in self.whole}
         return self
 
     @property
@@ -102,6 +119,8 @@ class ModelWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in READS:
             return func(*args, **kwargs)
+        if levels.level() != self._level:
+            return self._inside(func, args, kwargs)
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
         if (found := outputs.bind(func, args, kwargs)) is not None:
@@ -109,6 +128,16 @@ class ModelWatch(TorchFunctionMode):
         if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
             return self._layer(layer)
         return self._call(func, *(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
+
+    def _inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
+        reached = levels.memories((args, kwargs))
+        for index in {self._put_off[memory] for memory in reached & self._put_off.keys()} - self.at_once:
+            raise UsedAgain(index)
+        names = frozenset(self._memories[memory] for memory in reached & self._memories.keys())
+        if len(self.directions) and not names <= self.whole:
+            raise Transformed(names - self.whole)
+        return self._call(func, *args, **kwargs)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return self._evaluation.call(func, args, kwargs)
@@ -170,7 +199,12 @@ class ModelWatch(TorchFunctionMode):
         self._enter(entered)
         self._waiting[id(out)] = (out, entered)
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
-        return out if may_wait else self._move(out, entered)
+        return self._wait(out, entered) if may_wait else self._move(out, entered)
+
+    def _wait(self, out: Tensor, point: Point) -> Tensor:
+        self._waiting[id(out)] = (out, point)
+        self._put_off[levels.memory(out)] = self.entered.index(point)
+        return out
 
     def _whole(self, layer: Layer, given: Tensor, x: Tensor) -> Tensor:
         """The layer with its trained parameters moving as a whole."""
@@ -186,8 +220,7 @@ class ModelWatch(TorchFunctionMode):
         out = point.advance(function, args, kwargs, self._call)
         if out is not before:
             self._passed[id(before)] = (weakref.ref(before), point)
-        self._waiting[id(out)] = (out, point)
-        return out
+        return self._wait(out, point)
 
     def _move(self, tensor: Tensor, point: Point) -> Tensor:
         del self._waiting[id(tensor)]
