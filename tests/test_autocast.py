@@ -79,3 +79,22 @@ def test_parameters_in_half_precision_keep_their_own() -> None:
     model = network().bfloat16()
     record = fg.estimate_grad_(lambda m: LOSSES["mean"](m(X.bfloat16())), model, generator=seeded())
     assert record.loss.dtype == record.derivatives.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(1)], ids=lambda p: p.name)
+def test_rounding_is_noise_and_no_change_of_scale(perturb: fg.Perturbation) -> None:
+    """The slope of d on ∇f·v over 200 directions, 1 without bias: 4 standard errors are passed by chance once in 16,000 runs."""
+    model = network()
+    exact = torch.autograd.grad(LOSSES["cross-entropy"](model(X)), list(model.parameters()))
+    found, along = [], []
+    for seed in range(200):
+        model.zero_grad()
+        method = fg.ForwardGradient(perturb=perturb)
+        d = float(fg.estimate_grad_(halved(LOSSES["cross-entropy"], torch.bfloat16), model, method, generator=seeded(seed)).derivatives)
+        found.append(d)
+        along.append(sum(float((p.grad * g).sum()) for p, g in zip(model.parameters(), exact, strict=True)) / d)
+    d, v = torch.tensor(found), torch.tensor(along)
+    slope = (d * v).sum() / v.square().sum()
+    error = (d - slope * v).std() / v.norm()
+    assert error < 0.005
+    assert abs(slope - 1) < 4 * error

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.ensemble import Ensemble
+from forwardgrad.empty import check_value, estimated, instead, is_empty
+from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.forward import ForwardGradient
@@ -39,9 +40,9 @@ def estimate_grad_(
 
     Returns the loss, the directional derivatives and the number of forward passes, as tensors on the device.
 
-    Raises ValueError or TypeError for a loss that is not one number, for parameters that cannot be trained, or for a missing generator
-    or state; RuntimeError where the loss carries no tangent, or where torch.distributed runs several processes and nobody said how they
-    work together (see `independent_ranks`).
+    Raises ValueError or TypeError for a loss that is not one number, or has none as the batch is empty, for parameters that cannot be
+    trained, or for a missing generator or state; RuntimeError where the loss carries no tangent, or where torch.distributed runs several
+    processes and nobody said how they work together (see `independent_ranks`).
 
     >>> xy = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> step = estimate_grad_(lambda t: (t**2).sum(), xy, generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,9 @@ def estimate_grad_(
         raise ValueError(f"{type(chosen).__name__} learns from step to step: begin with state = {{}} and pass state=state at every step")
     with torch.inference_mode(False), torch.no_grad():  # a gradient made in inference mode could never be used outside it
         objective = Objective(loss, at)
-        record, gradients = chosen.estimate(objective, generator, {} if state is None else state)
+        record, gradients = estimated(
+            chosen, objective, {} if state is None else state, lambda method, kept: method.estimate(objective, generator, kept)
+        )
         for name, parameter in objective.parameters.items():
             gradient = gradients[name]
             if gradient is not None:
@@ -102,9 +105,11 @@ def estimate_grads_(
         raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
     for model in ensemble.models:
         check_processes(model, reverse=False)
-    records = []
+    records, empty = [], is_empty(batch)
     with torch.inference_mode(False), torch.no_grad():
-        for part in ensemble.estimates(loss, batch, chosen, generators):
+        for part in ensemble.estimates(loss, batch, instead(chosen) if empty and unbatched(chosen) is None else chosen, generators):
+            if empty:
+                check_value(part.estimate.loss)
             records.append(part.estimate)
             live = ensemble.live(part.replicas)
             for name, stack in part.gradients.items():

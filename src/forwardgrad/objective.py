@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 Point = nn.Module | Tensor | Sequence[Tensor]
 """Where a loss is evaluated: a module, one tensor, or several tensors."""
@@ -65,6 +66,8 @@ class Objective:
         if not self.parameters:
             raise ValueError("nothing to train: no parameter has requires_grad=True")
         for name, p in self.parameters.items():
+            if is_lazy(p):
+                raise ValueError(f"{name} has no shape yet, as its module is a lazy one: call the model once on a batch, and then train it")
             if not p.is_leaf:
                 raise ValueError(f"{name} is the result of a computation, not a leaf: its .grad would never be used")
             if not p.is_floating_point():
@@ -133,7 +136,11 @@ def per_example(loss: Any) -> Tensor:
     """The loss as one number, or one number an example."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must return a tensor, not {type(loss).__name__}")
-    if loss.numel() == 0 or (loss.numel() > 1 and loss.dim() > 1):
+    if loss.numel() == 0:
+        raise ValueError(
+            f"the loss has no element, but shape {tuple(loss.shape)}: leave batches without examples out, or reduce it with sum()"
+        )
+    if loss.numel() > 1 and loss.dim() > 1:
         raise ValueError(
             f"the loss must have one element, or one an example, not shape {tuple(loss.shape)}: reduce it with mean() or sum()"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from forwardgrad.empty import estimated
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.objective import Objective
@@ -63,7 +64,9 @@ class Pieces:
         self.optimizer.zero_grad()
         with torch.inference_mode(False), torch.no_grad():
             objective = Objective(self._on(batch), self.model)
-            record, parts = self.estimator.parts(objective, self.generator, self.state)
+            record, parts = estimated(
+                self.estimator, objective, self.state, lambda method, kept: method.parts(objective, self.generator, kept)
+            )
             groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
             shrunk = set[int]()
             for name, part in parts:

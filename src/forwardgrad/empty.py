@@ -1,0 +1,78 @@
+"""Batches without examples: an estimate of what is left of the loss, or a sentence where nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from forwardgrad.estimators.backprop import Backprop
+from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.estimators.fixed_feedback import Readout
+from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.estimators.zeroth_order import ZerothOrder
+from forwardgrad.objective import Objective
+
+T = TypeVar("T")
+Call = Callable[[Estimator, dict[str, Tensor]], tuple[Estimate, T]]
+
+
+class _NoExamples(Exception):
+    pass
+
+
+def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tensor], call: Call[T]) -> tuple[Estimate, T]:
+    """`call(estimator, state)`; where the model is given no examples, the same by a method that needs none, the state left alone.
+
+    Terms of the loss that are sums over examples are zero then, and so is their gradient; a penalty on weights has the gradient it has.
+    Raises ValueError where the loss has no value without examples.
+    """
+    try:
+        with _noticing(objective.at):
+            return call(estimator, state)
+    except _NoExamples:
+        record, found = call(instead(estimator), {})
+        check_value(record.loss)
+        return record, found
+
+
+def instead(estimator: Estimator) -> Estimator:
+    """What stands in for an estimator where there are no examples for it to tell apart or to learn from."""
+    if isinstance(estimator, (Backprop, Readout, ZerothOrder)):
+        return estimator
+    return ForwardGradient(tangents=getattr(estimator, "tangents", 1))
+
+
+def check_value(loss: Tensor) -> None:
+    """ValueError unless the loss of no examples is a number."""
+    if not bool(torch.isfinite(loss).all()):
+        raise ValueError("the batch has no examples, and their mean loss is nan: leave empty batches out, or sum the loss over examples")
+
+
+def is_empty(values: Any) -> bool:
+    """Whether the first tensor among some arguments has no elements."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.numel() == 0
+    return False
+
+
+@contextmanager
+def _noticing(at: object) -> Iterator[None]:
+    """Inside, the model raises where it is called without examples."""
+    if not isinstance(at, nn.Module) or isinstance(at, torch.jit.ScriptModule):
+        yield
+        return
+    handle = at.register_forward_pre_hook(_look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if is_empty((*args, *kwargs.values())):
+        raise _NoExamples
