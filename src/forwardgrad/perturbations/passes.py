@@ -22,6 +22,7 @@ from forwardgrad.perturbations.watch import ModelWatch, Transformed, UsedAgain
 from forwardgrad.tangents import Law
 
 _Learned = tuple[frozenset[int], frozenset[str]]
+_NOTHING: _Learned = (frozenset(), frozenset())
 _learned: WeakKeyDictionary[nn.Module, dict[Hashable, _Learned]] = WeakKeyDictionary()  # of a model's structure: see ModelWatch
 
 
@@ -101,7 +102,7 @@ def perturbed_pass(
     perturbation.check(law)
     learned: dict[Hashable, _Learned] = _learned.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
     key = getattr(objective.loss, "__code__", type(objective.loss)), repr(perturbation), exact_output  # a lambda is new at every step
-    at_once, whole = learned.get(key, (frozenset(), frozenset()))
+    at_once, whole = learned.get(key, _NOTHING)
 
     def watch() -> ModelWatch:
         directions = Directions(law, seeds, device)
@@ -119,12 +120,13 @@ def perturbed_pass(
             random.restore()
         except Transformed as found:
             whole |= found.names
-            names = ", ".join(sorted(name.removeprefix("model.") for name in whole))
-            warnings.warn(
-                f"the loss uses {names} inside torch.func.grad, vmap or jvp: they move as whole weights, with the noise of Dense()",
-                stacklevel=2,
-            )
             random.restore()
+    if whole - learned.get(key, _NOTHING)[1]:
+        names = ", ".join(sorted(name.removeprefix("model.") for name in whole))
+        warnings.warn(
+            f"the loss uses {names} inside torch.func.grad, vmap or jvp: they move as whole weights, with the noise of Dense()",
+            stacklevel=2,
+        )
     if at_once or whole:
         learned[key] = at_once, whole
     return gathered(derived.values, derived.derivatives, stands)

@@ -80,6 +80,7 @@ class ModelWatch(TorchFunctionMode):
         self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
         self._level, self._memories = levels.level(), {levels.memory(p): name for name, p in parameters.items()}
+        self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: dict[int, int] = {}  # memories of what a layer passed on unmoved, and the number of its place
         self._result: Any = None
         self._logits: Tensor | None = None
@@ -94,6 +95,8 @@ class ModelWatch(TorchFunctionMode):
         return bool(self._ended) or any(isinstance(entered, Point) and entered.exact for entered in self.entered)
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._missed:
+            raise Transformed(frozenset(self._missed))
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
             point.place(self._evaluation.primal(tensor))
             point.draw(self._evaluation.primal(tensor))
@@ -134,9 +137,8 @@ class ModelWatch(TorchFunctionMode):
         reached = levels.memories((args, kwargs))
         for index in {self._put_off[memory] for memory in reached & self._put_off.keys()} - self.at_once:
             raise UsedAgain(index)
-        names = frozenset(self._memories[memory] for memory in reached & self._memories.keys())
-        if len(self.directions) and not names <= self.whole:
-            raise Transformed(names - self.whole)
+        if len(self.directions):
+            self._missed |= {self._memories[memory] for memory in reached & self._memories.keys()} - self.whole
         return self._call(func, *args, **kwargs)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
