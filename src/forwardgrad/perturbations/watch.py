@@ -79,9 +79,9 @@ class ModelWatch(TorchFunctionMode):
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
         self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
-        self._level, self._memories = levels.level(), {levels.memory(p): name for name, p in parameters.items()}
+        self._level, self._parameters = levels.level(), parameters
         self._missed = set[str]()  # names of parameters that should have moved from the start
-        self._put_off: dict[int, int] = {}  # memories of what a layer passed on unmoved, and the number of its place
+        self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
         self._result: Any = None
         self._logits: Tensor | None = None
         self._ended: dict[str, Tensor] = {}
@@ -135,10 +135,11 @@ class ModelWatch(TorchFunctionMode):
     def _inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
         reached = levels.memories((args, kwargs))
-        for index in {self._put_off[memory] for memory in reached & self._put_off.keys()} - self.at_once:
-            raise UsedAgain(index)
-        if len(self.directions):
-            self._missed |= {self._memories[memory] for memory in reached & self._memories.keys()} - self.whole
+        for passed, index in self._put_off:
+            if (tensor := passed()) is not None and levels.memory(tensor) in reached:
+                raise UsedAgain(index)
+        if len(self.directions) and reached:
+            self._missed |= {name for name, p in self._parameters.items() if levels.memory(p) in reached} - self.whole
         return self._call(func, *args, **kwargs)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +206,7 @@ class ModelWatch(TorchFunctionMode):
 
     def _wait(self, out: Tensor, point: Point) -> Tensor:
         self._waiting[id(out)] = (out, point)
-        self._put_off[levels.memory(out)] = self.entered.index(point)
+        self._put_off.append((weakref.ref(out), self.entered.index(point)))
         return out
 
     def _whole(self, layer: Layer, given: Tensor, x: Tensor) -> Tensor:
