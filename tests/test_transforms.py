@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -140,22 +139,35 @@ def test_a_padding_row_stays_still_where_all_parameters_are_exchanged_at_once() 
     assert torch.equal(seen[-1], row)
 
 
-@pytest.mark.filterwarnings(IGNORED)
-@pytest.mark.parametrize("make", [lambda: fg.LearnedFeedback(use="control-variate"), fg.LocalLosses], ids=["feedback", "local"])
-def test_estimators_that_know_the_output_train_what_a_transform_uses(make: Callable[[], fg.Estimator]) -> None:
-    def loss(m: nn.Module) -> Tensor:
-        return F.cross_entropy(m[4](vmap(nn.Sequential(m[2], m[3]))(m[1](m[0](X)))), torch.arange(6) % 3)
+def block_inside(m: nn.Module) -> Tensor:
+    return F.cross_entropy(m[4](vmap(nn.Sequential(m[2], m[3]))(m[1](m[0](X)))), torch.arange(6) % 3)
 
+
+def classifier() -> nn.Sequential:
     model = network()
     model[4] = nn.Linear(5, 3).double()
-    model(X)
-    assert gradient(loss, model, make()).keys() == dict(model.named_parameters()).keys()
+    return model
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_learned_feedback_trains_what_a_transform_uses() -> None:
+    assert (
+        gradient(block_inside, classifier(), fg.LearnedFeedback(use="control-variate")).keys() == dict(network().named_parameters()).keys()
+    )
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_local_losses_refuse_what_would_be_seen_by_the_loss_of_another_block(feedback: bool) -> None:
+    with pytest.raises(RuntimeError, match=r"the loss uses 2\.bias, 2\.weight inside torch\.func\.grad, vmap or jvp: use ForwardGradient"):
+        gradient(block_inside, classifier(), fg.LocalLosses(feedback=feedback))
 
 
 @pytest.mark.filterwarnings(IGNORED)
 def test_an_ensemble_says_what_to_do_instead() -> None:
     ensemble = fg.Ensemble([network(), network()])
-    with pytest.raises(RuntimeError, match=r"inside torch\.func\.grad, vmap or jvp: use perturb=Dense\(\), or ZerothOrder\(\)"):
+    with pytest.raises(
+        RuntimeError, match=r"inside torch\.func\.grad, vmap or jvp: use ForwardGradient\(perturb=Dense\(\)\) or ZerothOrder\(\)"
+    ):
         fg.estimate_grads_(
             lambda m, x: vmap(m)(x).square().mean(),
             ensemble,

@@ -119,6 +119,8 @@ def perturbed_pass(
             at_once |= {found.index}
             random.restore()
         except Transformed as found:
+            if found.blocks:
+                raise
             whole |= found.names
             random.restore()
     if whole - learned.get(key, _NOTHING)[1]:

@@ -32,12 +32,17 @@ class UsedAgain(Redo):
 
 
 class Transformed(Redo, RuntimeError):
-    """Parameters went through a transform of torch.func, inside of which nothing can begin to move: they have to do so before it."""
+    """Parameters went through a transform of torch.func, inside of which nothing can begin to move: they have to do so before it.
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
+    `blocks`: whether blocks of the model ended on the way, so that a move from the start would be seen by the losses of other blocks.
+    """
+
+    def __init__(self, names: frozenset[str], blocks: bool) -> None:
+        self.names, self.blocks = names, blocks
         which = ", ".join(sorted(name.removeprefix("model.") for name in names))
-        super().__init__(f"the loss uses {which} inside torch.func.grad, vmap or jvp: use perturb=Dense(), or ZerothOrder()")
+        super().__init__(
+            f"the loss uses {which} inside torch.func.grad, vmap or jvp: use ForwardGradient(perturb=Dense()) or ZerothOrder()"
+        )
 
 
 class ModelWatch(TorchFunctionMode):
@@ -96,7 +101,7 @@ class ModelWatch(TorchFunctionMode):
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._missed:
-            raise Transformed(frozenset(self._missed))
+            raise Transformed(frozenset(self._missed), bool(self._ended))
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
             point.place(self._evaluation.primal(tensor))
             point.draw(self._evaluation.primal(tensor))
