@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import jvp
 
 import forwardgrad.trace as trace_module
+from forwardgrad.engines.compiled import compiled
 from forwardgrad.trace import Untraceable, trace
 
 aten = torch.ops.aten
@@ -66,6 +68,35 @@ def test_a_graph_writes_what_the_step_wrote_and_reads_what_it_read() -> None:
         torch.testing.assert_close(kept[:2], wanted)
         assert kept[2] == 0
         torch.testing.assert_close(total, wanted.sum())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_a_product_that_is_scaled_and_added_keeps_its_factor(first: bool) -> None:
+    a, b, c = rows(16, 16), rows(16, 8), rows(8, 16) + 1
+    function = lambda a, b, c: torch.add(a, b @ c, alpha=0.1) if first else torch.add(b @ c, a, alpha=0.1)  # noqa: E731
+    found = trace(lambda: [function(a, b, c)], [a, b, c])
+    assert not any("alpha" in node.kwargs for node in found.graph.graph.nodes)
+    torch.testing.assert_close(found.graph(a, b, c)[0], function(a, b, c))
+
+
+@pytest.mark.slow
+def test_the_compiler_keeps_the_factor_of_a_product_that_is_added() -> None:
+    a, b, c = rows(64, 64, dtype=torch.float32), rows(64, 32, dtype=torch.float32), rows(32, 64, dtype=torch.float32) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler uses what torch itself calls deprecated
+        found = compiled(trace(lambda: [torch.add(a, b @ c, alpha=0.1)], [a, b, c]), [a, b, c])
+    torch.testing.assert_close(found(a, b, c)[0], a + 0.1 * (b @ c))
+
+
+def test_no_view_is_left_that_needs_the_order_in_memory_of_the_step() -> None:
+    x = rows(4, 2, 6, 8)
+    found = trace(lambda: [F.dropout(torch.matmul(x.transpose(2, 3), x), 0.4)], [x])  # as in attention with dropout
+    assert found.random
+    assert not any(node.target in (aten.view.default, aten._unsafe_view.default) for node in found.graph.graph.nodes)
+    torch.manual_seed(1)
+    [drawn] = found.graph(x)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, F.dropout(torch.matmul(x.transpose(2, 3), x), 0.4))
 
 
 @pytest.mark.parametrize(

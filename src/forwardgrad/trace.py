@@ -63,6 +63,7 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
     _simplify(functional)
+    _loosen_views(functional)
     # what is drawn in a graph is drawn in the order of memory, and a view by strides goes by it
     if not random and not any(node.target is aten.as_strided.default for node in functional.graph.nodes):
         _arrange_products(functional)
@@ -175,23 +176,41 @@ def _simplify(graph: GraphModule) -> None:
             zero.meta = dict(node.meta)
             node.replace_all_uses_with(zero)
             zeros.add(zero)
-        elif node.target is aten.add.Tensor and len(operands) == 2 and zeros & set(operands):
+        elif node.target is aten.add.Tensor and len(operands) == 2:
             other = operands[1] if operands[0] in zeros else operands[0]
             scaled = other is operands[1] and node.kwargs.get("alpha", 1) != 1
-            if not scaled and _same_kind(_value(other), _value(node)):
+            if zeros & set(operands) and not scaled and _same_kind(_value(other), _value(node)):
                 node.replace_all_uses_with(other)
+            else:
+                _write_out_factor(graph, node)
         elif node.target is aten.mm.default and (left := _value(node.args[0])) is not None and left.shape[1] == 1:
             node.target = aten.mul.Tensor
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
 
+def _write_out_factor(graph: GraphModule, node: Node) -> None:
+    """Write x + αy as a sum with a product: torch 2.13's compiler makes x + α(a b) of matrices a product that has lost its α."""
+    if node.kwargs.get("alpha", 1) == 1:
+        return
+    with graph.graph.inserting_before(node):
+        product = graph.graph.call_function(aten.mul.Tensor, (node.args[1], node.kwargs["alpha"]))
+    product.meta = dict(node.args[1].meta) if isinstance(node.args[1], Node) else {}
+    node.args, node.kwargs = (node.args[0], product), {}
+
+
+def _loosen_views(graph: GraphModule) -> None:
+    """Let views be copies where order in memory asks for it: the compiler's own passes, and those here, may choose another order."""
+    for node in graph.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    graph.recompile()
+
+
 def _arrange_products(graph: GraphModule) -> None:
     """Write products of few rows or columns as what takes less time on their device."""
     for node in list(graph.graph.nodes):
-        if node.target in (aten.view.default, aten._unsafe_view.default):  # of a product in either order in memory
-            node.target = aten.reshape.default
-        elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs:
+        if node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs:
             x, weight = (_value(arg) for arg in node.args[-2:])
             if x is not None and weight is not None and x.dtype.itemsize >= 4:
                 (_turn if x.device.type == "cpu" else _add_up)(graph, node, x, weight)
