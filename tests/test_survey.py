@@ -14,6 +14,7 @@ from torch import nn
 
 import forwardgrad as fg
 from forwardgrad.engines import compiled
+from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.pieces import Survey
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
@@ -36,13 +37,13 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 def test_a_survey_takes_over_what_holds_still_and_nothing_else(change: Callable[[nn.Module], object]) -> None:
     model = nn.Sequential(*network(0.3), nn.Linear(3, 1))
     step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded())
-    first = Survey(step, (X, Y))
-    same = Survey(step, (X[:7], Y[:7]), first.model)
+    first = Survey(step, Batch((X, Y)))
+    same = Survey(step, Batch((X[:7], Y[:7])), first.model)
     assert same.model is first.model
-    assert same.key == Survey(step, (X[:7], Y[:7])).key
+    assert same.key == Survey(step, Batch((X[:7], Y[:7]))).key
     assert same.key != first.key
     change(model)
-    now, fresh = Survey(step, (X, Y), first.model), Survey(step, (X, Y))
+    now, fresh = Survey(step, Batch((X, Y)), first.model), Survey(step, Batch((X, Y)))
     assert now.model is not first.model
     assert (now.key, now.hooked, now.given) == (fresh.key, fresh.hooked, fresh.given)
     assert [id(t) for t in (*now.tensors, *now.trained)] == [id(t) for t in (*fresh.tensors, *fresh.trained)]

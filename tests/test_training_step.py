@@ -1,8 +1,12 @@
+import pytest
 import torch
 import torch.nn.functional as F
+from tests.cases import rows, seeded
 from torch import Tensor, nn
 
 import forwardgrad as fg
+from forwardgrad.engines import compiled
+from forwardgrad.training_step import EngineName
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -37,3 +41,33 @@ def test_nesterov_is_asked_at_its_look_ahead_point() -> None:
     step(torch.ones(1, 1))  # θ = 1 → 0.9, velocity −0.1
     step(torch.ones(1, 1))  # gradient at 0.85: velocity −0.05 − 0.085
     assert torch.allclose(model.weight, torch.tensor(0.765))
+
+
+def weighted(model: nn.Module, x: Tensor, y: Tensor, weights: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * (F.cross_entropy(model(x), y, reduction="none") * weights).mean()
+
+
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_a_batch_may_be_given_by_name(engine: EngineName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "compiled", lambda traced, inputs: traced.graph)
+    x, y, w = rows(6, 5, dtype=torch.float32), torch.arange(6) % 3, torch.arange(6.0)
+    calls = {
+        "position": lambda step: step(x, y, w, 2.0),
+        "mixed": lambda step: step(x, y, weights=w, scale=2.0),
+        "name": lambda step: step(y=y, x=x, scale=2.0, weights=w),
+    }
+    found = []
+    for call in calls.values():
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3)
+        step = fg.TrainingStep(
+            weighted,
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            fg.ForwardGradient(perturb=fg.LowRank()),
+            generator=seeded(),
+            engine=engine,
+        )
+        found.append([call(step).loss for _ in range(3)] + [model.weight])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

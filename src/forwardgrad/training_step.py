@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.engines.pieces import Batch, Pieces
+from forwardgrad.engines.batch import Batch
+from forwardgrad.engines.pieces import Pieces
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.processes import check_processes
@@ -25,7 +26,7 @@ class TrainingStep(Pieces):
     Formula, bias and variance: those of the estimator. Cost: its forward passes and the optimizer's move.
 
     Args:
-        loss: a function `loss(model, *batch)` that returns a tensor of one element: `lambda model, x, y: loss_fn(model(x), y)`.
+        loss: a function `loss(model, *batch, **named)` that returns a tensor of one element: `lambda model, x, y: loss_fn(model(x), y)`.
         model: the module that is trained.
         optimizer: any `torch.optim` optimizer over its parameters.
         estimator: the method.
@@ -33,7 +34,8 @@ class TrainingStep(Pieces):
         state: what an estimator remembers from step to step, kept beside the model by the caller; a new one if left out.
         engine: "eager"; "compile": one function made by torch's compiler; "graph": one captured CUDA graph.
 
-    Calling it with a batch, `step(x, y)`, takes a step and returns the record of `estimate_grad_`.
+    Calling it with a batch, `step(x, y)`, `step(x, y, weights=w)` or `step(**batch)`, takes a step and returns the record of
+    `estimate_grad_`.
 
     A graph stands for Python that no longer runs. It is made in the first step of its kind (in seconds, if compiled): another shape of
     batch, mode of a module, precision of autocast or set of trained parameters has a graph of its own, up to 8. What the loss reads
@@ -72,10 +74,10 @@ class TrainingStep(Pieces):
         self.engine = engine
         self._take: Callable[[Batch], Estimate] = self.plainly if engine == "eager" else _engine(self, engine).take
 
-    def __call__(self, *batch: Any) -> Estimate:
-        """Take one step on a batch."""
+    def __call__(self, *batch: Any, **named: Any) -> Estimate:
+        """Take one step on a batch; the loss is called as `loss(model, *batch, **named)`."""
         check_processes(self.model, reverse=isinstance(self.estimator, Backprop), eager=self.engine == "eager")
-        return self._take(batch)
+        return self._take(Batch(batch, named))
 
 
 def _engine(pieces: Pieces, name: EngineName) -> Engine:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from forwardgrad.draws import Plan
+from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.compiled import Compiled, Function, compiled
 from forwardgrad.engines.graphs import Run
-from forwardgrad.engines.pieces import Batch, Survey
+from forwardgrad.engines.pieces import Survey
 from forwardgrad.trace import Traced, Untraceable
 
 

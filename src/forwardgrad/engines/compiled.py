@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from forwardgrad.draws import Plan, Unplanned, handed
+from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.graphs import Different, Engine, Run
-from forwardgrad.engines.pieces import Batch, Pieces, Survey, slots
+from forwardgrad.engines.pieces import Pieces, Survey, slots
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Traced, Untraceable, trace, without_autocast
 
@@ -66,7 +67,7 @@ class Compiled(Engine):
             traced = trace(with_numbers, inputs)
         except Unplanned as error:
             raise Different("the random numbers of a step are not drawn the same way twice") from error
-        if any(one is not other for one, other in zip(Survey(pieces, ()).tensors, survey.tensors[: survey.given], strict=True)):
+        if any(one is not other for one, other in zip(Survey(pieces, Batch()).tensors, survey.tensors[: survey.given], strict=True)):
             raise Untraceable("the step puts new tensors in place of the model's")
         changing, taught, passes = range(survey.given, len(survey.tensors)), step.taught, step.passes  # nothing is kept of the first batch
         with without_autocast():

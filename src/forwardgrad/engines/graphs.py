@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from forwardgrad.draws import Plan, planned
-from forwardgrad.engines.pieces import Batch, ModelSurvey, Pieces, Snapshot, Survey
+from forwardgrad.engines.batch import Batch, Opaque
+from forwardgrad.engines.pieces import ModelSurvey, Pieces, Snapshot, Survey
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Untraceable
 
@@ -59,7 +60,11 @@ class Engine(ABC):
         return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
 
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
-        survey = Survey(self.pieces, batch, self._model)
+        try:
+            survey = Survey(self.pieces, batch, self._model)
+        except Opaque as reason:
+            self._give_up(str(reason))
+            return eager(batch)
         self._model = survey.model
         key = moves, survey.key, self._pinned(survey, moves)
         if survey.hooked:
@@ -117,7 +122,7 @@ class Engine(ABC):
 
     def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, tolerance: float) -> None:
         """Raise Different where what the graph just did is not what the eager step did."""
-        now = Snapshot(Survey(self.pieces, ()))
+        now = Snapshot(Survey(self.pieces, Batch()))
         precision = torch.finfo(record.loss.dtype).eps
         # a difference of losses over a small step has their rounding in it, many times over
         blown = precision * float(record.loss.abs()) / getattr(self.pieces.estimator, "epsilon", math.inf)

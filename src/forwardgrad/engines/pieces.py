@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from forwardgrad.empty import estimated
+from forwardgrad.engines.batch import Batch
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.objective import Objective
 
-Batch = tuple[Any, ...]
 _SIMPLE = (bool, int, float, str, tuple, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -41,7 +40,7 @@ class Pieces:
 
     def _on(self, batch: Batch) -> Callable[[nn.Module], Tensor]:
         """The loss on a batch: one function for all, since what is learned of a model is remembered by the code of its loss."""
-        return lambda model: self.loss(model, *batch)
+        return lambda model: self.loss(model, *batch.positional, **batch.named)
 
     def plainly(self, batch: Batch, gradient: Callable[[Batch], Estimate] | None = None) -> Estimate:
         """The eager step, or one whose gradient comes from elsewhere."""
@@ -99,6 +98,7 @@ class Survey:
 
     `key` tells whether a graph that was made for one survey is right for another: all that a step depends on besides values of tensors
     and what its functions read from elsewhere. `earlier`: the part of the model in a survey before, taken over where it still holds.
+    Raises Opaque where the tensors of a batch cannot be told.
     """
 
     def __init__(self, pieces: Pieces, batch: Batch, earlier: ModelSurvey | None = None) -> None:
@@ -107,16 +107,12 @@ class Survey:
         self._numbers = dict(self.model.numbers)
         self.tensors = list(self.model.tensors)
         self.trained, self.hooked, self.beside = self.model.trained, self.model.hooked, len(self.tensors)
-        key = (self.model.key, *self._state(), *self._batch(batch), *_settings())
+        key = (self.model.key, *self._state(), *batch.key(self._place), *_settings())
         self.key: Hashable = (pieces.loss, pieces.estimator, key)
 
     def _state(self) -> Iterator[Hashable]:
         yield tuple((name, self._place(tensor)) for name, tensor in self.pieces.state.items())
         self.given = len(self.tensors)  # where the batch begins
-
-    def _batch(self, batch: Batch) -> Iterator[Hashable]:
-        for leaf in batch if all(isinstance(part, Tensor) for part in batch) else tree_leaves(batch):
-            yield self._place(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf if _hashable(leaf) else repr(leaf))
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Where a tensor stands among those of the step."""
