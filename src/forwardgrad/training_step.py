@@ -33,6 +33,8 @@ class TrainingStep(Pieces):
         generator: where directions are drawn from; Backprop needs none.
         state: what an estimator remembers from step to step, kept beside the model by the caller; a new one if left out.
         engine: "eager"; "compile": one function made by torch's compiler; "graph": one captured CUDA graph.
+        compile_limit: the seconds that a graph may take to be made; None: as long as it takes. What takes longer stays eager (with
+            "graph", is captured without the compiler). The logger "forwardgrad" tells how far it is, at level INFO.
 
     Calling it with a batch, `step(x, y)`, `step(x, y, weights=w)` or `step(**batch)`, takes a step and returns the record of
     `estimate_grad_`.
@@ -48,7 +50,7 @@ class TrainingStep(Pieces):
     `torch.optim.SGD` without momentum or weight decay moves inside the graph, and `.grad` is empty after the step; other optimizers are
     handed the gradient (with "graph" they too are captured where they are `capturable` and their learning rate is a tensor).
 
-    Raises ValueError for an unknown engine, and in a step what `estimate_grad_` raises.
+    Raises ValueError for an unknown engine or a limit that is no time, and in a step what `estimate_grad_` raises.
 
     >>> model, generator = torch.nn.Linear(2, 1), torch.Generator().manual_seed(0)
     >>> from forwardgrad import Backprop
@@ -67,12 +69,15 @@ class TrainingStep(Pieces):
         generator: Generator | None = None,
         state: dict[str, Tensor] | None = None,
         engine: EngineName = "eager",
+        compile_limit: float | None = None,
     ) -> None:
+        if compile_limit is not None and not compile_limit > 0:
+            raise ValueError(f"compile_limit must be a number of seconds above 0, or None, not {compile_limit!r}")
         if engine not in get_args(EngineName):
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(EngineName))}")
         super().__init__(loss, model, optimizer, estimator, generator, {} if state is None else state)
         self.engine = engine
-        self._take: Callable[[Batch], Estimate] = self.plainly if engine == "eager" else _engine(self, engine).take
+        self._take: Callable[[Batch], Estimate] = self.plainly if engine == "eager" else _engine(self, engine, compile_limit).take
 
     def __call__(self, *batch: Any, **named: Any) -> Estimate:
         """Take one step on a batch; the loss is called as `loss(model, *batch, **named)`."""
@@ -80,9 +85,9 @@ class TrainingStep(Pieces):
         return self._take(Batch(batch, named))
 
 
-def _engine(pieces: Pieces, name: EngineName) -> Engine:
+def _engine(pieces: Pieces, name: EngineName, limit: float | None) -> Engine:
     """Loaded here, since tracing takes a second to load that an eager step need not wait for."""
     from forwardgrad.engines.captured import Captured
     from forwardgrad.engines.compiled import Compiled
 
-    return Compiled(pieces) if name == "compile" else Captured(pieces)
+    return Compiled(pieces, limit) if name == "compile" else Captured(pieces, limit)

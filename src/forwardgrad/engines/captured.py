@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forwardgrad.draws import Plan
 from forwardgrad.engines.batch import Batch
-from forwardgrad.engines.compiled import Compiled, Function, compiled
+from forwardgrad.engines.compiled import Compiled, Function
 from forwardgrad.engines.graphs import Run
 from forwardgrad.engines.pieces import Survey
 from forwardgrad.trace import Traced, Untraceable
@@ -42,9 +42,9 @@ class Captured(Compiled):
         if any(not tensor.is_cuda for tensor in inputs):
             raise Untraceable("the batch, the model or the estimator's state keeps numbers on the CPU")
         try:
-            function = compiled(traced, inputs)
+            function = self._compiled(traced, inputs)
             function(*inputs)
-        except Exception:  # no compiler for this GPU: its own kernels do
+        except Exception:  # no compiler for this GPU, or not in time: its own kernels do
             function = traced.graph
         return capture(function, given, inputs[len(given) + len(numbers) :], plan, batch)
 

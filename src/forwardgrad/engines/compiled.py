@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
+from time import monotonic
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor
 from forwardgrad.draws import Plan, Unplanned, handed
 from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.graphs import Different, Engine, Run
+from forwardgrad.engines.limit import within
 from forwardgrad.engines.pieces import Pieces, Survey, slots
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Traced, Untraceable, trace, without_autocast
 
 Function = Callable[..., Sequence[Any]]
+_log = logging.getLogger("forwardgrad")
 
 
 class Compiled(Engine):
@@ -28,9 +32,9 @@ class Compiled(Engine):
 
     name: ClassVar[str] = "compile"
 
-    def __init__(self, pieces: Pieces) -> None:
-        super().__init__(pieces)
-        self._rates = _Rates()
+    def __init__(self, pieces: Pieces, limit: float | None = None) -> None:
+        super().__init__(pieces, limit)
+        self._rates, self._began = _Rates(), 0.0
 
     def _moves(self) -> bool:
         return plain_sgd(self.pieces.optimizer) or _capturable(self.pieces.optimizer)
@@ -47,10 +51,29 @@ class Compiled(Engine):
 
     def _function(self, traced: Traced, given: list[Tensor], numbers: list[Tensor], plan: Plan, batch: range) -> Function:
         """What computes the graph from what it is given, and draws for it; only the batch is other tensors at every step."""
-        function = compiled(traced, [*given, *numbers, *_plain(traced.constants)])
+        function = self._compiled(traced, [*given, *numbers, *_plain(traced.constants)])
         return lambda *given: function(*given, *plan.again(), *traced.constants)
 
+    def _compiled(self, traced: Traced, inputs: list[Tensor]) -> Function:
+        """The compiler's function, or Late where it takes longer than it may."""
+        _log.info("engine=%r: traced %d operations in %.1f s, compiling", self.name, len(traced.graph.graph.nodes), self._seconds())
+        if self.limit is None:
+            function = compiled(traced, inputs)
+        else:
+
+            def make() -> Function:
+                with torch.no_grad():
+                    return compiled(traced, inputs)
+
+            function = within(self.limit - self._seconds(), make)
+        _log.info("engine=%r: compiled after %.1f s", self.name, self._seconds())
+        return function
+
+    def _seconds(self) -> float:
+        return monotonic() - self._began
+
     def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
+        self._began = monotonic()
         if getattr(self.pieces.estimator, "checkpoint", False):
             raise Untraceable("checkpoint=True computes activations twice on purpose, and a compiler would see to it that it does not")
         pieces, numbers, device = self.pieces, plan.again(), survey.tensors[0].device

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from forwardgrad.draws import Plan, planned
 from forwardgrad.engines.batch import Batch, Opaque
+from forwardgrad.engines.limit import Late
 from forwardgrad.engines.pieces import ModelSurvey, Pieces, Snapshot, Survey
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.trace import Untraceable
@@ -35,12 +36,13 @@ class Engine(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, pieces: Pieces) -> None:
-        self.pieces = pieces
+    def __init__(self, pieces: Pieces, limit: float | None = None) -> None:
+        self.pieces, self.limit = pieces, limit
         self._runs: dict[Hashable, Run] = {}
         self._tries: dict[Hashable, int] = {}
         self._model: ModelSurvey | None = None
         self._again: tuple[Hashable, Run] | None = None
+        self._late = set[Hashable]()
         self._given_up = self._warned = False
 
     @abstractmethod
@@ -72,6 +74,8 @@ class Engine(ABC):
         elif (run := self._found(key)) is not None:
             with _plain():
                 return run(survey)
+        elif key in self._late:
+            pass
         elif len(self._runs) >= MOST:
             self._warn(f"there are {MOST} graphs already, and this batch or setting of the model is another kind")
         else:
@@ -113,6 +117,9 @@ class Engine(ABC):
             self._try(key, reason)
         except Untraceable as reason:
             self._give_up(str(reason))
+        except Late:
+            self._late.add(key)
+            self._warn(f"the compiler had not finished after compile_limit={self.limit:g} s, for steps of this kind")
         except Exception as reason:  # a compiler's errors are of many kinds
             self._give_up(f"{type(reason).__name__}: {[*str(reason).strip().splitlines(), 'no reason given'][0]}")
         finally:
