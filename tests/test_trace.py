@@ -15,7 +15,8 @@ from torch.func import jvp
 
 import forwardgrad.trace as trace_module
 from forwardgrad.engines.compiled import compiled
-from forwardgrad.trace import Untraceable, trace
+from forwardgrad.reads import Untraceable
+from forwardgrad.trace import trace
 
 aten = torch.ops.aten
 

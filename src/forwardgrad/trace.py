@@ -15,13 +15,11 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from forwardgrad.reads import Reads, Untraceable, located
+
 aten = torch.ops.aten
 
 Step = Callable[[], Sequence[Tensor | None]]
-
-
-class Untraceable(Exception):
-    """Why a step cannot be a graph, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,20 @@ class Traced:
 def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
     """The graph of what `step` does with the inputs, which it has to know of itself; it is run twice on the way, and writes to them.
 
-    Raises Untraceable where what the step does depends on the values of tensors; and whatever the step raises.
+    Raises Untraceable where what the step does depends on values of tensors that may change; and whatever the step raises.
     """
     shapes = TracingContext(FakeTensorMode())  # make_fx would make another one, with a look at the whole stack, for every tensor
     with torch.no_grad(), tracing(shapes):
         try:
             with _is_compiling():
-                graph = make_fx(lambda *_: list(step()))(*inputs)
+                graph = make_fx(lambda *_: _seen(step))(*inputs)
+        except Untraceable as error:
+            raise located(error) from error
         except NotImplementedError as error:
             if "Generator" in str(error):  # torch 2.11 says so itself
                 raise Untraceable("the loss or the model draws from a generator of its own") from error
             raise
-        except RuntimeError as error:
-            if "value out of a tracing tensor" in str(error):
-                raise Untraceable("a value is read off a tensor on the way (.item(), bool(), a Python branch)") from error
-            raise
         constants = _lift_constants(graph)
-        for node in graph.graph.nodes:
-            _check(node)
         with without_autocast():  # what it did is in the graph
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
@@ -72,6 +66,11 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
     if lowest == torch.float32 and any(_as_tf32(node) for node in functional.graph.nodes):
         lowest = torch.float16  # which has as many digits
     return Traced(functional, constants, random, lowest)
+
+
+def _seen(step: Step) -> list[Tensor | None]:
+    with Reads():
+        return list(step())
 
 
 @contextmanager
@@ -111,15 +110,6 @@ def _lift_constants(graph: GraphModule) -> list[Tensor]:
         graph.graph.erase_node(node)
     graph.recompile()
     return [tensor for tensor, _ in lifted.values()]
-
-
-def _check(node: Node) -> None:
-    if node.target is aten.index.Tensor:  # by whole numbers it is harmless
-        indices: Any = node.args[1]
-        if any((value := _value(index)) is not None and value.dtype in (torch.bool, torch.uint8) for index in indices):
-            raise Untraceable("a shape depends on the values of a tensor (indexing with a mask)")
-    elif _tagged(node, torch.Tag.dynamic_output_shape) or _tagged(node, torch.Tag.data_dependent_output):
-        raise Untraceable(f"a shape or value depends on the values of a tensor ({node.target})")
 
 
 def tf32() -> dict[str, bool]:

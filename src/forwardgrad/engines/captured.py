@@ -13,7 +13,8 @@ from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.compiled import Compiled, Function
 from forwardgrad.engines.graphs import Run
 from forwardgrad.engines.pieces import Survey
-from forwardgrad.trace import Traced, Untraceable
+from forwardgrad.reads import Untraceable
+from forwardgrad.trace import Traced
 
 
 class Captured(Compiled):

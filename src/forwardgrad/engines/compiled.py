@@ -16,7 +16,8 @@ from forwardgrad.engines.graphs import Different, Engine, Run
 from forwardgrad.engines.limit import within
 from forwardgrad.engines.pieces import Pieces, Survey, slots
 from forwardgrad.estimators.base import Estimate
-from forwardgrad.trace import Traced, Untraceable, trace, without_autocast
+from forwardgrad.reads import Untraceable
+from forwardgrad.trace import Traced, trace, without_autocast
 
 Function = Callable[..., Sequence[Any]]
 _log = logging.getLogger("forwardgrad")
