@@ -14,7 +14,7 @@ from tests.test_contract import METHODS, applies, short
 from torch import Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad import derivative
+from forwardgrad import arbitration
 from forwardgrad.derivative import plainly
 from forwardgrad.factored import dense
 from forwardgrad.memory import peak_bytes
@@ -26,7 +26,7 @@ PAIRS = [(method, case) for case in EXACT for method in FORWARD if applies(metho
 
 def ways(model: nn.Module, loss: Loss) -> list[bool]:
     """Of every kind of evaluation of a model, whether it was given up for the plain way."""
-    return [known.plain for known in derivative._known[model].values()]
+    return [known.plain for known in arbitration._known[model].values()]
 
 
 def both(model: nn.Module, loss: Loss, method: fg.Estimator, steps: int = 2) -> list[tuple[fg.Estimate, list[Tensor | None], nn.Module]]:
@@ -74,7 +74,7 @@ def test_ordinary_models_are_followed(case: Case, perturb: fg.Perturbation) -> N
     for count in (1, 3, 1):
         fg.estimate_grad_(loss, model, fg.ForwardGradient(count, perturb=perturb), generator=seeded())
     assert ways(model, loss) == [False] * len(ways(model, loss)) != []
-    assert {len(known.paths) for known in derivative._known[model].values()} == {1}  # compared once
+    assert {len(known.paths) for known in arbitration._known[model].values()} == {1}  # compared once
 
 
 # Calls with rules, each beside an operation that has none -----------------------------------------------------------------------------

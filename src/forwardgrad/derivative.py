@@ -19,36 +19,27 @@ Each work-around stands in one place and can go when torch no longer needs it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from forwardgrad.arbitration import Derived, Outcome, either
+from forwardgrad.arbitration import Redo as Redo
+from forwardgrad.arbitration import plainly as plainly
 from forwardgrad.explicit import Explicit
 from forwardgrad.objective import Objective, per_example, scalar
+from forwardgrad.plain import Alike, Plain
+from forwardgrad.workarounds import RandomState as RandomState
 
 _DROPPED = (
     "the loss carries no tangent: it does not depend on any trainable parameter, or a detach(), .item() or numpy call on the way dropped it"
 )
-
-
-class Source(Protocol):
-    """Something that moves a tensor: by one tangent, or by all K at once."""
-
-    def tangent(self, pick: Callable[[Tensor], Tensor]) -> Tensor: ...
-
-    def tangents(self, count: int) -> Tensor: ...
-
-    def add_to_(self, tangents: Tensor) -> None: ...
 
 
 class Evaluation(Protocol):
@@ -87,71 +78,7 @@ class Watch(Protocol):
     def keep(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-class Derived(NamedTuple):
-    """Values of one evaluation by name, and their derivatives [k, ...] along each tangent; "loss" is always there."""
-
-    values: dict[str, Tensor]
-    derivatives: dict[str, Tensor]
-
-
-class _Injection(torch.autograd.Function):
-    """Adds a tangent without touching the values, so that K tangents at once still share one primal pass."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(tensor: Tensor, scale: Tensor, tangent: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_forward(inputs[2])
-
-    @staticmethod
-    def jvp(ctx: Any, carried: Tensor | None, scale: Tensor, tangent: Any) -> Tensor:
-        added: Tensor = ctx.saved_tensors[0]
-        return added.clone() if carried is None else carried + added
-
-
-@dataclass(frozen=True)
-class Plain:
-    """An evaluation by torch's own forward mode, along the one tangent that `pick` takes from a stack."""
-
-    scale: Tensor
-    pick: Callable[[Tensor], Tensor]
-
-    def inject(self, tensor: Tensor, source: Source) -> Tensor:
-        moved: Tensor = _Injection.apply(tensor, self.scale, source.tangent(self.pick).to(tensor.dtype))  # type: ignore[no-untyped-call]
-        return moved
-
-    def carries(self, tensor: Tensor) -> bool:
-        return forward_ad.unpack_dual(tensor).tangent is not None
-
-    def primal(self, tensor: Tensor) -> Tensor:
-        value: Tensor = forward_ad.unpack_dual(tensor).primal
-        return value
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return func(*args, **kwargs)
-
-
-class Redo(Exception):
-    """A watch saw something that it has to know from the start: the evaluation is to be made again."""
-
-
-W = TypeVar("W")
 V = TypeVar("V", bound=Watch)
-
-
-@dataclass(frozen=True)
-class _Outcome(Generic[W]):
-    """One evaluation: the watch that saw it, what it derived, the buffers it leaves, and the path of its calls."""
-
-    watch: W
-    derived: Derived
-    buffers: dict[str, Tensor]
-    path: Hashable = None
-    low: bool = False  # whether some of it was computed in low precision
 
 
 def directional_derivatives(
@@ -165,7 +92,7 @@ def directional_derivatives(
     """
     count = next(iter(tangents.values())).shape[0]
 
-    def explicit(guarded: bool) -> _Outcome[None]:
+    def explicit(guarded: bool) -> Outcome[None]:
         parameters = _standing(objective)
         moving = {id(p): tangents[name] for name, p in parameters.items()}
         with Explicit(count, moving, guarding=parameters.values() if guarded else None) as evaluation:
@@ -174,9 +101,11 @@ def directional_derivatives(
             if not evaluation.carries(loss):
                 raise RuntimeError(_DROPPED)
             derivative = evaluation.derivative(loss)
-        return _Outcome(None, Derived({"loss": loss.detach()}, {"loss": derivative}), buffers, evaluation.path, evaluation.low)
+        return Outcome(
+            None, Derived({"loss": loss.detach()}, {"loss": derivative}), buffers, evaluation.path, evaluation.low, evaluation.ways
+        )
 
-    def plain() -> _Outcome[None]:
+    def plain() -> Outcome[None]:
         def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             loss, buffers = objective.with_(parameters)
             if forward_ad.unpack_dual(loss).tangent is None:
@@ -188,14 +117,15 @@ def directional_derivatives(
             return result
 
         primals = {name: p.detach() for name, p in objective.parameters.items()}
-        if count == 1:
-            loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
-            derivatives = derivative.reshape(1)
-        else:
-            loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))  # type: ignore[arg-type]
-        return _Outcome(None, Derived({"loss": loss}, {"loss": derivatives}), buffers)
+        with Alike() as alike:
+            if count == 1:
+                loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
+                derivatives = derivative.reshape(1)
+            else:
+                loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))  # type: ignore[arg-type]
+        return Outcome(None, Derived({"loss": loss}, {"loss": derivatives}), buffers, ways=alike.ways)
 
-    found = _either(objective, explicit, plain, "dense", commit).derived
+    found = either(objective, explicit, plain, "dense", commit).derived
     loss = found.values["loss"]
     return loss, found.derivatives["loss"].to(loss.dtype)
 
@@ -216,7 +146,7 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
             raise RuntimeError(_DROPPED)
         return outputs, kept
 
-    def explicit(guarded: bool) -> _Outcome[V]:
+    def explicit(guarded: bool) -> Outcome[V]:
         stands, parameters = watch(), _standing(objective)
         evaluation = Explicit(count, guarding=parameters.values() if guarded else None)
         with evaluation.begun():
@@ -226,9 +156,9 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
             derivatives = {name: evaluation.derivative(t) for name, t in values.items()} if count else {}
             derived = Derived({name: t.detach() for name, t in values.items()}, derivatives)
         stands.keep(kept)
-        return _Outcome(stands, derived, buffers, evaluation.path, evaluation.low)
+        return Outcome(stands, derived, buffers, evaluation.path, evaluation.low, evaluation.ways)
 
-    def plain() -> _Outcome[V]:
+    def plain() -> Outcome[V]:
         stands, primals = watch(), {name: p.detach() for name, p in objective.parameters.items()}
 
         def evaluate(scale: Tensor, pick: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Any]:
@@ -244,16 +174,18 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
 
         first = next(iter(primals.values()))
         zero = torch.zeros((), dtype=first.dtype, device=first.device)
-        if count == 1:
-            values, derivatives, (kept, buffers) = along(zero)
-            derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
-        else:
-            indices = torch.arange(count, device=first.device)
-            values, derivatives, (kept, buffers) = vmap(along, out_dims=(None, 0, None), randomness="same")(indices)  # type: ignore[arg-type]
+        with Alike() as alike:
+            if count == 1:
+                values, derivatives, (kept, buffers) = along(zero)
+                derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
+            else:
+                indices = torch.arange(count, device=first.device)
+                each: Any = vmap(along, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
+                values, derivatives, (kept, buffers) = each(indices)
         stands.keep(kept)
-        return _Outcome(stands, Derived(values, derivatives), buffers)
+        return Outcome(stands, Derived(values, derivatives), buffers, ways=alike.ways)
 
-    found = _either(objective, explicit, plain if count else lambda: explicit(False), key if count else None, commit)
+    found = either(objective, explicit, plain if count else lambda: explicit(False), key if count else None, commit)
     return found.watch, found.derived
 
 
@@ -264,120 +196,3 @@ def _standing(objective: Objective) -> dict[str, Tensor]:
 
 def _evaluated(objective: Objective, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     return objective.raw(parameters) if objective.buffered else (objective.as_it_is(), {})
-
-
-@dataclass
-class _Known:
-    """What was learned of a model under one loss: the paths on which both ways agree, or that only the plain one will do."""
-
-    paths: set[Hashable] = field(default_factory=set)
-    plain: bool = False
-
-
-_known: WeakKeyDictionary[nn.Module, dict[Hashable, _Known]] = WeakKeyDictionary()
-_only_plain: ContextVar[bool] = ContextVar("only plain", default=False)
-
-
-@contextmanager
-def plainly() -> Iterator[None]:
-    """Inside, derivatives are torch's own: the reference that the explicit way is tested against."""
-    token = _only_plain.set(True)
-    try:
-        yield
-    finally:
-        _only_plain.reset(token)
-
-
-def _either(
-    objective: Objective, explicit: Callable[[bool], _Outcome[W]], plain: Callable[[], _Outcome[W]], key: Hashable, commit: bool
-) -> _Outcome[W]:
-    """The explicit evaluation where it can be trusted, else the plain one; without a key the plain one alone."""
-    with torch.no_grad(), _forward_mode(objective, commit):
-        if _only_plain.get() or key is None or not isinstance(objective.at, nn.Module):
-            found = plain()
-        else:
-            where = getattr(objective.loss, "__code__", type(objective.loss)), key  # a lambda is new at every step
-            known = _known.setdefault(objective.at, {}).setdefault(where, _Known())
-            found = plain() if known.plain else _checked(RandomState(objective), explicit, plain, known)
-        if commit:
-            objective.commit(found.buffers)
-    return found
-
-
-def _checked(random: RandomState, explicit: Callable[[bool], _Outcome[W]], plain: Callable[[], _Outcome[W]], known: _Known) -> _Outcome[W]:
-    try:
-        first = not known.paths
-        found = explicit(first)
-        if found.path in known.paths:
-            return found
-        if not first:
-            random.restore()
-            found = explicit(True)
-    except Redo:
-        raise
-    except Exception:  # the plain way decides whether something is wrong with the model, or only with following it
-        random.restore()
-        other = plain()
-        known.plain = True
-        return other
-    random.restore()
-    other = plain()
-    known.plain = not _agree(found.derived, other.derived, found.low)
-    known.paths.add(found.path)
-    return other if known.plain else found
-
-
-def _agree(one: Derived, other: Derived, low: bool) -> bool:
-    """Whether two evaluations differ by no more than rounding: of all that was derived, the largest is compared, relative to its norm.
-
-    Rounding moves a few units of a ReLU across zero, and with them their whole tangents: half a percent in 64 layers, in float32.
-    """
-    if one.derivatives.keys() != other.derivatives.keys():
-        return False
-    name = max(other.derivatives, key=lambda name: other.derivatives[name].numel())
-    found, exact = (d.derivatives[name].double() for d in (one, other))
-    eps = torch.finfo(other.values[name].dtype).eps
-    return bool((found - exact).norm() <= (0.25 if low or eps > 1e-3 else 0.05 if eps > 1e-10 else 1e-4) * exact.norm() + eps)
-
-
-class RandomState:
-    """The global random state of the devices of a model, to begin again from."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._gpus = _gpus(objective)
-        self._states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self._gpus]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._states[0])
-        for device, state in zip(self._gpus, self._states[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-
-def _gpus(objective: Objective) -> list[int]:
-    return sorted({p.get_device() for p in objective.parameters.values() if p.is_cuda})
-
-
-@contextmanager
-def _forward_mode(objective: Objective, commit: bool) -> Iterator[None]:
-    """The settings under which torch's forward mode works on ordinary models; all are put back."""
-    modules = list(objective.at.modules()) if isinstance(objective.at, nn.Module) else []
-    with ExitStack() as stack:
-        if not commit:
-            stack.enter_context(torch.random.fork_rng(_gpus(objective)))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.backends.mha.get_fastpath_enabled():
-            torch.backends.mha.set_fastpath_enabled(False)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, True)
-        if any(isinstance(module, nn.RNNBase) for module in modules):
-            # not mkldnn.flags(): it also sets, and warns about, settings that are none of our business
-            stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
-            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        for module in modules:
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                stack.callback(module.register_forward_hook(_still_padding).remove)
-        yield
-
-
-def _still_padding(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    padding = torch.eq(inputs[0], module.padding_idx or 0).unsqueeze(-1)
-    return torch.where(padding, output.detach(), output)

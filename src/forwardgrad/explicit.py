@@ -18,18 +18,20 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from forwardgrad import dropout, elementwise, rules
+from forwardgrad.guard import Guard, Unfollowed, memory
 from forwardgrad.levels import level, unwrapped
-from forwardgrad.rules import RULES, Track
+from forwardgrad.rules import Rule, Track
+from forwardgrad.structure import exchanged, leaves, named, rebuilt
+from forwardgrad.ways import Kind, Way, counter, name_of
 
-
-class Unfollowed(Exception):
-    """The explicit way does not know how tangents go on from here; the plain way does."""
+RULES: dict[Callable[..., Any], Rule] = {**rules.RULES, **elementwise.RULES, **dropout.RULES}
 
 
 def _reads(name: str) -> Callable[..., Any]:
@@ -58,6 +60,19 @@ _DROPS: frozenset[Any] = frozenset(
     )
 )
 """What gives values without tangents, in every kind of forward mode."""
+_NEW: frozenset[Any] = (
+    frozenset(
+        getattr(home, name)
+        for name in ("gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "isnan", "isinf", "isfinite", "logical_not")
+        for home in (torch, Tensor)
+    )
+    | {getattr(Tensor, f"__{name}__") for name in ("gt", "ge", "lt", "le", "eq", "ne")}
+    | {
+        *(getattr(torch, f"{name}_like") for name in ("empty", "zeros", "ones", "full", "rand", "randn")),
+        *(getattr(Tensor, f"new_{name}") for name in ("empty", "zeros", "ones", "full", "tensor")),
+    }
+)
+"""What gives truths, whole numbers or numbers of its own, in new memory."""
 
 
 class Explicit(TorchFunctionMode):
@@ -68,11 +83,12 @@ class Explicit(TorchFunctionMode):
 
     def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None, *, guarding: Iterable[Tensor] | None = None) -> None:
         super().__init__()
-        self._guard = None if guarding is None else _Guard(guarding)
+        self._guard = None if guarding is None else Guard(guarding)
         self.count = count
         self.moving = dict(moving or {})
         self._calls: list[Any] = []
         self.low = False  # whether a call was made in low precision
+        self.ways = counter()
         self._level: ExitStack | None = None
         self._outside = level()
 
@@ -191,21 +207,53 @@ class Explicit(TorchFunctionMode):
         """The result of a call, moving as its arguments make it."""
         if self._guard is not None:
             self._guard.look(self, (*args, *kwargs.values()))
-        if level() != self._outside and any(self.track(unwrapped(leaf)) is not None for leaf in _leaves((args, kwargs))):
+        if level() != self._outside and any(self.track(unwrapped(leaf)) is not None for leaf in leaves((args, kwargs))):
             raise Unfollowed("a transform of torch.func was handed something that moves")
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
-            return func(*args, **kwargs)
+            self._note(func, "did not move")
+            result = func(*args, **kwargs)
+            if self._guard is not None and any(self._is_still(tensor) for tensor in leaves((args, kwargs))):
+                for tensor in leaves(result):  # it may be a view of what is known to stand still
+                    self._still(tensor)
+            return result
         if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
             raise Unfollowed("an autograd function is being evaluated")
         self._calls.append(getattr(func, "__code__", func))  # a method or a lambda may be a new one at every step
         self.low = self.low or any(isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type) for value in args[:1])
+        try:
+            return self._moving(func, args, kwargs)
+        except Exception as error:
+            if not hasattr(error, "forwardgrad_call"):
+                error.forwardgrad_call = name_of(func)  # type: ignore[attr-defined]
+            raise
+
+    def _moving(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _DROPS:
+            self._note(func, "did not move", "it drops tangents, in every kind of forward mode")
             return self._still(func(*args, **kwargs))
+        if func in _NEW and kwargs.get("out") is None:
+            self._note(func, "did not move", "what it gives does not depend on how its arguments move")
+            return func(*args, **kwargs)
+        if func in dropout.OPENED:
+            with _Within(self):
+                return dropout.opened(func)(*args, **kwargs)
+        if dropout.holds_dropout(func, args, kwargs):
+            with _Within(self):
+                return dropout.attention(*args, **kwargs)
         if (rule := RULES.get(func)) is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
+                self._note(func, "rule")
                 return result
+        self._note(func, "dual numbers", "there is no rule for it" if rule is None else "its rule does not hold for these arguments")
         return self._by_duals(func, args, kwargs)
+
+    def _note(self, func: Any, kind: Kind, reason: str = "") -> None:
+        if self.ways is not None:
+            self.ways[Way(name_of(func), kind, reason)] += 1
+
+    def _is_still(self, tensor: Tensor) -> bool:
+        return tensor.__dict__.get("_forwardgrad_still") is self
 
     def _moves(self, value: Any) -> bool:
         if isinstance(value, Tensor):
@@ -219,8 +267,8 @@ class Explicit(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "tolist"):
             raise Unfollowed(f"{name} hands numbers to other code")
-        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or kwargs.get("out") is not None or kwargs.get("inplace"):
-            raise Unfollowed(f"{name} writes into a tensor in place")
+        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or _asked_to_write(func, args, kwargs):
+            raise Unfollowed(f"{name} writes in place into a tensor that a view or another name may look at")
         found: dict[int, tuple[Tensor, Tensor]] = {}
         self._gather((args, kwargs), found)
         if self.count == 1:
@@ -228,7 +276,7 @@ class Explicit(TorchFunctionMode):
                 self._level = ExitStack()
                 self._level.enter_context(forward_ad.dual_level())
             duals = {key: forward_ad.make_dual(value, tangents[0]) for key, (value, tangents) in found.items()}
-            return self._taken(func(*_exchanged(args, duals), **_exchanged(kwargs, duals)), self._seen(found))
+            return self._taken(func(*exchanged(args, duals), **exchanged(kwargs, duals)), self._seen(found))
         keys = list(found)
 
         shape: list[Any] = []
@@ -236,16 +284,16 @@ class Explicit(TorchFunctionMode):
         def along(*tangents: Tensor) -> Any:
             def flat(*values: Tensor) -> Any:
                 given = dict(zip(keys, values, strict=True))
-                result = func(*_exchanged(args, given), **_exchanged(kwargs, given))
+                result = func(*exchanged(args, given), **exchanged(kwargs, given))
                 shape[:] = [result]
-                real = [leaf for leaf in _leaves(result) if leaf.is_floating_point() or leaf.is_complex()]
-                return tuple(real), [leaf for leaf in _leaves(result) if not (leaf.is_floating_point() or leaf.is_complex())]
+                real = [leaf for leaf in leaves(result) if leaf.is_floating_point() or leaf.is_complex()]
+                return tuple(real), [leaf for leaf in leaves(result) if not (leaf.is_floating_point() or leaf.is_complex())]
 
             return jvp(flat, tuple(value for value, _ in found.values()), tangents, has_aux=True)
 
         each: Any = vmap(along, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
         outs, moved, rest = each(*(tangents for _, tangents in found.values()))
-        return _rebuilt(shape[0], self._attached(outs, moved, found), iter(rest))
+        return rebuilt(shape[0], self._attached(outs, moved, found), iter(rest))
 
     def _attached(self, outs: Any, moved: Any, found: dict[int, tuple[Tensor, Tensor]]) -> Any:
         seen = self._seen(found)
@@ -253,15 +301,15 @@ class Explicit(TorchFunctionMode):
 
     def _seen(self, found: dict[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
         """The memory of what went into a call, and whose it is."""
-        return {_memory(part): value for value, tangents in found.values() for part in (value, tangents)}
+        return {memory(part): value for value, tangents in found.values() for part in (value, tangents)}
 
     def _apart(self, out: Tensor, tangents: Tensor, seen: dict[int, Tensor]) -> Tensor:
         """A result, which nothing else sees unless it is a view of what went in."""
         fresh = True
-        for memory in (_memory(out), _memory(tangents)):
-            if memory in seen:
+        for place in (memory(out), memory(tangents)):
+            if place in seen:
                 fresh = False
-                if (track := self.track(seen[memory])) is not None:
+                if (track := self.track(seen[place])) is not None:
                     track.fresh = False
         return self.attach(out, tangents, fresh=fresh)
 
@@ -283,98 +331,31 @@ class Explicit(TorchFunctionMode):
             return primal if tangent is None else self._apart(primal, _plain(tangent).unsqueeze(0), seen)
         if isinstance(value, (tuple, list)):
             items = [self._taken(item, seen) for item in value]
-            return type(value)(items) if type(value) in (tuple, list) else _named(value, items)
+            return type(value)(items) if type(value) in (tuple, list) else named(value, items)
         if isinstance(value, dict):
             return {key: self._taken(item, seen) for key, item in value.items()}
         return value
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-class _Guard(TorchDispatchMode):
-    """Sees the operations of a guarded evaluation: none may reach what moves unless a call is being made that the evaluation knows of.
-
-    While such a call is made, the evaluation's own mode is off the stack of function modes; an operation under the full stack passes by.
-    A tensor that does not move, but has the memory of one that does, was made by something that passed by, too.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._full = 0
-        self._parameters = {_memory(p) for p in parameters}  # which may be used as they are, and moving, one after the other
-        self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
-
-    def begin(self) -> None:
-        self._full = torch._C._len_torch_function_stack()
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def add(self, tensor: Tensor) -> None:
-        if (memory := _memory(tensor)) not in self._parameters:
-            self._memories[memory] = ref(tensor.untyped_storage())
-
-    def look(self, evaluation: Explicit, values: Any) -> None:
-        """Raise Unfollowed where a tensor among these got its memory unseen."""
-        for tensor in _leaves(values):
-            if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:
-                raise Unfollowed("something made a tensor out of one that moves, and was not seen")
-
-    def _shares(self, tensor: Tensor) -> bool:
-        try:
-            tensor = unwrapped(tensor)
-            known = self._memories.get(_memory(tensor))
-        except (RuntimeError, NotImplementedError):  # it has no memory of its own
-            return False
-        return known is not None and known() is tensor.untyped_storage()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if torch._C._len_torch_function_stack() >= self._full and any(self._shares(tensor) for tensor in _leaves((args, kwargs or {}))):
-            raise Unfollowed(f"{func} was made unseen")
-        return func(*args, **(kwargs or {}))
 
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
 _IN_PLACE |= {"__setitem__", "__set__"}
 
 
+def _asked_to_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is to write into what it was given; two functions are asked to by their modules in their last argument."""
+    return kwargs.get("out") is not None or bool(kwargs.get("inplace")) or (func in (F.threshold, F.rrelu) and args[-1] is True)
+
+
+class _Within(TorchFunctionMode):
+    """Hands the calls inside a function that was opened to an evaluation."""
+
+    def __init__(self, evaluation: Explicit) -> None:
+        super().__init__()
+        self._evaluation = evaluation
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return func(*args, **(kwargs or {})) if func in READS else self._evaluation.call(func, args, kwargs or {})
+
+
 def _plain(tangent: Tensor) -> Tensor:
     return tangent if not tangent._is_zerotensor() else torch.zeros_like(tangent)
-
-
-def _named(like: Any, items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)  # torch's own return types take one sequence
-
-
-def _exchanged(value: Any, instead: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return instead.get(id(value), value)
-    if isinstance(value, (tuple, list)):
-        items = [_exchanged(item, instead) for item in value]
-        return type(value)(items) if type(value) in (tuple, list) else _named(value, items)
-    if isinstance(value, dict):
-        return {key: _exchanged(item, instead) for key, item in value.items()}
-    return value
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _rebuilt(like: Any, real: Any, rest: Any) -> Any:
-    """A result of the structure of `like` with the tensors of `real` and `rest` in it."""
-    if isinstance(like, Tensor):
-        return next(real) if like.is_floating_point() or like.is_complex() else next(rest)
-    if isinstance(like, (tuple, list)):
-        items = [_rebuilt(item, real, rest) for item in like]
-        return type(like)(items) if type(like) in (tuple, list) else _named(like, items)
-    if isinstance(like, dict):
-        return {key: _rebuilt(item, real, rest) for key, item in like.items()}
-    return like

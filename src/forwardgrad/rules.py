@@ -4,10 +4,11 @@ A rule takes the evaluation, the function and its arguments, of which at least o
 where it does not hold, and torch's dual numbers are asked instead. With f the function and ẋ the tangent of x, the rules are
 
     product   (x W + b)˙ = ẋ W + x Ẇ + ḃ                     rows of x and ẋ in one tensor meet W in one product
-    unit      f(x)˙ = f'(x) ẋ                                the same kernel that a backward pass would use: f' is diagonal
     choice    (max over a window)˙ = ẋ at the winner
     shape     (x in another shape)˙ = ẋ in that shape
     loss      f(z)˙ = ⟨∂f/∂z, ż⟩                             with ∂f/∂z in closed form, in float32 at least
+
+`elementwise` has those of what is applied to every number by itself, `dropout` those of dropout.
 """
 
 from __future__ import annotations
@@ -74,6 +75,14 @@ class Evaluation(Protocol):
     def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor: ...
 
     def follow(self, tensor: Tensor, behind: Tensor) -> Tensor: ...
+
+
+Rule = Callable[[Evaluation, Callable[..., Any], Call, dict[str, Any]], Any]
+
+
+def owned(track: Track) -> bool:
+    """Whether a tensor may be written to: nothing else sees its values or tangents."""
+    return track.fresh and not track.lent
 
 
 def _bound(names: tuple[str, ...], args: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _relu(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str,
     track = e.track(x)
     assert track is not None
     if func in _RELUS_IN_PLACE or kwargs.get("inplace"):
-        if not track.fresh or track.lent:
+        if not owned(track):
             return NotImplemented
         F.relu_(x)
         _rectified(track.of(x), x, track.of(x))
@@ -162,20 +171,6 @@ def _relu(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str,
 
 
 _RELUS_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
-
-
-def _unit(kernel: Callable[..., Tensor], *, of_result: bool = False, option: str | None = None) -> Callable[..., Any]:
-    """The rule of a function that is applied to every number by itself, from f'(x) ẋ as torch computes it, which may need an option."""
-
-    def rule(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
-        options = {key: value for key, value in kwargs.items() if key == option}
-        if len(args) != 1 or any(value for key, value in kwargs.items() if key != option):  # in place, or an option unknown here
-            return NotImplemented
-        tangents, out = e.tangents(args[0]), func(args[0], **options)
-        assert tangents is not None
-        return e.attach(out, kernel(tangents, (out if of_result else args[0]).expand_as(tangents), **options), fresh=True)
-
-    return rule
 
 
 def _max_pool(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
@@ -234,7 +229,7 @@ def _add_in_place(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: d
         return NotImplemented
     x, y = args
     track, there = e.track(x), e.tangents(y) if isinstance(y, Tensor) else None
-    if track is None or not track.fresh or track.lent or track.behind:
+    if track is None or not owned(track) or track.behind:
         return NotImplemented
     func(x, y)
     if there is not None:
@@ -254,16 +249,10 @@ def _loss(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str,
     return e.attach(func(*args, **kwargs), output.derivative(logits, tangents), fresh=True)
 
 
-Rule = Callable[[Evaluation, Callable[..., Any], Call, dict[str, Any]], Any]
-_aten = torch.ops.aten
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _linear,
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, *_RELUS_IN_PLACE), _relu),
-    **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), _unit(_aten.tanh_backward, of_result=True)),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _unit(_aten.sigmoid_backward, of_result=True)),
-    F.gelu: _unit(_aten.gelu_backward, option="approximate"),
-    F.silu: _unit(_aten.silu_backward),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices), _max_pool),
     **dict.fromkeys((torch.flatten, Tensor.flatten, Tensor.reshape, torch.reshape, Tensor.view, Tensor.view_as, Tensor.unflatten), _shape),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),

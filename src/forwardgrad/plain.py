@@ -1,0 +1,88 @@
+"""Torch's own forward mode, dual numbers: the reference of the explicit way, and what stands in where that cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from forwardgrad import dropout
+from forwardgrad.structure import leaves
+from forwardgrad.ways import Way, counter, name_of
+
+
+class Source(Protocol):
+    """Something that moves a tensor: by one tangent, or by all K at once."""
+
+    def tangent(self, pick: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+    def tangents(self, count: int) -> Tensor: ...
+
+    def add_to_(self, tangents: Tensor) -> None: ...
+
+
+class _Injection(torch.autograd.Function):
+    """Adds a tangent without touching the values, so that K tangents at once still share one primal pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, scale: Tensor, tangent: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def jvp(ctx: Any, carried: Tensor | None, scale: Tensor, tangent: Any) -> Tensor:
+        added: Tensor = ctx.saved_tensors[0]
+        return added.clone() if carried is None else carried + added
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An evaluation by torch's own forward mode, along the one tangent that `pick` takes from a stack."""
+
+    scale: Tensor
+    pick: Callable[[Tensor], Tensor]
+
+    def inject(self, tensor: Tensor, source: Source) -> Tensor:
+        moved: Tensor = _Injection.apply(tensor, self.scale, source.tangent(self.pick).to(tensor.dtype))  # type: ignore[no-untyped-call]
+        return moved
+
+    def carries(self, tensor: Tensor) -> bool:
+        return forward_ad.unpack_dual(tensor).tangent is not None
+
+    def primal(self, tensor: Tensor) -> Tensor:
+        value: Tensor = forward_ad.unpack_dual(tensor).primal
+        return value
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+
+class Alike(TorchFunctionMode):
+    """Inside, dropout has the mask of an ordinary pass; calls are noted if somebody asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in dropout.OPENED:
+            with self:
+                return dropout.opened(func)(*args, **kwargs)
+        if dropout.holds_dropout(func, args, kwargs):
+            with self:
+                return dropout.attention(*args, **kwargs)
+        if self.ways is not None and (given := leaves((args, kwargs))):
+            moves = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
+            self.ways[Way(name_of(func), "dual numbers" if moves else "did not move", "")] += 1
+        return dropout.masked(func, args, kwargs) if func in dropout.DROPOUTS else func(*args, **kwargs)

@@ -1,0 +1,80 @@
+"""What torch says of an operator that forward mode cannot take, as one sentence: what is wrong, in which module, and what to do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.autograd import Function
+
+_KNOWN = {  # operators whose names their users never see
+    "_embedding_bag": "EmbeddingBag",
+    "_weight_norm_interface": "weight_norm",
+    "_pack_padded_sequence": "a packed sequence (pack_padded_sequence)",
+    "_ctc_loss": "ctc_loss",
+    "_cudnn_ctc_loss": "ctc_loss",
+    "_cdist_forward": "cdist",
+    "div_out": "normalize(..., out=...), as spectral_norm calls it,",
+}
+_INSTEAD = "replace it, or train this model with ZerothOrder, which needs no derivatives"
+_CHECKPOINT = (
+    "a reentrant checkpoint has no forward mode: call it with use_reentrant=False (of a Hugging Face model, "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})), or leave checkpoints away: "
+    "forward gradients keep no activations anyway"
+)
+
+
+def refusal(error: Exception, at: Any) -> Exception | None:
+    """The sentence for an error of torch's own, of a type that catches as it did; None for any other error."""
+    if not isinstance(error, (NotImplementedError, RuntimeError)) or isinstance(error, Said):
+        return None
+    text, where = str(error), place_of(error, at)
+    if found := re.search(r"forward AD with (\S+) that does not support it", text):
+        operator = found[1]
+        return Said(f"{_KNOWN.get(operator, operator)} has no rule for forward mode in torch{where}: {_INSTEAD}")
+    if (function := _function_of(error)) is not None and ("setup_context" in text or "jvp" in text):
+        if function.__name__ == "CheckpointFunction":
+            return Said(f"{_CHECKPOINT}{where}")
+        lacks = "write forward without ctx, with setup_context and jvp" if "setup_context" in text else "give it a jvp"
+        return Said(f"the autograd function {function.__name__} has no rule for forward mode{where}: {lacks} static method, or {_INSTEAD}")
+    if found := re.search(r"vmap: we do not yet support (?:aten::)?(\w+)", text):
+        return Said(f"{found[1]} cannot take several tangents at once{where}: use tangents=1 or chunk_size=1, or replace it")
+    return None
+
+
+class Said(NotImplementedError):
+    """An error that is a sentence already."""
+
+
+def place_of(error: Exception, at: Any) -> str:
+    """' in module x' for the innermost module that was being called, read off the traceback; nothing where there is none."""
+    names = {id(module): name for name, module in at.named_modules()} if isinstance(at, nn.Module) else {}
+    inner = None
+    for variables in _frames(error):
+        module = variables.get("self")
+        if isinstance(module, nn.Module) and id(module) in names:
+            inner = module
+    if inner is None:
+        return ""
+    name = names[id(inner)]
+    return f" in module {name!r} ({type(inner).__name__})" if name else f" in {type(inner).__name__}"
+
+
+def _function_of(error: Exception) -> type[Function] | None:
+    """The custom autograd function that was being applied, the innermost."""
+    found = None
+    for variables in _frames(error):
+        for name in ("cls", "autograd_function"):
+            function = variables.get(name)
+            if isinstance(function, type) and issubclass(function, Function):
+                found = function
+    return found
+
+
+def _frames(error: Exception) -> list[dict[str, Any]]:
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(trace.tb_frame.f_locals)
+        trace = trace.tb_next
+    return frames

@@ -1,0 +1,55 @@
+"""Which way derivatives were worked out, call by call: noted only while somebody asks, see `explain`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["rule", "dual numbers", "did not move"]
+
+
+class Way(NamedTuple):
+    """What became of a call."""
+
+    function: str
+    kind: Kind
+    reason: str
+
+
+@dataclass
+class Notes:
+    """Of a step: every call with its way and how often, and every pass as a whole: "explicit" or "dual numbers", and why not the first."""
+
+    calls: Counter[Way] = field(default_factory=Counter)
+    passes: list[tuple[str, str]] = field(default_factory=list)
+
+
+asked: ContextVar[Notes | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def asking() -> Iterator[Notes]:
+    """Inside, what is evaluated is noted."""
+    notes = Notes()
+    token = asked.set(notes)
+    try:
+        yield notes
+    finally:
+        asked.reset(token)
+
+
+def counter() -> Counter[Way] | None:
+    """To count the calls of one evaluation, if somebody asks."""
+    return None if asked.get() is None else Counter()
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A torch function as its users know it."""
+    name: str = getattr(function, "__name__", type(function).__name__)
+    if name in ("__get__", "__set__"):  # of a property, such as Tensor.T
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return "the loss as one number" if name == "<lambda>" else name
