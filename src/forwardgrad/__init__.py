@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from forwardgrad.estimators.guess import Guess as Guess
     from forwardgrad.estimators.local import LocalLosses as LocalLosses
     from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder
+    from forwardgrad.explanation import Explanation as Explanation
+    from forwardgrad.explanation import explain as explain
     from forwardgrad.gradient import estimate_grad_ as estimate_grad_
     from forwardgrad.gradient import estimate_grads_ as estimate_grads_
     from forwardgrad.nesterov import Nesterov as Nesterov
@@ -55,6 +57,7 @@ _HOME = {
     "Ensemble": "ensemble",
     "Estimate": "estimators.base",
     "Estimator": "estimators.base",
+    "Explanation": "explanation",
     "FixedFeedback": "estimators.fixed_feedback",
     "ForwardGradient": "estimators.forward",
     "Gaussian": "tangents",
@@ -79,6 +82,7 @@ _HOME = {
     "plainly": "derivative",
     "estimate_grads_": "gradient",
     "quality": "diagnostics",
+    "explain": "explanation",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 

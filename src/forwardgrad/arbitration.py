@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -142,12 +143,20 @@ def _give_up(known: _Known, objective: Objective, reason: str) -> None:
     assert isinstance(objective.at, nn.Module)
     said = any(other.plain for (code, _), other in _known[objective.at].items() if code == _code(objective))
     known.plain, known.reason = True, reason
-    if not said:
+    if not said and asked.get() is None:  # whoever asks is told
         warnings.warn(
-            f"derivatives of {type(objective.at).__name__} under this loss are made by torch's own forward mode from now on, which takes "
-            f"about twice as long: {reason}. forwardgrad.explain(loss, model) tells more",
-            stacklevel=2,
+            f"derivatives of {type(objective.at).__name__} under this loss are made by torch's own forward mode from now on, which is "
+            f"slower (a transformer with four tangents takes about twice as long): {reason}. forwardgrad.explain(loss, model) tells more",
+            stacklevel=_outside(),
         )
+
+
+def _outside() -> int:
+    """The level of the stack at which the caller of the library stands."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("forwardgrad", "contextlib", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 def _disagreement(one: Derived, other: Derived, low: bool) -> str | None:

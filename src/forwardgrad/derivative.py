@@ -107,7 +107,8 @@ def directional_derivatives(
 
     def plain() -> Outcome[None]:
         def evaluate(parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, buffers = objective.with_(parameters)
+            with alike:
+                loss, buffers = objective.with_(parameters)
             if forward_ad.unpack_dual(loss).tangent is None:
                 raise RuntimeError(_DROPPED)
             return loss, buffers
@@ -116,13 +117,12 @@ def directional_derivatives(
             result: tuple[Tensor, Tensor, dict[str, Tensor]] = jvp(evaluate, (primals,), (tangent,), has_aux=True)  # type: ignore[assignment]
             return result
 
-        primals = {name: p.detach() for name, p in objective.parameters.items()}
-        with Alike() as alike:
-            if count == 1:
-                loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
-                derivatives = derivative.reshape(1)
-            else:
-                loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))  # type: ignore[arg-type]
+        primals, alike = {name: p.detach() for name, p in objective.parameters.items()}, Alike()
+        if count == 1:
+            loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
+            derivatives = derivative.reshape(1)
+        else:
+            loss, derivatives, buffers = vmap(along, out_dims=(None, 0, None), randomness="same")(dict(tangents))  # type: ignore[arg-type]
         return Outcome(None, Derived({"loss": loss}, {"loss": derivatives}), buffers, ways=alike.ways)
 
     found = either(objective, explicit, plain, "dense", commit).derived
@@ -159,11 +159,12 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
         return Outcome(stands, derived, buffers, evaluation.path, evaluation.low, evaluation.ways)
 
     def plain() -> Outcome[V]:
-        stands, primals = watch(), {name: p.detach() for name, p in objective.parameters.items()}
+        stands, alike = watch(), Alike()
+        primals = {name: p.detach() for name, p in objective.parameters.items()}
 
         def evaluate(scale: Tensor, pick: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Any]:
             evaluation = Plain(scale, pick)
-            with stands.open(evaluation, primals):
+            with alike, stands.open(evaluation, primals):
                 loss, buffers = objective.raw({**primals, **stands.instead})
             values, kept = closed(stands, evaluation, loss)
             return values, (kept, buffers)
@@ -174,14 +175,12 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
 
         first = next(iter(primals.values()))
         zero = torch.zeros((), dtype=first.dtype, device=first.device)
-        with Alike() as alike:
-            if count == 1:
-                values, derivatives, (kept, buffers) = along(zero)
-                derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
-            else:
-                indices = torch.arange(count, device=first.device)
-                each: Any = vmap(along, out_dims=(None, 0, None), randomness="same")  # type: ignore[arg-type]
-                values, derivatives, (kept, buffers) = each(indices)
+        if count == 1:
+            values, derivatives, (kept, buffers) = along(zero)
+            derivatives = {name: d.unsqueeze(0) for name, d in derivatives.items()}
+        else:
+            indices = torch.arange(count, device=first.device)
+            values, derivatives, (kept, buffers) = vmap(along, out_dims=(None, 0, None), randomness="same")(indices)  # type: ignore[arg-type]
         stands.keep(kept)
         return Outcome(stands, Derived(values, derivatives), buffers, ways=alike.ways)
 

@@ -136,8 +136,8 @@ def _difference(x: Any, y: Any, here: Tensor | None, there: Tensor | None) -> Te
 
 def _softmax(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
     call = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
-    x, dim = call["input"], call.get("dim")
-    if len(args) > 2 or not isinstance(dim, int) or not call.keys() <= {"input", "dim"} or not x.dim():
+    x, dim, known = call["input"], call.get("dim"), {"input", "dim", "_stacklevel"}
+    if len(args) > 2 or not isinstance(dim, int) or any(call[key] is not None for key in call.keys() - known) or not x.dim():
         return NotImplemented
     out, t = func(*args, **kwargs), e.tangents(x)
     assert t is not None

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from forwardgrad import dropout
+from forwardgrad.explicit import READS
 from forwardgrad.structure import leaves
 from forwardgrad.ways import Way, counter, name_of
 
@@ -67,6 +68,9 @@ class Plain:
         return func(*args, **kwargs)
 
 
+_OURS = {"_unpack_dual", "custom_function_call"}  # calls that are made here, not by the model
+
+
 class Alike(TorchFunctionMode):
     """Inside, dropout has the mask of an ordinary pass; calls are noted if somebody asks."""
 
@@ -82,7 +86,7 @@ class Alike(TorchFunctionMode):
         if dropout.holds_dropout(func, args, kwargs):
             with self:
                 return dropout.attention(*args, **kwargs)
-        if self.ways is not None and (given := leaves((args, kwargs))):
-            moves = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
-            self.ways[Way(name_of(func), "dual numbers" if moves else "did not move", "")] += 1
+        if self.ways is not None and func not in READS and (name := name_of(func)) not in _OURS:
+            moves = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in leaves((args, kwargs)))
+            self.ways[Way(name, "dual numbers", "all calls go this way")] += moves
         return dropout.masked(func, args, kwargs) if func in dropout.DROPOUTS else func(*args, **kwargs)

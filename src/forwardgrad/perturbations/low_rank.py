@@ -98,6 +98,7 @@ class LowRankUse(Sown):
             found = self.layer.respond_all(self.x, self.out, left, right, moved)
         else:
             shift = torch.stack([self.layer.shift(self.out, b) for b in left.squeeze(2)])
+            shift = shift.reshape(len(left), *[1] * (self.out.dim() + 1 - shift.dim()), *shift.shape[1:])
             found = shift.expand(len(left), *self.out.shape).clone() if moved is None else moved.add_(shift)
         del self.x, self.out
         return found
