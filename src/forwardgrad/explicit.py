@@ -24,14 +24,14 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad import dropout, elementwise, rules
+from forwardgrad import dropout, elementwise, rules, views
 from forwardgrad.guard import Guard, Unfollowed, memory
 from forwardgrad.levels import level, unwrapped
 from forwardgrad.rules import Rule, Track
 from forwardgrad.structure import exchanged, leaves, named, rebuilt
 from forwardgrad.ways import Kind, Way, counter, name_of
 
-RULES: dict[Callable[..., Any], Rule] = {**rules.RULES, **elementwise.RULES, **dropout.RULES}
+RULES: dict[Callable[..., Any], Rule] = {**rules.RULES, **elementwise.RULES, **views.RULES, **dropout.RULES}
 
 
 def _reads(name: str) -> Callable[..., Any]:
