@@ -214,6 +214,24 @@ def test_what_has_no_forward_mode_is_one_sentence_with_its_place(name: str, meth
     fg.estimate_grad_(loss or LOSS, model, fg.ZerothOrder(), generator=seeded())  # what the sentence promises
 
 
+@pytest.mark.parametrize("method", [fg.ForwardGradient(), fg.ForwardGradient(2), fg.ForwardGradient(perturb=fg.LowRank())], ids=repr)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_model_that_prepares_itself_for_checkpoints_works(frozen: bool, method: fg.Estimator) -> None:
+    """As Hugging Face's gradient_checkpointing_enable() does: a hook asks for gradients of what the embedding gives."""
+    torch.manual_seed(0)
+    inner = nn.Linear(4, 4)
+    middle = Middle(lambda h: checkpoint(inner, h, use_reentrant=False), inner)
+    model = nn.Sequential(nn.Linear(4, 4), middle, nn.Linear(4, 3)).double()
+    model[0].requires_grad_(not frozen)
+    expected = fg.estimate_grad_(LOSS, model, method, generator=seeded()).derivatives
+    model[0].register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+    with fg.plainly():
+        plain = fg.estimate_grad_(LOSS, model, method, generator=seeded()).derivatives
+    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(fg.estimate_grad_(LOSS, model, method, generator=seeded()).derivatives, expected)
+    assert fg.explain(LOSS, model, method).way == "explicit"
+
+
 def test_several_tangents_where_torch_cannot_batch_are_told_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.RReLU(), nn.Linear(4, 3)).double()
     with pytest.raises(

@@ -1,11 +1,11 @@
-"""Losses and their directional derivatives: the only file that asks for forward mode, and the home of every torch work-around.
+"""Losses and their directional derivatives: the only file that asks for forward mode, and the list of all torch work-arounds.
 
 There are two ways. The plain one is torch's own: dual numbers under `torch.func.jvp`, and `vmap` for several tangents at once. The
 `explicit` one carries tangents as tensors beside the values, and is the faster. It is taken for modules, compared with the plain one
-whenever a model takes a new path through its calls, and given up for that model where the two disagree or it cannot follow. Inside
-`plainly()` it is never taken.
+whenever a model takes a new path through its calls, and given up for that model where the two disagree or it cannot follow, which one
+warning says (`arbitration`). Inside `plainly()` it is never taken.
 
-Each work-around stands in one place and can go when torch no longer needs it:
+Each work-around stands in one place (here, in `workarounds`, `dropout` or `objective`) and can go when torch no longer needs it:
 
 - `no_grad` is enforced: with live Parameters outside it, `torch.func.jvp` would also record a graph for reverse mode.
 - Attention runs on the MATH backend with the fused inference path off: the others have no forward-mode rule.
@@ -13,7 +13,9 @@ Each work-around stands in one place and can go when torch no longer needs it:
 - Embeddings hold their padding row still themselves: torch's forward-mode rule would train it.
 - Buffers (BatchNorm's statistics) are cloned inside each evaluation and committed once a step.
 - `functional_call` is told every place of a tied weight: its own handling spoils a module that is reached under two names.
-- Random layers (dropout) see one state of the global generator a step, however many evaluations the step makes.
+- Random layers see one state of the global generator a step, however many evaluations the step makes.
+- `requires_grad_()` inside a model, with which some prepare for checkpoints, is passed over: `torch.func` refuses it.
+- Dropout draws its mask outside of `torch.func`, which would draw another one from the same seed.
 - A loss whose tangent was dropped on the way (detach, .item(), numpy) is an error: torch itself would answer zero.
 """
 

@@ -231,6 +231,8 @@ class Explicit(TorchFunctionMode):
         if func in _DROPS:
             self._note(func, "did not move", "it drops tangents, in every kind of forward mode")
             return self._still(func(*args, **kwargs))
+        if func is Tensor.requires_grad_:  # for checkpoints, which keep nothing here
+            return args[0]
         if func in _NEW and kwargs.get("out") is None:
             self._note(func, "did not move", "what it gives does not depend on how its arguments move")
             return func(*args, **kwargs)

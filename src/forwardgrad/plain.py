@@ -72,7 +72,7 @@ _OURS = {"_unpack_dual", "custom_function_call"}  # calls that are made here, no
 
 
 class Alike(TorchFunctionMode):
-    """Inside, dropout has the mask of an ordinary pass; calls are noted if somebody asks."""
+    """Inside, dropout has the mask of an ordinary pass, and nothing asks for reverse mode; calls are noted if somebody asks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +80,8 @@ class Alike(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.requires_grad_:  # for checkpoints, which some models ask for themselves; torch.func would refuse it
+            return args[0]
         if func in dropout.OPENED:
             with self:
                 return dropout.opened(func)(*args, **kwargs)
