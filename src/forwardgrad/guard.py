@@ -20,7 +20,10 @@ class Unfollowed(Exception):
 
 
 def memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError as error:  # a wrapper has no memory of its own
+        raise Unfollowed("torch.func works inside the model or the loss") from error
 
 
 class Guard(TorchDispatchMode):
@@ -57,7 +60,7 @@ class Guard(TorchDispatchMode):
         try:
             tensor = unwrapped(tensor)
             known = self._memories.get(memory(tensor))
-        except (RuntimeError, NotImplementedError):  # it has no memory of its own
+        except (RuntimeError, Unfollowed):  # it has no memory of its own
             return False
         return known is not None and known() is tensor.untyped_storage()
 

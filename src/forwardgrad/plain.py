@@ -80,8 +80,8 @@ class Alike(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.requires_grad_:  # for checkpoints, which some models ask for themselves; torch.func would refuse it
-            return args[0]
+        if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():
+            return args[0]  # a model prepares for checkpoints, and torch.func would refuse it; its own grad() is allowed to
         if func in dropout.OPENED:
             with self:
                 return dropout.opened(func)(*args, **kwargs)
