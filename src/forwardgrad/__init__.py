@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from forwardgrad.checks.check import check as check
+    from forwardgrad.checks.findings import Check as Check
+    from forwardgrad.checks.findings import Finding as Finding
     from forwardgrad.derivative import plainly as plainly
     from forwardgrad.diagnostics import Quality as Quality
     from forwardgrad.diagnostics import quality as quality
@@ -53,11 +56,13 @@ _HOME = {
     "Activity": "perturbations",
     "Backprop": "estimators.backprop",
     "Cheapest": "perturbations",
+    "Check": "checks.findings",
     "Dense": "perturbations",
     "Ensemble": "ensemble",
     "Estimate": "estimators.base",
     "Estimator": "estimators.base",
     "Explanation": "explanation",
+    "Finding": "checks.findings",
     "FixedFeedback": "estimators.fixed_feedback",
     "ForwardGradient": "estimators.forward",
     "Gaussian": "tangents",
@@ -77,6 +82,7 @@ _HOME = {
     "TrainingStep": "training_step",
     "cap_step": "step",
     "ZerothOrder": "estimators.zeroth_order",
+    "check": "checks.check",
     "estimate_grad_": "gradient",
     "independent_ranks": "processes",
     "plainly": "derivative",

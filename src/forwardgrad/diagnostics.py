@@ -125,9 +125,9 @@ def quality(
     with torch.inference_mode(False), torch.no_grad():
         objective = Objective(loss, at)
         step = _Step(objective, estimator, generator, {} if state is None else state)
-        g = _exact(objective, exact)
+        g = exact_gradient(objective, exact)
         step.learn(warm_up)
-        moments = Moments([_shown(name, objective) for name in g], list(g.values()))
+        moments = Moments([shown(name, objective) for name in g], list(g.values()))
         seconds = []
         for _ in range(repeats // 2):
             pair = []
@@ -149,11 +149,11 @@ class _Step:
 
     def __init__(self, objective: Objective, estimator: Estimator, generator: Generator | None, state: Mapping[str, Tensor]) -> None:
         self._objective, self._estimator, self._generator = objective, estimator, generator
-        self._state = _copied(state)
+        self._state = copied(state)
         self._cuda = sorted({p.get_device() for p in objective.parameters.values() if p.is_cuda})
 
     def __call__(self) -> tuple[Estimate, dict[str, Tensor | None]]:
-        return self._estimate(_copied(self._state))
+        return self._estimate(copied(self._state))
 
     def learn(self, steps: int) -> None:
         for _ in range(steps):
@@ -165,7 +165,7 @@ class _Step:
 
     def peak_bytes(self) -> int:
         """The most bytes that one estimate holds, the copies made here not counted."""
-        state, devices = _copied(self._state), [p.device for p in self._objective.parameters.values()]
+        state, devices = copied(self._state), [p.device for p in self._objective.parameters.values()]
         with unchanged(self._objective):
             return peak_bytes(lambda: self._estimator.estimate(self._objective, self._generator, state), devices)
 
@@ -176,7 +176,8 @@ class _Step:
         return time.perf_counter()
 
 
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an estimator remembers, as tensors of its own."""
     return {name: value.detach().clone() for name, value in state.items()}
 
 
@@ -197,24 +198,24 @@ def unchanged(objective: Objective) -> Iterator[None]:
                     b.copy_(before[id(b)])
 
 
-def _shown(name: str, objective: Objective) -> str:
+def shown(name: str, objective: Objective) -> str:
     """A parameter's name as the model has it: an objective puts a prefix before it."""
     return name.removeprefix("model.") if isinstance(objective.at, nn.Module) else name
 
 
-def _exact(objective: Objective, given: Mapping[str, Tensor | None] | None) -> dict[str, Tensor]:
+def exact_gradient(objective: Objective, given: Mapping[str, Tensor | None] | None) -> dict[str, Tensor]:
     """The exact gradient of every parameter, by the names of the objective; zeros where the loss does not depend on it."""
     if given is None:
         with unchanged(objective):
             found = Backprop().estimate(objective, None, {})[1]
     else:
-        found = {name: given.get(_shown(name, objective)) for name in objective.parameters}
+        found = {name: given.get(shown(name, objective)) for name in objective.parameters}
     g = {}
     for name, p in objective.parameters.items():
         gradient = found[name]
         if gradient is not None and gradient.shape != p.shape:
             shapes = f"{tuple(gradient.shape)}, not that of the parameter, {tuple(p.shape)}"
-            raise ValueError(f"the exact gradient of {_shown(name, objective)} has shape {shapes}")
+            raise ValueError(f"the exact gradient of {shown(name, objective)} has shape {shapes}")
         g[name] = torch.zeros_like(p) if gradient is None else gradient.detach()
     if not all(gradient.isfinite().all() for gradient in g.values()):
         raise ValueError("the exact gradient is not finite: nothing can be compared with it")

@@ -84,6 +84,17 @@ class Moments:
         rows = [t.add(one, two, pairs) for t, one, two in zip(self._tensors, first, second, strict=True)]
         self._rows.append(torch.stack([row.cpu() for row in rows]))
 
+    def errors(self) -> Tensor:
+        """ĝ − g of every estimate and tensor along g and along the fixed random directions, [estimates, tensors, 1 + DIRECTIONS]."""
+        rows = torch.stack(self._rows)
+        pairs, tensors, _ = rows.shape
+        ones = rows[:, :, : 2 * _ONE].reshape(pairs, tensors, 2, _ONE).transpose(1, 2).reshape(2 * pairs, tensors, _ONE)
+        return ones[:, :, [0, *range(2, _ONE)]]
+
+    def exact(self) -> Tensor:
+        """The same inner products of g itself, [tensors, 1 + DIRECTIONS]."""
+        return torch.stack([torch.cat([(t.g @ t.g)[None], t.along(t.g.clone())]).cpu() for t in self._tensors])
+
     def parts(self) -> list[Part]:
         """All tensors together, and then each of them."""
         rows = torch.stack(self._rows)
@@ -112,7 +123,7 @@ class _Stream:
         errors, row = [], []
         for estimate in (first, second):
             error = -self.g if estimate is None else estimate.detach().to(torch.float64).reshape(-1) - self.g
-            row += [(error @ self.g)[None], (error + self.g).square().sum()[None], self._directions(error)]
+            row += [(error @ self.g)[None], (error + self.g).square().sum()[None], self.along(error)]
             errors.append(error)
         half, y = (errors[0] + errors[1]).div_(2), (errors[1] - errors[0]).div_(math.sqrt(2))
         row += [(y @ other)[None] for other in (y, self.last, self.mean)]
@@ -121,7 +132,7 @@ class _Stream:
         self.last = y
         return torch.cat([*row, 2 * (before @ before)[None] * (pairs / (pairs + 1))])
 
-    def _directions(self, error: Tensor) -> Tensor:
+    def along(self, error: Tensor) -> Tensor:
         padding = len(self.signs) - len(error)
         return torch.nn.functional.pad(error, (0, padding)).mul_(self.signs).view(-1, DIRECTIONS).sum(dim=0)
 
@@ -178,14 +189,19 @@ def _mean(values: Tensor) -> Interval:
 def _test(errors: Tensor, rounding: float) -> tuple[float, float]:
     """The largest |z| of the means of these columns [estimates, directions], and its p-value by Bonferroni."""
     count, directions = errors.shape
+    z = standard(float(students(errors, rounding).abs().max()), count - 1)
+    return z, min(1.0, directions * math.erfc(z / math.sqrt(2)))
+
+
+def students(errors: Tensor, rounding: float | Tensor) -> Tensor:
+    """Student's t of the mean of each column of errors [estimates, ...], with its sign, or Hall's t where that is smaller."""
+    count = len(errors)
     mean, spread = errors.mean(dim=0), errors.std(dim=0, correction=0)
     skew = torch.where(spread > 0, (errors - mean).pow(3).mean(dim=0) / spread.pow(3), 0.0)
     scale = (spread.square() + count * rounding**2).sqrt()
     w = torch.where(scale > 0, mean / scale, 0.0)
     hall = w + skew * w.square() / 3 + skew.square() * w.pow(3) / 27 + skew / (6 * count)
-    t = torch.minimum(w.abs(), hall.abs()) * math.sqrt(count - 1)
-    z = standard(float(t.max()), count - 1)
-    return z, min(1.0, directions * math.erfc(z / math.sqrt(2)))
+    return torch.minimum(w.abs(), hall.abs()) * w.sign() * math.sqrt(count - 1)
 
 
 def standard(t: float, freedom: int) -> float:

@@ -10,7 +10,7 @@ import typer
 
 from forwardgrad import __version__
 from forwardgrad.lab import interrupts
-from forwardgrad.lab.commands import datasets, measuring, reading, studies, training
+from forwardgrad.lab.commands import checking, datasets, measuring, reading, studies, training
 from forwardgrad.lab.commands.ending import INTERRUPTED, MISTAKE, STATUSES
 from forwardgrad.lab.errors import UserError
 
@@ -21,6 +21,7 @@ for command in (
     studies.study,
     studies.reproduce,
     training.demo,
+    checking.check,
     measuring.bench,
     measuring.estimators,
     measuring.quality,

@@ -1,0 +1,1 @@
+"""What `fg.check` looks at: one subject a file. In goes a loss, a model and an estimator, out come findings."""
