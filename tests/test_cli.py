@@ -262,7 +262,20 @@ def test_reproduce_runs_rows_shortened_and_says_so(
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("train",), ("tune",), ("estimators",), ("reproduce",), ("demo",), ("bench",), ("quality",), ("report",), ("list",), ("data",)],
+    [
+        (),
+        ("train",),
+        ("tune",),
+        ("estimators",),
+        ("reproduce",),
+        ("demo",),
+        ("bench",),
+        ("check",),
+        ("quality",),
+        ("report",),
+        ("list",),
+        ("data",),
+    ],
 )
 def test_help_explains_every_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
