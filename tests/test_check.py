@@ -245,6 +245,43 @@ def test_an_error_of_the_loss_or_the_estimator_is_a_finding() -> None:
     assert "carries no tangent" in fault.found
 
 
+def test_parts_that_are_not_the_estimate_are_found() -> None:
+    """An estimator that overrides one and inherits the other: the step of plain SGD would not be that of `estimate_grad_`."""
+
+    class Doubled(fg.ForwardGradient):
+        def estimate(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> Any:
+            record, gradients = super().estimate(objective, generator, state)
+            return record, {name: None if g is None else 2 * g for name, g in gradients.items()}
+
+    model, loss = deep()
+    assert "by 0.5 of its norm" in found(fg.check(loss, model, Doubled(), repeats=10))["parts"]
+
+
+def test_a_loss_under_which_saved_tensors_cannot_be_seen_is_told_in_a_note() -> None:
+    """torch.func.grad inside the loss refuses the hooks that count what is saved."""
+
+    def loss(model: nn.Module) -> Tensor:
+        return torch.func.grad(lambda x: model(x).square().sum())(rows(6, 4)).square().mean()
+
+    check = fg.check(loss, perceptron().double(), fg.ForwardGradient(), repeats=10)
+    assert check.passed, str(check)
+    (row,) = [finding for finding in check.findings if finding.name == "backward pass"]
+    assert (row.status, "torch.func" in row.found) == ("note", True)
+
+
+def test_a_lie_about_bias_on_a_model_is_found_in_the_layer_that_has_it() -> None:
+    """A clip shortens the estimate; one layer's alone is clipped here, and the estimator says that it is unbiased."""
+
+    class Clipped(Own):
+        def estimate(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> Any:
+            record, gradients = super().estimate(objective, generator, state)
+            layer = gradients[f"model.{LAYER}"]
+            return record, {**gradients, f"model.{LAYER}": layer.clamp(-0.05, 0.05)}
+
+    model, loss = deep()
+    assert LAYER in found(fg.check(loss, model, Clipped(), repeats=600))["bias"]
+
+
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"estimator": "forward"}, TypeError, "the estimator must be an object such as ForwardGradient"),
     ({"seconds": 0}, ValueError, "seconds must be a number above 0, not 0"),

@@ -24,6 +24,7 @@ from forwardgrad.checks.subject import Subject
 from forwardgrad.moments import DIRECTIONS, Moments, Part, standard, students
 
 SUSPICION, CONVICTION, ENOUGH, EVENTS = 1e-2, 1e-3, 100, 12
+_MEND = "mend the estimator, or let its `unbiased` be False"
 _ROUNDING = 16  # units in the last place, as in `forwardgrad.moments`
 
 
@@ -41,8 +42,9 @@ def bias(subject: Subject, moments: Moments, parts: Sequence[Part]) -> Iterator[
     wrong = convicted(moments, parts, subject.tolerance) if repeats >= ENOUGH else []
     if wrong:
         named = [_lengths(part) for part in wrong if part is not total] or [_lengths(total)]
-        yield Finding("bias", "fault", f"the mean of the estimates is not the gradient: {listed(named)}",
-                      "mend the estimator, or let its `unbiased` be False")  # fmt: skip
+        ours = type(subject.estimator).__module__.startswith("forwardgrad.")
+        remedy = "use fg.ForwardGradient(), which moves whole weights, and report the model" if ours else _MEND
+        yield Finding("bias", "fault", f"the mean of the estimates is not the gradient: {listed(named)}", remedy)
     elif repeats < ENOUGH:
         yield Finding(
             "bias", "note", f"{length}, but {repeats} estimates decide nothing", f"give it time for {ENOUGH}, or repeats={ENOUGH}"

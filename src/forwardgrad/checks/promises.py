@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from forwardgrad.checks.findings import Finding, listed
-from forwardgrad.checks.subject import Left, Subject, Taken, held
+from forwardgrad.checks.subject import Gradients, Left, Subject, Taken, held
 from forwardgrad.estimators.backprop import Backprop
 
 _ONCE = 0.05  # of a buffer's change: less is rounding or a zeroth-order pair; a second update of a running mean is 0.9 of the first
@@ -32,6 +32,7 @@ def promises(subject: Subject, ordinary: Left) -> Iterator[Finding]:
     with held(subject.objective):
         yield _random(subject, ordinary, first, start)
         yield _replayed(subject, first, start)
+        yield _added_up(subject, first, start)
     yield _loss(subject, ordinary, first)
 
 
@@ -104,7 +105,7 @@ def _random(subject: Subject, ordinary: Left, first: Taken, start: Tensor) -> Fi
         return Finding(name, "fault", "it is not as after one forward pass: the estimate draws from it", remedy)
     if not subject.draws:
         one, other = (subject.estimate(start=start, seed=seed) for seed in (1, 2))
-        if not _equal(one, other) and _distance(subject, one, other) > subject.tolerance:
+        if not _equal(one, other) and _distance(subject, one.gradients, other.gradients) > subject.tolerance:
             return Finding(name, "fault", "the estimate depends on it, though the model draws nothing from it", remedy)
     said = "as after one forward pass, with the same draws (dropout) in every evaluation" if subject.draws else "never used"
     return Finding(name, "ok", said)
@@ -118,12 +119,21 @@ def _replayed(subject: Subject, first: Taken, start: Tensor) -> Finding:
                        "draw the same numbers at every step, whatever was drawn before")  # fmt: skip
     if _equal(first, same):
         return Finding(name, "ok", "the same generator state gives the same bits, and the generator ends in the same state")
-    distance = _distance(subject, first, same)
+    distance = _distance(subject, first.gradients, same.gradients)
     if distance <= subject.tolerance:
         return Finding(name, "note", f"the same generator state gives the same estimate up to rounding ({distance:.1e})",
                        "torch.use_deterministic_algorithms(True) gives the same bits where torch has such kernels")  # fmt: skip
     return Finding(name, "fault", f"the same generator state gives another estimate (by {distance:.2g} of its norm)",
                    "draw directions from the generator that is given; a loss that draws has to do so from the global one")  # fmt: skip
+
+
+def _added_up(subject: Subject, first: Taken, start: Tensor) -> Finding:
+    """Whether the parts in which a whole step is taken add up to the estimate."""
+    distance = _distance(subject, first.gradients, subject.parts(start))
+    if distance <= subject.tolerance:
+        return Finding("parts", "ok", "the parts in which TrainingStep takes an estimate add up to it")
+    found = f"the parts in which TrainingStep takes an estimate differ from it (by {distance:.2g} of its norm)"
+    return Finding("parts", "fault", found, "override `parts` together with `estimate`, or let both come from one function")
 
 
 def _loss(subject: Subject, ordinary: Left, taken: Taken) -> Finding:
@@ -140,10 +150,10 @@ def _equal(one: Taken, other: Taken) -> bool:
     return all(g is h if g is None or h is None else torch.equal(g, h) for g, h in pairs)
 
 
-def _distance(subject: Subject, one: Taken, other: Taken) -> float:
-    """How far two estimates are apart, relative to the norm of the first."""
+def _distance(subject: Subject, one: Gradients, other: Gradients) -> float:
+    """How far two estimates are apart, relative to the norm of the first; None counts as zero."""
     square = size = 0.0
     for name, p in subject.objective.parameters.items():
-        g, h = (torch.zeros_like(p) if (t := taken.gradients[name]) is None else t.double() for taken in (one, other))
+        g, h = (torch.zeros_like(p) if (t := gradients.get(name)) is None else t.double() for gradients in (one, other))
         square, size = square + float((g - h).square().sum()), size + float(g.square().sum())
-    return (square / size) ** 0.5 if size else float(square > 0)
+    return float((square / size) ** 0.5) if size else float(square > 0)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from forwardgrad.diagnostics import copied, shown, unchanged
 from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.factored import dense
 from forwardgrad.objective import Objective, Point, scalar
 
 Gradients = Mapping[str, Tensor | None]
@@ -111,6 +112,16 @@ class Subject:
         state = copied(self.state)
         with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
             return self.estimator.estimate(self.objective, self.generator, state)
+
+    def parts(self, start: Tensor) -> dict[str, Tensor]:
+        """The sum of the parts in which `TrainingStep` takes an estimate, from this state of the generator."""
+        self.generator.set_state(start)
+        sums: dict[str, Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
+            _, parts = self.estimator.parts(self.objective, self.generator, copied(self.state))
+            for name, part in parts:
+                sums[name] = sums[name] + dense(part) if name in sums else dense(part).clone()
+        return sums
 
     def learn(self, steps: int) -> None:
         """Let a stateful estimator learn, the weights held still."""
