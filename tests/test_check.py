@@ -20,6 +20,7 @@ from tests.test_contract import METHODS, applies, short
 from torch import Generator, Tensor, nn
 
 import forwardgrad as fg
+from forwardgrad.checks import ways
 from forwardgrad.checks.bias import convicted
 from forwardgrad.derivative import directional_derivatives
 from forwardgrad.moments import Moments
@@ -243,6 +244,29 @@ def test_an_error_of_the_loss_or_the_estimator_is_a_finding() -> None:
     assert (fault.name, "needs" in fault.found) == ("estimate", True)
     (fault,) = fg.check(lambda m: m(rows(6, 4)).detach().mean(), model, fg.ForwardGradient(), repeats=10).faults
     assert "carries no tangent" in fault.found
+
+
+@dataclass(frozen=True)
+class Call:
+    function: str
+    way: str
+    reason: str = ""
+
+
+@pytest.mark.parametrize(
+    ("calls", "status", "words"),
+    [
+        ((Call("linear", "rule"), Call("cumsum", "dual numbers", "it has no rule")), "note", "dual numbers carry cumsum (it has no rule):"),
+        ((Call("linear", "rule"),), "ok", "no call goes"),
+    ],
+)
+def test_slow_paths_are_told_from_the_rows_of_an_explanation(
+    calls: tuple[Call, ...], status: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "_sections", lambda subject: {"calls": calls})
+    model, loss = deep()
+    (row,) = [finding for finding in fg.check(loss, model, fg.Backprop(), repeats=10).findings if finding.name == "slow paths"]
+    assert (row.status, words in row.found) == (status, True), row
 
 
 def test_parts_that_are_not_the_estimate_are_found() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, nn
 
-from forwardgrad.checks.findings import Finding
+from forwardgrad.checks.findings import Finding, listed
 from forwardgrad.checks.subject import Subject
 from forwardgrad.diagnostics import copied, unchanged
 from forwardgrad.training_step import TrainingStep
@@ -18,13 +19,27 @@ from forwardgrad.training_step import TrainingStep
 _STEPS = 4  # the state of an estimator is filled in the first, and a graph may be compared in three
 
 
-def explained(subject: Subject) -> Iterator[Finding]:
-    """Which layers are scored example by example and which calls go through torch's dual numbers: the one place that asks.
+def _sections(subject: Subject) -> Mapping[str, Sequence[Any]]:
+    """The rows of an explanation of one step, by section: the one place that asks for it. Nothing in the library explains a step yet.
 
-    Nothing says so yet, and the findings are that.
+    `calls`: rows with `function`, `way` ("dual numbers" is the slow one) and `reason`.
     """
-    for name, what in (("examples", "which layers are scored per example"), ("slow paths", "which calls go through torch's dual numbers")):
-        yield Finding(name, "note", f"not known: nothing tells {what}")
+    return {}
+
+
+def explained(subject: Subject) -> Iterator[Finding]:
+    """Which layers are scored example by example, and which calls go through torch's dual numbers."""
+    sections = _sections(subject)
+    if "layers" not in sections:
+        yield Finding("examples", "note", "not known: nothing tells which layers are scored per example")
+    if "calls" not in sections:
+        yield Finding("slow paths", "note", "not known: nothing tells which calls go through torch's dual numbers")
+        return
+    slow = [f"{row.function} ({row.reason})" if row.reason else row.function for row in sections["calls"] if row.way == "dual numbers"]
+    if slow:
+        yield Finding("slow paths", "note", f"torch's dual numbers carry {listed(slow)}: right, and slower than a rule")
+    else:
+        yield Finding("slow paths", "ok", "no call goes through torch's dual numbers")
 
 
 def compiles(subject: Subject) -> Finding:
