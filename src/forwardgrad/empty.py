@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from forwardgrad.derivative import Redo, plainly
 from forwardgrad.estimators.backprop import Backprop
 from forwardgrad.estimators.base import Estimate, Estimator
 from forwardgrad.estimators.fixed_feedback import Readout
@@ -20,8 +21,8 @@ T = TypeVar("T")
 Call = Callable[[Estimator, dict[str, Tensor]], tuple[Estimate, T]]
 
 
-class _NoExamples(Exception):
-    pass
+class _NoExamples(Redo):
+    """The model was called without examples."""
 
 
 def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tensor], call: Call[T]) -> tuple[Estimate, T]:
@@ -34,7 +35,8 @@ def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tenso
         with _noticing(objective.at):
             return call(estimator, state)
     except _NoExamples:
-        record, found = call(instead(estimator), {})
+        with plainly():  # rules of the explicit way divide by numbers of examples
+            record, found = call(instead(estimator), {})
         check_value(record.loss)
         return record, found
 

@@ -46,7 +46,7 @@ READS: frozenset[Callable[..., Any]] = frozenset(  # what looks at a tensor with
     + [Tensor.is_complex, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device, torch.is_floating_point]
     + [torch.is_complex, torch.numel, Tensor.__repr__]
 )
-_DROPS: frozenset[Any] = frozenset(
+DROPS: frozenset[Any] = frozenset(
     (
         torch.detach,
         Tensor.detach,
@@ -228,7 +228,7 @@ class Explicit(TorchFunctionMode):
             raise
 
     def _moving(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _DROPS:
+        if func in DROPS:
             self._note(func, "did not move", "it drops tangents, in every kind of forward mode")
             return self._still(func(*args, **kwargs))
         if func is Tensor.requires_grad_:  # for checkpoints, which keep nothing here
@@ -271,6 +271,8 @@ class Explicit(TorchFunctionMode):
             raise Unfollowed(f"{name} hands numbers to other code")
         if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or _asked_to_write(func, args, kwargs):
             raise Unfollowed(f"{name} writes in place into a tensor that a view or another name may look at")
+        if any(kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta", "value")):  # under a guard torch crashes on it (2.13)
+            raise Unfollowed(f"{name} scales its arguments")
         found: dict[int, tuple[Tensor, Tensor]] = {}
         self._gather((args, kwargs), found)
         if self.count == 1:

@@ -103,7 +103,7 @@ def _linear(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[st
         out, moved = F.linear(x, weight, bias), F.linear(track.of(x), weight)
     else:
         rows = track.stack if track.stack is not None else torch.cat([x.unsqueeze(0), track.of(x)])
-        stack = torch.mm(rows.reshape(-1, rows.shape[-1]), weight.t()).view(*rows.shape[:-1], -1)
+        stack = torch.mm(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]), weight.t()).view(*rows.shape[:-1], len(weight))
         out, moved = stack[0], stack[1:]
         if bias is not None:
             out.add_(bias)
