@@ -1,4 +1,4 @@
-"""Losses whose error at the model's output is known in closed form, and what each example contributes to a derivative.
+"""Losses whose error at the model's output is known in closed form.
 
 The error e = ∂f/∂output needs no reverse pass: softmax − onehot for the cross-entropy, the difference for the squared error.
 """
@@ -20,6 +20,21 @@ class Output:
 
     call: Mapping[str, Any]
     formula: Callable[[Tensor, Mapping[str, Any]], Tensor]
+    labelled: bool = False
+
+    @property
+    def classes(self) -> int:
+        """How many classes an example is told apart in."""
+        return self.call["input"].shape[1]  # type: ignore[no-any-return]
+
+    def classifies(self, count: int) -> bool:
+        """Whether it is the cross-entropy of one class index for each of so many examples."""
+        target = self.call["target"]
+        return self.labelled and not target.is_floating_point() and target.shape == (count,) and self.call["input"].dim() == 2
+
+    def cross_entropy(self, target: Tensor) -> Output:
+        """The cross-entropy with the same options, of other logits with this target."""
+        return Output({**self.call, "target": target}, _cross_entropy, True)
 
     def error(self, output: Tensor) -> Tensor:
         """∂f/∂output, of the output's shape, in float32 at least; a loss that is not reduced counts as the mean of its elements."""
@@ -74,29 +89,70 @@ def _of_labels(logits: Tensor, target: Tensor, axis: int, call: Mapping[str, Any
     return error if reduction == "sum" else error / (hit.sum() if reduction == "mean" else used.numel())
 
 
-def _squared_error(output: Tensor, call: Mapping[str, Any]) -> Tensor:
-    error: Tensor = 2 * (output - call["target"])
-    return error if call.get("reduction", "mean") == "sum" else error / output.numel()
+def _negative_log(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """−w at the label, over the number, or the weights, of the labels: the loss is linear in log-probabilities."""
+    target, weight = call["target"], call.get("weight")
+    axis = 1 if logits.dim() > 1 else 0
+    used = target != call.get("ignore_index", -100)
+    labels = torch.where(used, target, 0)
+    heavy = used.to(logits.dtype) if weight is None else weight[labels].to(logits.dtype) * used
+    error = torch.zeros_like(logits).scatter(axis, labels.unsqueeze(axis), -heavy.unsqueeze(axis))
+    reduction = call.get("reduction", "mean")
+    return error if reduction == "sum" else error / (heavy.sum() if reduction == "mean" else used.numel())
+
+
+def _by_number(slope: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> _Formula:
+    """The error of a loss that is a sum or mean over numbers, from its derivative at each."""
+
+    def formula(output: Tensor, call: Mapping[str, Any]) -> Tensor:
+        error = slope(output, call)
+        return error if call.get("reduction", "mean") == "sum" else error / output.numel()
+
+    return formula
 
 
 def _binary(output: Tensor, call: Mapping[str, Any]) -> Tensor:
-    error: Tensor = output.sigmoid() - call["target"]
-    return error if call.get("reduction", "mean") == "sum" else error / output.numel()
+    target, weight, positive = call["target"], call.get("weight"), call.get("pos_weight")
+    if positive is None:
+        error: Tensor = output.sigmoid() - target
+    else:
+        error = output.sigmoid() * (1 - target + positive * target) - positive * target
+    return error if weight is None else error * weight
+
+
+def _of_probabilities(output: Tensor, call: Mapping[str, Any]) -> Tensor:
+    error: Tensor = (output - call["target"]) / (output * (1 - output)).clamp(min=1e-12)  # as torch bounds it
+    return error if call.get("weight") is None else error * call["weight"]
+
+
+def _smooth(output: Tensor, call: Mapping[str, Any]) -> Tensor:
+    beta, off = call.get("beta", 1.0), output - call["target"]
+    error: Tensor = off.sign() if beta == 0 else (off / beta).clamp(-1, 1)
+    return error
 
 
 _Formula = Callable[[Tensor, Mapping[str, Any]], Tensor]
+_squared_error = _by_number(lambda output, call: 2 * (output - call["target"]))
+_LABELS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+_NUMBERS = ("input", "target", "size_average", "reduce", "reduction")
 OUTPUTS: dict[Callable[..., Any], tuple[_Formula, tuple[str, ...]]] = {
-    F.cross_entropy: (
-        _cross_entropy,
-        ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"),
+    F.cross_entropy: (_cross_entropy, (*_LABELS, "label_smoothing")),
+    F.nll_loss: (_negative_log, _LABELS),
+    F.mse_loss: (_squared_error, (*_NUMBERS, "weight")),
+    F.l1_loss: (_by_number(lambda output, call: (output - call["target"]).sign()), (*_NUMBERS, "weight")),
+    F.smooth_l1_loss: (_by_number(_smooth), (*_NUMBERS, "beta")),
+    F.huber_loss: (
+        _by_number(lambda output, call: (output - call["target"]).clamp(-call.get("delta", 1.0), call.get("delta", 1.0))),
+        ("input", "target", "reduction", "delta", "weight"),
     ),
-    F.mse_loss: (_squared_error, ("input", "target", "size_average", "reduce", "reduction", "weight")),
+    F.binary_cross_entropy: (_by_number(_of_probabilities), _LABELS[:4] + _LABELS[5:]),
     F.binary_cross_entropy_with_logits: (
-        _binary,
+        _by_number(_binary),
         ("input", "target", "weight", "size_average", "reduce", "reduction", "pos_weight"),
     ),
 }
-_SUPPORTED: dict[_Formula, set[str]] = {_cross_entropy: {"weight"}, _squared_error: set(), _binary: set()}
+_LABELLED = (F.cross_entropy, F.nll_loss)
+_WEIGHTED = (*_LABELLED, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
 def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Output | None:
@@ -105,33 +161,9 @@ def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         return None
     formula, names = OUTPUTS[function]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
-    beyond = {"size_average", "reduce", "weight", "pos_weight"} - _SUPPORTED[formula]
-    if any(call.get(name) is not None for name in beyond):
+    beyond = {"size_average", "reduce"} | (set() if function in _WEIGHTED else {"weight"})
+    if any(call.get(name) is not None for name in beyond) or not isinstance(call.get("input"), Tensor):
         return None
-    if formula is not _cross_entropy and call["target"].shape != call["input"].shape:
+    if function not in _LABELLED and call["target"].shape != call["input"].shape:
         return None
-    return Output(call, formula)
-
-
-def spread(rows: Tensor, count: int) -> Tensor:
-    """Derivatives [k, n] of n loss terms as what belongs to each of `count` examples of a layer, [k, count].
-
-    With as many terms as examples each has its own; several terms of one example (the words of a sentence) add up; several rows of one
-    example (its patches) share; where neither count divides the other, no row can be told from another and all get the sum.
-    """
-    terms = rows.shape[1]
-    if terms == count:
-        return rows
-    if terms % count == 0:
-        return rows.reshape(len(rows), count, -1).sum(2)
-    if count % terms == 0:
-        return rows.repeat_interleave(count // terms, dim=1)
-    return rows.sum(1, keepdim=True).expand(-1, count)
-
-
-def shared_out(parts: Tensor, count: int) -> Tensor:
-    """What `parts` [k, n] predict of n groups of examples as what they predict of each of `count` groups, [k, count]: the sum stays."""
-    groups = parts.shape[1]
-    if count % groups == 0:
-        return parts.repeat_interleave(count // groups, dim=1) / (count // groups)
-    return spread(parts, count)
+    return Output(call, formula, function in _LABELLED)
