@@ -52,7 +52,7 @@ METHODS = list(PASSES)
 NO_BACKWARD = [method for method in METHODS if not isinstance(method, fg.Backprop)]
 
 
-LIMITS: dict[type[fg.Estimator], tuple[str, ...]] = {  # what they have to know of the model's output, see `Case`
+LIMITS: dict[type[fg.Estimator], tuple[str, ...]] = {  # what they are tested on: the error of other losses is found, see test_feedback
     fg.LearnedFeedback: ("labels", "reshaped"),
     fg.FixedFeedback: ("labels", "reshaped"),
     fg.LocalLosses: ("labels",),
@@ -61,7 +61,7 @@ LIMITS: dict[type[fg.Estimator], tuple[str, ...]] = {  # what they have to know 
 
 
 def applies(method: fg.Estimator, case: Case) -> bool:
-    """Whether the case is within the limits that the estimator documents."""
+    """Whether the estimator is tested on the case: what it knows of the model's output."""
     return type(method) not in LIMITS or case.output in LIMITS[type(method)]
 
 
@@ -82,7 +82,7 @@ def short(method: fg.Estimator) -> str:
 
 
 PAIRS = [(method, case) for case in CASES for method in METHODS if applies(method, case)]
-OUTSIDE = [(method, case) for case in CASES for method in METHODS if not applies(method, case)]
+OUTSIDE = [(method, case) for case in CASES for method in METHODS if isinstance(method, fg.LocalLosses) and not applies(method, case)]
 
 
 def named(which: list[tuple[fg.Estimator, Case]]) -> list[str]:
@@ -190,7 +190,7 @@ every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indire
 
 @every_pair
 def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
-    method, case, first = promised.method, promised.case, promised.same
+    method, first = promised.method, promised.same
     assert promised.first.kept
     assert promised.added.kept
     model = first.model
@@ -205,8 +205,7 @@ def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
         assert type(p.grad) is Tensor
         assert not p.grad.requires_grad
         assert not p.grad.is_inference()
-    still = method == fg.LearnedFeedback() and case.output == "reshaped"  # no feedback yet, and no layer with an exact gradient
-    assert any(g.any() for g in first.gradients.values()) != still
+    assert any(g.any() for g in first.gradients.values())
     torch.testing.assert_close(promised.added.gradients, {name: -2 * g for name, g in promised.first.gradients.items()})
 
 

@@ -210,7 +210,5 @@ OUTSIDE: dict[str, tuple[Any, Loss]] = {
 
 @pytest.mark.parametrize(("make", "loss"), OUTSIDE.values(), ids=OUTSIDE)
 def test_a_loss_that_classifiers_inside_the_model_cannot_learn_is_told(make: Any, loss: Loss) -> None:
-    with pytest.raises(
-        ValueError, match=r"LocalLosses needs (F\.cross_entropy with one class index an example|the error at the model's output)"
-    ):
+    with pytest.raises(ValueError, match=r"LocalLosses needs one F\.cross_entropy with one class index an example"):
         step(loss, make().double(), fg.LocalLosses(), {})

@@ -172,7 +172,7 @@ def test_moments_of_activities_are_those_of_the_formula(law: dict[float, float],
     h.requires_grad_()
     y = model[2](h.relu())
     errors = torch.autograd.grad(F.cross_entropy(y, torch.arange(2)), [h, y])
-    sent = [found.of(point).unsqueeze(2) * point.moves() for point in found.entered]
+    sent = [found.of(point).unsqueeze(2) * point.moves(2) for point in found.entered]
     active = [(h > 0) | (not masked), torch.ones_like(y)]
     q = sum(a.sum(1) for a in active)
     assert (q.unique().numel() > 1) == masked  # examples differ in what is active
@@ -278,7 +278,7 @@ def test_activities_follow_the_errors_of_backpropagation_and_move_where_they_mat
         place = start = 1 + owners[id(model.get_parameter(point.names[0].removeprefix("model.")))]
         while masked and place < len(model) and isinstance(model[place], (nn.ReLU, nn.MaxPool2d)) and name != "padded embedding":
             place += 1
-        error, moves = outs[place].grad, point.moves().reshape(3, *outs[place].shape)
+        error, moves = outs[place].grad, point.moves(len(x)).reshape(3, *outs[place].shape)
         total = total + (moves * error).flatten(1).sum(1)
         matters = torch.ones_like(error, dtype=torch.bool)
         if isinstance(model[place - 1], nn.Embedding):

@@ -22,7 +22,8 @@ from forwardgrad.perturbations import Dense
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.passes import Pass, gathered
-from forwardgrad.perturbations.watch import ModelWatch, UsedAgain
+from forwardgrad.perturbations.surveyed import ATTEMPTS, UNSTEADY, Surveyed, code_of
+from forwardgrad.perturbations.watch import ModelWatch, OtherPath, UsedAgain
 from forwardgrad.tangents import Law, fork
 
 Loss = Callable[..., Tensor]
@@ -79,8 +80,7 @@ class Ensemble:
                 for name, stack in stacks.items():
                     tensors[name].data = stack[index]
         self._places = [[tensor.data_ptr() for tensor in live.values()] for live in self._live]
-        self._at_once: dict[Hashable, frozenset[int]] = {}  # as in perturbed_pass: what was learned of the model's structure
-        self._drawn: dict[Hashable, tuple[_Drawn, ...]] = {}  # and what it asks for when it is perturbed
+        self._drawn: dict[Hashable, tuple[_Drawn, ...]] = {}  # what a model asks for when it is perturbed
 
     def __len__(self) -> int:
         return len(self.models)
@@ -280,7 +280,7 @@ class _Program:
 
             (scalar, left), own = _sharing_a_pass(along, tangents)
             uses = [DenseUse(name, v) for name, v in tangents.items()]
-            whole = Pass(scalar["loss"], own["derivative"], None, list(uses), False, None, None, None)
+            whole = Pass(scalar["loss"], own["derivative"], list(uses))
             return _Found(whole.loss, whole.derivatives, _combined(estimator, whole), left)
 
         for parts in zip(*drawn, strict=True):
@@ -289,16 +289,15 @@ class _Program:
     def _perturbed(self, estimator: ForwardGradient, count: int, generators: list[Generator], *, first: bool) -> _Found:
         """Any other perturbation: directions are drawn where layers are met, and each tangent gives a gradient of its own."""
         seeds, device = [fork(generator, count) for generator in generators], generators[0].device
-        learned, drawn = self.ensemble._at_once, self.ensemble._drawn
-        key = getattr(self.loss, "__code__", type(self.loss)), repr(estimator.perturb), estimator.exact_output
-        shaped = key, count, tuple(t.shape for t in self.batch)
+        drawn, surveyed = self.ensemble._drawn, self._surveyed(estimator)
+        shaped = surveyed.key, count, tuple(t.shape for t in self.batch)
 
         def one(objective: _Replica, replica: Tensor) -> _Found:
             def along(tangent: Named) -> _Along:
                 directions = _ReplicasDirections(streams, replica, tangent["index"])
-                at_once = learned.get(key, frozenset())
-                watch = ModelWatch(estimator.perturb, directions, exact_output=estimator.exact_output, at_once=at_once)
-                stands, derived = derivatives_under(objective, lambda: watch, 1, key)
+                at_once = surveyed.memory.at_once
+                watch = ModelWatch(estimator.perturb, directions, reading=reading, exact_output=estimator.exact_output, at_once=at_once)
+                stands, derived = derivatives_under(objective, lambda: watch, 1, surveyed.key)
                 found = gathered(derived.values, derived.derivatives, stands)
                 exact: dict[str, Tensor | None] = {}
                 if first:  # every pass knows the same exact gradient
@@ -313,18 +312,29 @@ class _Program:
             return _Found(scalar["loss"], d, _plain(gradients), left)
 
         replicas = torch.arange(len(generators), device=self.batch[0].device)
-        while True:
-            streams = _Streams(estimator.law, seeds, device, drawn.get(shaped, ()))
+        for _ in range(ATTEMPTS):
             try:
+                reading = surveyed.reading()
+                streams = _Streams(estimator.law, seeds, device, drawn.get(shaped, ()))
                 found: _Found = self._each(one, {"replica": replicas})
             except UsedAgain as used:
-                learned[key] = learned.get(key, frozenset()) | {used.index}
-                drawn.pop(shaped, None)
+                surveyed.used_again(used.index)
+            except OtherPath as other:
+                surveyed.went(other.path)
             except _Unexpected:
-                drawn.pop(shaped, None)
+                pass
             else:
                 drawn[shaped] = tuple(streams.draws)
                 return found
+            drawn.pop(shaped, None)
+        raise RuntimeError(UNSTEADY)
+
+    def _surveyed(self, estimator: ForwardGradient) -> Surveyed:
+        """Where examples lie is found out with the first replica alone, and holds for all."""
+        first = [t[0] for t in self.batch]
+        objective = Objective(lambda model: self.loss(model, *first), self.model)
+        options: dict[str, Any] = {"who": f"perturb={estimator.perturb!r}", "code": code_of(self.loss)}
+        return Surveyed.of(objective, estimator.perturb, exact_output=estimator.exact_output, **options)
 
     def _each(self, one: Callable[..., Any], given: dict[str, Any]) -> Any:
         """`one` for every replica, as one program."""

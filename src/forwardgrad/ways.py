@@ -20,12 +20,23 @@ class Way(NamedTuple):
     reason: str
 
 
+class Scored(NamedTuple):
+    """What moved at a place, by the parameters of its layer, and which part of the loss scores it."""
+
+    layer: str
+    moves: str
+    scored: str
+    reason: str
+
+
 @dataclass
 class Notes:
-    """Of a step: every call with its way and how often, and every pass as a whole: "explicit" or "dual numbers", and why not the first."""
+    """Of a step: every call with its way and how often, and every pass as a whole: "explicit" or "dual numbers", and why not the first;
+    and every place that moved in the last pass, in order."""
 
     calls: Counter[Way] = field(default_factory=Counter)
     passes: list[tuple[str, str]] = field(default_factory=list)
+    layers: list[Scored] = field(default_factory=list)
 
 
 asked: ContextVar[Notes | None] = ContextVar("asked", default=None)
@@ -38,6 +49,16 @@ def asking() -> Iterator[Notes]:
     token = asked.set(notes)
     try:
         yield notes
+    finally:
+        asked.reset(token)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Inside, nothing is noted."""
+    token = asked.set(None)
+    try:
+        yield
     finally:
         asked.reset(token)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +26,8 @@ class LearnedFeedback(Estimator):
     """Feedback matrices learned from the derivative of all outputs at once, which one forward pass gives for every example.
 
     Formula: activities h_l behind every layer move by u_l; one pass gives the output's derivative ẏ = Σ_l J_l u_l of every example, C
-    numbers instead of one. With e = ∂f/∂y in closed form (softmax − onehot for the cross-entropy) and B_l [C, q_l] ≈ E[J_l] a layer,
+    numbers instead of one. With e = ∂f/∂y, known without a reverse pass (softmax − onehot for the cross-entropy), and B_l [C, q_l] ≈ E[J_l]
+    a layer,
     - the error sent to layer l is δ̂_l = e B_l, on the units that are active there, and its gradients are the products with its own input;
     - rule="lms": B_l ← B_l + a_l Σ r u_lᵀ with the residual r = ẏ − Σ_l B_l u_l, summed over the batch. With rate=None, a_l is the step
       that brings B_l closest to E[J_l], as far as pairs of examples agree on the way there: long while B_l is wrong, short once what is
@@ -38,8 +40,8 @@ class LearnedFeedback(Estimator):
     use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
     Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
-    Limits: batch first, layers with the same number of units at every step; the loss ends in F.cross_entropy, F.mse_loss or
-    F.binary_cross_entropy_with_logits of the model's output, and is not changed afterwards.
+    Limits: layers with the same number of units at every step. The error at the output has to be known: the loss is a sum of torch's
+    loss functions (see `forwardgrad.outputs`), or follows from at most 2,048 numbers that the last layer returns.
 
     Args:
         rule: "lms" or "average".
@@ -50,8 +52,8 @@ class LearnedFeedback(Estimator):
         law: where moves are drawn from.
         masked: whether units that cannot matter are left out, as in `Activity`.
 
-    Raises ValueError where an argument is outside its limits, no generator or state was given, the loss has no closed-form error, or the
-    state belongs to another model.
+    Raises ValueError where an argument is outside its limits, no generator or state was given, the error at the output cannot be found, or
+    the state belongs to another model.
 
     Source: the moving average is that of Bacho and Chu, FDFA (2022), eqs. 7 and 8, with Lansdell et al. (2020) before them; the residual
     form and the control variate are this project's (compare "Apical Dust", 2026).
@@ -96,7 +98,8 @@ class LearnedFeedback(Estimator):
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         generator = needed(generator)
         seeds = fork(generator, self.tangents)
-        found = perturbed_pass(objective, Activity(self.masked), self.law, seeds, generator.device, exact_output=True)
+        who = f"{type(self).__name__}(use={self.use!r})" if self.use == "control-variate" else ""
+        found = perturbed_pass(objective, Activity(self.masked), self.law, seeds, generator.device, exact_output=True, who=who)
         read = torch.device("cpu") if self.warm_up else found.loss.device  # so that reading it waits for no device
         step = state.setdefault(STEP, torch.zeros((), dtype=torch.int64, device=read))
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
@@ -104,7 +107,8 @@ class LearnedFeedback(Estimator):
             error, moved = output_of(found, type(self).__name__)
             entered = [place for place in found.entered if place not in found.exact]
             ready = self.warm_up == 0 or int(step) >= self.warm_up
-            self.teach(gradients if ready else None, found, entered, error, moved, state)
+            beyond = found.beyond((error * moved).sum(2)) if found.reading.beyond and len(moved) else None
+            self.teach(gradients if ready else None, found, entered, error, moved, state, beyond)
             if ready:
                 add_exact(gradients, found)
         step += 1
@@ -118,15 +122,21 @@ class LearnedFeedback(Estimator):
         error: Float[Tensor, "n c"],
         moved: Float[Tensor, "k n c"],
         state: dict[str, Tensor],
+        beyond: Float[Tensor, " k"] | None = None,
     ) -> None:
-        """Add the gradients of what entered ahead of an output with this error, where wanted, and learn from how the output moved."""
-        places = places_of(entered, len(error))
+        """Add the gradients of what entered ahead of an output with this error, where wanted, and learn from how the output moved.
+
+        `beyond` is the derivative of what the loss has besides that output.
+        """
+        places = places_of(found, entered)
         feedback = [matrix(state, found, point, error, None) for point in places]
         residual = moved - sum(
-            (_followed(b, point, moved.shape) for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
+            (point.moves(found.count).to(b.dtype) @ b.T for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
         )
         if gradients is not None:
-            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, residual)
+            rows = (error * residual).sum(2) / self.tangents
+            left = None if beyond is None else beyond / self.tangents
+            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, rows, left)
         self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
 
     def _add(
@@ -136,23 +146,24 @@ class LearnedFeedback(Estimator):
         entered: list[Entered],
         feedback: dict[Point, Tensor],
         error: Tensor,
-        residual: Tensor,
+        rows: Tensor,
+        beyond: Tensor | None,
     ) -> None:
-        rows = (error * residual).sum(2) / self.tangents
         for point, b in feedback.items():
-            sent = (error.reshape(point.rows, -1) @ b).reshape(point.shape)
+            sent = error @ b
             if self.use == "control-variate":
-                sent = sent + torch.einsum("kb,kbq->bq", found.share(rows, point), point.moves().to(rows.dtype)).reshape(point.shape)
-            add(gradients, point.from_error(sent))
+                each = found.share(rows, point, beyond).expand(-1, found.count)
+                sent = sent + torch.einsum("kb,kbq->bq", each, point.moves(found.count).to(rows.dtype))
+            add(gradients, point.from_error(point.at_place(sent)))
         for place in entered:
             if place not in feedback:
-                add(gradients, place.gradient(found.share(rows, place)))
+                add(gradients, place.gradient(found.share(rows, place, beyond)))
 
     def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
-        units = sum((point.moving().sum() / point.rows for point in places), torch.zeros((), device=signal.device)) / len(signal)
-        for point, b in zip(places, feedback, strict=True):
-            u, count = point.moves().to(b.dtype), point.moving().sum((0, 1))
-            seen = signal.to(b.dtype).reshape(len(u), point.rows, -1)
+        moving = [point.moving(found.count) for point in places]
+        units = sum((m.sum() / found.count for m in moving), torch.zeros((), device=signal.device)) / len(signal)
+        for point, b, moved in zip(places, feedback, moving, strict=True):
+            u, count, seen = point.moves(found.count).to(b.dtype), moved.sum((0, 1)), signal.to(b.dtype)
             learned = torch.einsum("kbc,kbq->cq", seen, u)
             if self.rule == "average":
                 b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
@@ -180,27 +191,41 @@ def _greedy_step(seen: Tensor, u: Tensor, learned: Tensor, count: Tensor, state:
 
 
 def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor, "k n c"]]:
-    """The error at the output and the output's derivatives, both with everything but the first dimension flattened."""
-    if found.output is None or found.output.dim() < 2:
+    """The error at the output and the output's derivatives, example by example; several outputs one behind the other."""
+    if not found.read:
+        why = found.reading.why or "it returns one loss an example"
         raise ValueError(
-            f"{who} needs the error at the model's output: let the loss end in F.cross_entropy, F.mse_loss or "
-            "F.binary_cross_entropy_with_logits of a batch of outputs, and do not change what they return"
+            f"{who} needs the error at the model's output, and cannot find it for this loss, since {why}: let the loss end in "
+            "F.cross_entropy, F.mse_loss or another loss function of torch"
         )
-    moved = found.output.new_zeros(0, *found.output.shape) if found.moved is None else found.moved
-    return found.error.flatten(1), moved.flatten(2)
+    rows, count = found.reading.read, found.count
+    error = torch.cat([r.gather(e, count) for r, e in zip(rows, found.errors, strict=True)], 1)
+    if not found.moved:
+        return error, error.new_zeros(0, *error.shape)
+    return error, torch.cat([r.gather(m.to(error.dtype), count, lead=1) for r, m in zip(rows, found.moved, strict=True)], 2)
 
 
-def places_of(entered: list[Entered], terms: int) -> list[Point]:
-    """The places that a feedback matrix can be learned for: those that hold each example of the batch apart."""
-    points = [place for place in entered if isinstance(place, Point) and not place.exact and place.moved and place.apart]
-    return [point for point in points if terms % point.rows == 0 and (point.rows > 1 or terms == 1)]
+def warn_of_penalty(found: Pass, who: str) -> None:
+    """Warn where a part of the loss trains nothing under an estimator that knows the error at the output alone."""
+    if found.reading.penalty:
+        warnings.warn(
+            f"{who} goes by the error at the model's output: what the loss has besides, such as a penalty on weights, trains nothing. "
+            "Use the optimizer's weight_decay",
+            stacklevel=6,
+        )
+
+
+def places_of(found: Pass, entered: list[Entered]) -> list[Point]:
+    """The places that a feedback matrix can be learned for: those where each example of the batch has numbers of its own."""
+    points = [place for place in entered if isinstance(place, Point) and not place.exact and place.moved]
+    return [point for point in points if point.place.rows is not None or found.count == 1]
 
 
 def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
     """The feedback matrix of one place: zeros at first, or random numbers of variance 1/C where a generator is given."""
     key = f"feedback.{found.entered.index(point)}.{point.names[0]}"
-    outputs = error.numel() // point.rows
-    shape = (outputs, point.shape.numel() // point.rows)
+    outputs = error.shape[1]
+    shape = (outputs, point.shape.numel() // found.count)
     if key not in state:
         made = torch.zeros(shape, dtype=error.dtype, device=generator.device if generator else error.device)
         state[key] = (made.normal_(generator=generator) / outputs**0.5 if generator else made).to(error.device)
@@ -210,8 +235,3 @@ def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, g
             "state for one model and one size of input"
         )
     return state[key]
-
-
-def _followed(b: Tensor, point: Point, shape: torch.Size) -> Tensor:
-    """What the feedback says the output does when a place moves."""
-    return (point.moves().to(b.dtype) @ b.T).reshape(shape)

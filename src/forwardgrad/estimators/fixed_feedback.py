@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from forwardgrad.estimators.base import Estimate, Estimator, needed
-from forwardgrad.estimators.feedback import matrix, output_of, places_of
+from forwardgrad.estimators.feedback import matrix, output_of, places_of, warn_of_penalty
 from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Activity
@@ -54,9 +54,10 @@ class FixedFeedback(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, _ = output_of(found, type(self).__name__)
-            for point in places_of(found.entered, len(error)):
-                sent = error.reshape(point.rows, -1) @ matrix(state, found, point, error, generator)
-                add(gradients, point.from_error(sent.reshape(point.shape)))
+            warn_of_penalty(found, type(self).__name__)
+            for point in places_of(found, found.entered):
+                sent = error @ matrix(state, found, point, error, generator)
+                add(gradients, point.from_error(point.at_place(sent)))
             add_exact(gradients, found)
         return Estimate(found.loss, found.derivatives, 1), gradients
 
@@ -70,7 +71,7 @@ class Readout(Estimator):
     Cost: one forward pass.
     What any method has to beat before it can be said to train hidden layers.
 
-    Raises ValueError where no layer's output goes straight into a loss with a closed-form error.
+    Raises ValueError where no layer's output goes straight into a loss with a known error.
 
     Source: Rosenblatt's perceptron with random association units (1958); compulsory beside forward gradients by Ren et al. (2023), Fig. 6.
 
@@ -92,9 +93,10 @@ class Readout(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         if not found.exact:
             raise ValueError(
-                "Readout needs a last layer whose output goes straight into F.cross_entropy, F.mse_loss or "
-                "F.binary_cross_entropy_with_logits"
+                "Readout needs a last layer whose output goes straight into the loss: let the loss end in F.cross_entropy, F.mse_loss or "
+                "another loss function of torch"
             )
+        warn_of_penalty(found, type(self).__name__)
         with torch.autocast(found.loss.device.type, enabled=False):
             add_exact(gradients, found)
         return Estimate(found.loss, found.derivatives, 1), gradients

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -14,7 +14,6 @@ from forwardgrad.derivative import directional_derivatives
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.factored import Gradient, dense
 from forwardgrad.objective import Objective
-from forwardgrad.outputs import shared_out
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
 from forwardgrad.perturbations.base import Sown
 from forwardgrad.perturbations.dense import DenseUse
@@ -50,8 +49,8 @@ class ForwardGradient(Estimator):
             weights move), 1 for a loop. The result is the same up to rounding. Orthogonal tangents are drawn and held all at once.
         perturb: what is perturbed: `Dense()`, `LowRank(rank)`, `PerExample()`, `Activity(masked)` or `Cheapest(overrides)`.
         combine: "mean", or "projection" (weights shared by the batch only: Dense or LowRank; K at most the number of weights).
-        exact_output: give the last layer its exact gradient, (softmax − onehot)ᵀ x: it needs no reverse pass. For Activity and Cheapest,
-            where the model's output goes straight into F.cross_entropy, F.mse_loss or F.binary_cross_entropy_with_logits.
+        exact_output: give the last layers their exact gradient, (softmax − onehot)ᵀ x for the cross-entropy: it needs no reverse pass. For
+            Activity and Cheapest, where the error at the model's output is known (see docs/library.md).
         control_variate: β in [0, 1): use the moving average m ← β m + (1 − β) ĝ of earlier estimates as b. For Dense, LowRank and
             PerExample; the estimator then needs `state`. None for no control variate.
 
@@ -150,7 +149,7 @@ class ForwardGradient(Estimator):
                 if entered not in exact:
                     yield from entered.gradient(weight).items()
             for point in exact:
-                yield from point.from_error(found.error).items()
+                yield from point.from_error(found.error_of(point)).items()
 
     def _passes(self, objective: Objective, generator: Generator) -> Iterator[Pass]:
         """One pass a chunk of tangents; the last one leaves its buffers and random state behind."""
@@ -159,11 +158,12 @@ class ForwardGradient(Estimator):
         if isinstance(self.perturb, Dense):
             for index, tangents in enumerate(self.law.chunks(objective.parameters, self.tangents, size, generator), 1):
                 loss, d = directional_derivatives(objective, tangents, commit=index == len(counts))
-                yield Pass(loss, d, None, [DenseUse(name, v) for name, v in tangents.items()], False, None, None, None)
+                yield Pass(loss, d, [DenseUse(name, v) for name, v in tangents.items()])
             return
         for index, count in enumerate(counts, 1):
             seeds, last = fork(generator, count), index == len(counts)
-            yield perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, exact_output=self.exact_output, commit=last)
+            options: dict[str, Any] = {"exact_output": self.exact_output, "commit": last, "who": f"perturb={self.perturb!r}"}
+            yield perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, **options)
 
     def weights_of(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
         """What each direction of each example is multiplied by, place by place."""
@@ -172,14 +172,12 @@ class ForwardGradient(Estimator):
             solved = torch.linalg.pinv(gram.double(), hermitian=True) @ found.derivatives.double()
             return [solved.unsqueeze(1)] * len(found.entered)
         shares = {name: b / _uses(found)[name] for name, b in predicted.items()}  # a weight used twice moves twice: half of b for each
-        inner = [entered.inner(shares) for entered in found.entered if isinstance(entered, Sown)] if predicted else []
+        inner = [(e, e.inner(shares)) for e in found.entered if isinstance(e, Sown)] if predicted else []
         weights = []
         for entered in found.entered:
             d = found.of(entered)
-            if inner and (found.rows is None or found.coupled):
-                d = d - torch.stack([part.sum(1) for part in inner]).sum(0).unsqueeze(1)
-            elif inner:
-                d = d - torch.stack([shared_out(part, entered.rows) for part in inner]).sum(0)
+            for other, part in inner:
+                d = d - found.shared_out(other, part, d.shape[1])
             weights.append(self._averaged(d))
         return weights
 
@@ -214,7 +212,7 @@ def add_parts(gradients: dict[str, Tensor | None], found: Pass, weights: list[Te
 def add_exact(gradients: dict[str, Tensor | None], found: Pass) -> None:
     """Add the exact gradient of the layers whose output is the model's own."""
     for point in found.exact:
-        add(gradients, point.from_error(found.error))
+        add(gradients, point.from_error(found.error_of(point)))
 
 
 def add(gradients: dict[str, Tensor | None], parts: Mapping[str, Gradient]) -> None:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.optim.adam import adam
 
 from forwardgrad.draws import drawn
-from forwardgrad.outputs import Output
+from forwardgrad.perturbations.sums import Scaled
 from forwardgrad.tangents import Law
 
 Sight = Literal["flatten", "pooled", "positions"]
@@ -93,14 +93,12 @@ class Head:
         feedback = like("feedback", (classes, width))
         return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]))
 
-    def error(self, features: Tensor, known: Output) -> Tensor:
+    def error(self, features: Tensor, part: Scaled) -> Tensor:
         """∂f/∂y of the head's own loss, [n, rows, classes]: the model's loss, with the target of an example at each of its rows."""
         logits = features @ self.weight.T + self.bias
-        target = known.call["target"]
-        if known.formula.__name__ != "_cross_entropy" or target.is_floating_point() or target.shape != features.shape[:1]:
-            raise ValueError("LocalLosses needs F.cross_entropy with one class index an example: its classifiers learn those classes")
-        call = {**known.call, "target": target.repeat_interleave(logits.shape[1])}
-        return Output(call, known.formula).error(logits.flatten(0, -2)).reshape(logits.shape)
+        target = part.output.call["target"].repeat_interleave(logits.shape[1])
+        own = Scaled(part.output.cross_entropy(target), 0, part.repeated(logits.shape[1]))
+        return own.error(logits.flatten(0, -2)).reshape(logits.shape)
 
     def sent_back(self, error: Tensor, law: Law, generator: Generator) -> Tensor:
         """The error at the features, e B, after B has learned from how y follows random moves u of the features.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +17,7 @@ from forwardgrad.objective import Objective
 from forwardgrad.perturbations.activity import Activity, Point
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.passes import Pass, perturbed_pass
+from forwardgrad.perturbations.sums import Scaled
 from forwardgrad.tangents import Law, Rademacher, fork
 
 
@@ -43,7 +44,8 @@ class LocalLosses(Estimator):
     Limits: those of `LearnedFeedback`; blocks follow one another (what skips a block is not seen by its loss).
 
     Args:
-        ends: patterns of names of weights; the places behind those layers end a block. None: every layer with a rule is a block.
+        ends: patterns of names of weights; the places behind those layers end a block. None: every layer with a rule and with numbers of
+            its own for every example is a block.
         feedback: whether errors come back through learned feedback, or the directional derivative alone.
         head: what φ is: "flatten" (all units), "pooled" (means over a grid of cells), "positions" (a classifier at every position, its loss
             the mean over them; for convolutions).
@@ -53,8 +55,8 @@ class LocalLosses(Estimator):
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
 
-    Raises ValueError where an argument is outside its limits, no generator or state was given, the loss is not F.cross_entropy of the
-    model's output with class indices, or the state belongs to another model.
+    Raises ValueError where an argument is outside its limits, no generator or state was given, the loss does not hold one F.cross_entropy
+    with a class index an example (scaled, or beside other terms), or the state belongs to another model.
 
     Source: Ren et al., "Scaling forward gradient with local losses" (2023), sections 4.1 and 4.2; Nøkland and Eidnes (2019), eqs. 1 to 3;
     the learned feedback is this project's.
@@ -104,26 +106,30 @@ class LocalLosses(Estimator):
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         generator = needed(generator)
         seeds = fork(generator, self.tangents)
-        found = perturbed_pass(
-            objective, Activity(), self.law, seeds, generator.device, exact_output=True, ends=self._ends, still_ends=self.feedback
-        )
+        options: dict[str, Any] = {"exact_output": True, "ends": self._ends, "still_ends": self.feedback}
+        who = "" if self.feedback else type(self).__name__
+        found = perturbed_pass(objective, Activity(), self.law, seeds, generator.device, who=who, **options)
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, type(self).__name__)
+            _labelled(found)
             learn = self._teach if self.feedback else self._score
             d = [learn(gradients, found, index, state, generator) for index in range(len(found.ended))]
-            entered = found.entered_in(len(found.ended))
+            entered, rows = found.entered_in(len(found.ended)), (error * moved).sum(2)
+            beyond = found.beyond(rows) if found.reading.beyond else None
             if self.feedback:
-                self._deeper.teach(gradients, found, entered, error, moved, state)
+                self._deeper.teach(gradients, found, entered, error, moved, state, beyond)
             else:
-                self._add(gradients, found, entered, (error * moved).sum(2))
+                self._add(gradients, found, entered, rows, beyond)
             add_exact(gradients, found)
         d.append((error * moved).sum((1, 2)))
         return Estimate(found.loss, torch.stack(d).sum(0), self.tangents + 1), gradients
 
     def _ends(self, point: Point) -> bool:
+        """Whether a block ends at a place: it has to have numbers of each example."""
         names = [name.removeprefix("model.") for name in point.names]
-        return self.ends is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.ends)
+        named = self.ends is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.ends)
+        return named and point.place.rows is not None
 
     @property
     def _features(self) -> Features:
@@ -134,48 +140,76 @@ class LocalLosses(Estimator):
         return LearnedFeedback(tangents=self.tangents, law=self.law)
 
     def _head(self, found: Pass, index: int, features: Tensor, state: dict[str, Tensor]) -> tuple[Head, Tensor]:
-        assert found.known is not None
-        assert found.output is not None
-        head = Head.kept(state, index, found.output.shape[1], features)
-        return head, head.error(features, found.known)
+        part = _labelled(found)
+        head = Head.kept(state, index, part.output.classes, features)
+        return head, head.error(features, part)
 
     def _score(
         self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], generator: Generator
     ) -> Tensor:
         """A block's gradient from the directional derivatives of its loss, which are returned; its classifier learns on the way."""
-        _, values, moves = found.ended[index]
+        end, values, moves = found.ended[index]
         assert moves is not None
+        values, moves = _in_front(values, end, found.count), _in_front(moves, end, found.count, lead=1)
         features, moved = self._features.of(values), self._features.of(moves, lead=2)
         head, error = self._head(found, index, features, state)
         d = (1 - self.similarity) * (error * (moved @ head.weight.T)).flatten(2).sum(2)
         if self.similarity:
-            assert found.known is not None
-            d = d + self.similarity * (similarity_error(values, found.known.call["target"]) * moves).flatten(2).sum(2)
+            d = d + self.similarity * (similarity_error(values, _labelled(found).output.call["target"]) * moves).flatten(2).sum(2)
         head.learn(features, error, self.head_rate)
         self._add(gradients, found, found.entered_in(index), d)
         return d.sum(1)
 
-    def _add(self, gradients: dict[str, Tensor | None], found: Pass, entered: list[Entered], d: Tensor) -> None:
+    def _add(
+        self, gradients: dict[str, Tensor | None], found: Pass, entered: list[Entered], d: Tensor, beyond: Tensor | None = None
+    ) -> None:
         for place in entered:
-            add(gradients, place.gradient(found.share(d, place) / self.tangents))
+            add(gradients, place.gradient(found.share(d, place, beyond) / self.tangents))
 
     def _teach(
         self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], generator: Generator
     ) -> Tensor:
         """A block's gradient from the error that its feedback sends back; the feedback and the classifier learn on the way."""
         end, values, moves = found.ended[index]
+        values = _in_front(values, end, found.count)
         features = self._features.of(values)
         head, error = self._head(found, index, features, state)
         sent = head.sent_back((1 - self.similarity) * error, self.law, generator)
         back = self._features.back(sent, values)
         if self.similarity:
-            assert found.known is not None
-            back = back + self.similarity * similarity_error(values, found.known.call["target"])
-        add(gradients, end.from_error(back))
+            back = back + self.similarity * similarity_error(values, _labelled(found).output.call["target"])
+        add(gradients, end.from_error(_put_back(back, end)))
         d = back.new_zeros(self.tangents)
         if (deeper := [place for place in found.entered_in(index) if place is not end]) and moves is not None:
+            moves = _in_front(moves, end, found.count, lead=1)
             moved = self._features.of(moves, lead=2) @ head.weight.T
             d = (moves * back).flatten(1).sum(1)
             self._deeper.teach(gradients, found, deeper, error.flatten(1), moved.flatten(2), state)
         head.learn(features, error, self.head_rate)
         return d
+
+
+def _labelled(found: Pass) -> Scaled:
+    """The part of the loss that is a cross-entropy with one class index an example; ValueError where there is none, or several."""
+    labelled = [part for part in found.parts if part.output.classifies(found.count)]
+    if len(labelled) != 1:
+        raise ValueError(
+            f"LocalLosses needs one F.cross_entropy with one class index an example in the loss, and finds {len(labelled)}: "
+            "the classifiers of its blocks learn those classes"
+        )
+    return labelled[0]
+
+
+def _in_front(t: Tensor, end: Point, count: int, lead: int = 0) -> Tensor:
+    """What lies at the end of a block with examples as its first dimension."""
+    rows = end.place.rows
+    if rows is None or end.shape[rows.dim] == count:
+        return t.movedim(lead + (0 if rows is None else rows.dim), lead)
+    return rows.gather(t, count, lead)
+
+
+def _put_back(t: Tensor, end: Point) -> Tensor:
+    rows = end.place.rows
+    if rows is None or end.shape[rows.dim] == len(t):
+        return t.movedim(0, 0 if rows is None else rows.dim)
+    return rows.scatter(t, end.shape)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from forwardgrad.factored import Gradient
@@ -27,7 +28,7 @@ class Activity(Perturbation):
     Why unbiased: E[d_b u_b] = ∂f_b/∂z_b (on the mask; off it both are 0), and ∂f/∂W = Σ_b ∂f_b/∂z_b x_bᵀ.
     Variance: E‖δ̂_b − δ_b‖² = (q ± 1)‖δ_b‖² with δ the error over all q units that moved (+ for Gaussian u, − for random signs): q grows
     with the units of the model, not with its weights. Dense layers have far fewer units than weights; early convolutions have more.
-    Limits: as `PerExample` – batch first, and a loss that tells examples apart.
+    Limits: as `PerExample`.
     Cost: q random numbers an example; the inputs of the layers are kept; one more product a layer for the gradient.
     Layers: Linear, convolutions, Embedding. Gains and biases of norms, being few, move themselves, once an example; all else is dense.
 
@@ -62,13 +63,16 @@ class Point(Entered):
     put off until something else uses it.
     """
 
+    kind: ClassVar[str] = "activities"
+
     def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
         super().__init__()
-        self.layer, self.directions, self.masked, self.rows = layer, directions, masked, layer.rows
-        self.apart = layer.apart
+        self.layer, self.directions, self.masked = layer, directions, masked
+        self.rows, self.dims = layer.rows, layer.dims
         self.kept["x"] = x
-        self.tail: list[Callable[[Tensor], Tensor]] = []  # from the error at the place back to the layer's output, last one first
+        self.tail: list[tuple[str, tuple[torch.Size, bool], dict[str, Any]]] = []  # poolings behind the layer, last one first
         self.rectified = self.moved = self.exact = False
+        self.read_at: int | None = None  # which of the tensors that the loss is read at it is, where its gradient is exact
         self.u: Tensor | None = None
 
     def lets_pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -87,10 +91,10 @@ class Point(Entered):
         key, given = f"winners {len(self.tail)}", call.pop("input")
         like = given.shape, given.is_contiguous(memory_format=torch.channels_last) if given.dim() == 4 else False
         self.kept[key] = winners
-        self.tail.insert(0, lambda error: _unpool(error, self.kept[key], like, call))
+        self.tail.insert(0, (key, like, call))
         return out
 
-    def place(self, out: Tensor) -> None:
+    def place_at(self, out: Tensor) -> None:
         """Fix the place; what moves there is known from here on."""
         self.moved = True
         self.shape = out.shape
@@ -118,40 +122,51 @@ class Point(Entered):
         """The tensor with zeros where the place cannot matter."""
         return t if "active" not in self.kept else t * self.kept["active"]
 
-    def moving(self) -> Tensor:
-        """Which units moved, by example, counted once a tangent: [K, rows, units]."""
+    def moving(self, count: int) -> Float[Tensor, "k count units"]:
+        """Which units of each example moved, counted once a tangent."""
         assert self.u is not None
-        shape = (len(self.u), self.rows, self.shape.numel() // self.rows)
         if "active" not in self.kept:
-            return torch.ones((), device=self.u.device).expand(shape)
-        return self.kept["active"].reshape(1, *shape[1:]).expand(shape)
+            return torch.ones((), device=self.u.device).expand(len(self.u), count, self.shape.numel() // count)
+        return self.of_examples(self.kept["active"].unsqueeze(0), count).expand(len(self.u), -1, -1)
 
-    def moves(self) -> Tensor:
-        """What moved, by example: [K, rows, units]."""
+    def moves(self, count: int) -> Float[Tensor, "k count units"]:
+        """What moved of each example."""
         assert self.u is not None
-        return self.still(self.u).reshape(len(self.u), self.rows, -1)
+        return self.of_examples(self.still(self.u), count)
+
+    def of_examples(self, t: Tensor, count: int) -> Float[Tensor, "k count units"]:
+        """A stack [k, *shape] of what lies at the place, example by example."""
+        return t.flatten(1).unsqueeze(1) if self.place.rows is None else self.place.rows.gather(t, count, lead=1)
+
+    def at_place(self, each: Float[Tensor, "count units"]) -> Tensor:
+        """What belongs to each example in the place's own shape."""
+        return each.reshape(self.shape) if self.place.rows is None else self.place.rows.scatter(each, self.shape)
 
     def from_error(self, error: Tensor) -> dict[str, Gradient]:
         """Gradients by parameter name from the error at the place, of its shape; each in the precision of its parameter."""
         x = self.kept["x"]
         error = self.still(error.to(x.dtype) if x.is_floating_point() else error)
-        for back in self.tail:
-            error = back(error)
+        for key, like, call in self.tail:
+            error = _unpool(error, self.kept[key], like, call)
         found = self.layer.local(x, error)
         return {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         assert self.u is not None
         u = self.u.to(self.layer.like.dtype)
-        rows = [] if self.rows == 1 else [self.rows]  # one row may be an example without a dimension of the batch
-        return self.from_error((weights.to(u.dtype).reshape(len(u), *rows, *[1] * (u.dim() - 1 - len(rows))) * u).sum(0))
+        weights = weights.to(u.dtype)
+        if weights.shape[1] == 1 or self.place.rows is None:
+            wide = weights.reshape(len(u), *[1] * (u.dim() - 1))
+        else:
+            wide = self.place.rows.spread(weights, self.shape)
+        return self.from_error((wide * u).sum(0))
 
     @property
     def names(self) -> list[str]:
         return list(self.layer.names.values())
 
     def gram(self) -> Tensor:
-        u = self.moves()
+        u = self.moves(self.rows)
         return torch.einsum("kbi,lbi->klb", u, u)
 
 

@@ -14,6 +14,7 @@ from torch.func import vmap
 
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.directions import Directions
+from forwardgrad.perturbations.examples import Place
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.tangents import Law
 
@@ -24,24 +25,35 @@ Pick = Callable[[Tensor], Tensor]
 class Entered(ABC):
     """A perturbation at work at one place of the model, in one evaluation.
 
-    `rows` is the number of examples that moved independently (1 where all share one direction). `kept` holds what the gradient needs of
-    the primal pass; while the pass lasts the tensors in it belong to torch's transforms, and are replaced by plain ones at its end.
+    `rows` is the number of directions that are independent of one another (1 where all examples share one), `dims` the dimensions along
+    which examples may lie there, `place` what is known of that. `kept` holds what the gradient needs of the primal pass; while the pass
+    lasts the tensors in it belong to torch's transforms, and are replaced by plain ones at its end.
     """
 
+    kind: ClassVar[str] = "whole weights"
+    """What moves, in words."""
     rows: int = 1
-    apart: bool = True
-    """Whether its rows are the examples of the loss."""
+    dims: range = range(0)
+    place: Place = Place("")
+    shape: torch.Size
+    """That of what moves."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
 
+    def by_row(self, weights: Float[Tensor, "k n"]) -> Float[Tensor, "k rows"]:
+        """A number of each example, or one for all, as one of every row."""
+        if weights.shape[1] == 1 or self.place.rows is None:
+            return weights.expand(-1, self.rows)
+        return self.place.rows.along(weights, self.rows)
+
     @abstractmethod
-    def gradient(self, weights: Float[Tensor, "k rows"]) -> Mapping[str, Gradient]:
-        """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name."""
+    def gradient(self, weights: Float[Tensor, "k n"]) -> Mapping[str, Gradient]:
+        """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name; a single weight is that of all examples."""
 
     @abstractmethod
     def gram(self) -> Float[Tensor, "k k rows"]:
-        """Inner products of the directions of each example."""
+        """Inner products of the directions of each row."""
 
     @property
     @abstractmethod
@@ -54,7 +66,7 @@ class Sown(Entered):
 
     @abstractmethod
     def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
-        """⟨direction k of example b, other⟩ with `other` given by parameter name."""
+        """⟨direction k of row b, other⟩ with `other` given by parameter name."""
 
     @abstractmethod
     def tangent(self, pick: Pick) -> Tensor:
@@ -78,6 +90,11 @@ class Perturbation(ABC):
     """What is perturbed; its fields are its hyperparameters. Uses of parameters outside the layers with rules get dense tangents."""
 
     name: ClassVar[str]
+
+    @property
+    def apart(self) -> bool:
+        """Whether examples move on their own, so that it matters which of them a part of the loss belongs to."""
+        return True
 
     @property
     def weights(self) -> bool:

@@ -27,6 +27,10 @@ class Dense(Perturbation):
 
     name: ClassVar[str] = "dense"
 
+    @property
+    def apart(self) -> bool:
+        return False
+
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered | None:
         return None
 

@@ -44,6 +44,16 @@ class Directions:
         return self.plan(shape, like)()
 
 
+class Still(Directions):
+    """No directions at all, for an evaluation in which nothing moves."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def plan(self, shape: tuple[int, ...], like: Tensor) -> Callable[[], Tensor]:
+        return lambda: torch.empty((0, *shape), dtype=like.dtype, device=like.device)
+
+
 class _Sown:
     """One generator, begun anew for every direction at every place."""
 

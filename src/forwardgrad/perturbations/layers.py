@@ -24,8 +24,8 @@ Calls = Callable[..., Any]
 
 
 class Layer(ABC):
-    """One use of a layer. `names` gives the trainable parameters by role, `rows` the examples at its output's first dimension, and
-    `apart` whether it is sure that these are the examples of the loss.
+    """One use of a layer. `names` gives the trainable parameters by role, `dims` the dimensions along which examples may lie, those that
+    input and output share; `along` is the one along which they do, `rows` its size.
 
     `matrix`: the weight is a matrix [fan_out, fan_in] that multiplies the input (after reshaping), so directions of rank r make sense.
     """
@@ -34,8 +34,9 @@ class Layer(ABC):
     arguments: ClassVar[tuple[str, ...]]
     names: dict[str, str]
     weight_shape: torch.Size
+    dims: range
+    along: int = 0
     rows: int
-    apart: bool = True
 
     def __init__(self, function: Callable[..., Tensor], call: dict[str, Any], names: dict[str, str]) -> None:
         self.function, self.call, self.names = function, call, names
@@ -59,6 +60,11 @@ class Layer(ABC):
         """The output, by a function that makes the calls, and the input as the rules want to see it."""
         out: Tensor = calls(self.function, **{**self.call, "input": x})
         return out, x
+
+    def lie(self, x: Tensor, dims: int) -> None:
+        """Let examples lie along one of the first `dims` dimensions of the input."""
+        self.along = self.along if self.along < dims else 0  # what was learned may be about another path
+        self.dims, self.rows = range(dims), x.shape[self.along] if dims else 1
 
     @property
     def fan_out(self) -> int:
@@ -109,7 +115,7 @@ class Linear(Layer):
     arguments = ("input", "weight", "bias")
 
     def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
-        self.rows = x.shape[0] if x.dim() > 1 else 1
+        self.lie(x, x.dim() - 1)
         return super().run(x, calls)
 
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ class Convolution(Layer):
         padding = self.call.get("padding", 0)
         same = [d * (size - 1) // 2 for d, size in zip(self.dilation, self.weight_shape[2:], strict=True)]
         self.padding = same if padding == "same" else [0] * spatial if padding == "valid" else _each(padding, spatial)
-        self.rows = x.shape[0] if x.dim() == len(self.weight_shape) else 1
+        self.lie(x, int(x.dim() == len(self.weight_shape)))
         return super().run(x, calls)
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -243,8 +249,7 @@ class Embedding(Layer):
         return call.get("max_norm") is None and not call.get("scale_grad_by_freq") and not call.get("sparse")
 
     def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
-        self.rows = x.shape[0] if x.dim() else 1
-        self.apart = x.dim() > 1  # a single row of indices may be the places in a sentence, the same for every example
+        self.lie(x, x.dim())
         padding = self.call.get("padding_idx")
         self.padding = None if padding is None else padding % self.weight_shape[0]
         return super().run(x, calls)
@@ -279,7 +284,7 @@ class Norm(Layer):
         if "bias" in self.arguments:
             plain["bias"] = None
         normal: Tensor = calls(self.function, **plain)
-        self.rows = x.shape[0] if x.dim() > 1 else 1
+        self.lie(x, self.outer(x))
         self.inner = self.inside(x)
         return self.scaled(normal, weight, bias, calls), normal
 
@@ -292,6 +297,10 @@ class Norm(Layer):
     def inside(self, x: Tensor) -> list[int]:
         """The shape that makes one gain for every channel broadcast against an example."""
         return [-1, *[1] * (x.dim() - 2)]
+
+    def outer(self, x: Tensor) -> int:
+        """How many dimensions stand before those that are normalised together."""
+        return min(x.dim() - 1, 1)
 
     def _spread(self, vector: Tensor) -> Tensor:
         return vector.reshape(*vector.shape[: vector.dim() - len(self.weight_shape)], *self.inner)
@@ -326,6 +335,9 @@ class LayerNorm(Norm):
     def inside(self, x: Tensor) -> list[int]:
         return list(self.weight_shape)
 
+    def outer(self, x: Tensor) -> int:
+        return x.dim() - len(self.weight_shape)
+
     def _gather(self, full: Tensor) -> Tensor:
         return full.reshape(-1, *self.weight_shape).sum(0)
 
@@ -354,11 +366,6 @@ class BatchNorm(GroupNorm):
     """Normalised over the batch in training, by running statistics otherwise; one gain a channel."""
 
     arguments: ClassVar[tuple[str, ...]] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-    @property
-    def couples(self) -> bool:
-        """Whether the statistics of the batch tie its examples together."""
-        return bool(self.call.get("training"))
 
 
 _MANY_CHANNELS = 16  # from here on all taps in one product are faster than a convolution to one channel

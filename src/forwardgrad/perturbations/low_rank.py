@@ -44,6 +44,10 @@ class LowRank(Perturbation):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
 
+    @property
+    def apart(self) -> bool:
+        return False
+
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> LowRankUse | None:
         return LowRankUse(layer, x, out, directions, self.rank) if layer.matrix else None
 
@@ -53,6 +57,8 @@ class LowRankUse(Sown):
 
     The direction of the bias stands beside A as one more column, so that one product moves the output by both.
     """
+
+    kind: ClassVar[str] = "weights of low rank"
 
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,12 @@ from forwardgrad.perturbations.layers import Norm
 class PerExampleNorm(Sown):
     """One use of a norm: a direction for every example is no more than a vector for every example."""
 
+    kind: ClassVar[str] = "weights of every example"
+
     def __init__(self, layer: Norm, x: Tensor, out: Tensor, directions: Directions) -> None:
         super().__init__()
-        self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
+        self.layer, self.rows, self.dims = layer, layer.rows, layer.dims
+        self.x, self.out = x.movedim(layer.along, 0), out.movedim(layer.along, 0)
         shape = (layer.rows, *layer.weight_shape)
         self.directions = {role: directions.draw(shape, layer.like) for role in layer.names}
 
@@ -27,9 +32,10 @@ class PerExampleNorm(Sown):
             moved = moved + self.layer.shift(self.out, pick(self.directions["bias"]))
         moved = torch.as_tensor(moved).expand_as(self.out)
         del self.x, self.out
-        return moved
+        return moved.movedim(0, self.layer.along)
 
     def gradient(self, weights: Tensor) -> dict[str, Tensor]:
+        weights = self.by_row(weights)
         return {
             self.layer.names[role]: torch.tensordot(weights.to(v.dtype).flatten(), v.flatten(0, 1), dims=1)
             for role, v in self.directions.items()

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from forwardgrad import ways
 from forwardgrad.derivative import RandomState, derivatives_under
 from forwardgrad.objective import Objective
-from forwardgrad.outputs import Output, spread
 from forwardgrad.perturbations.activity import Point
 from forwardgrad.perturbations.base import Entered, Perturbation
 from forwardgrad.perturbations.directions import Directions
-from forwardgrad.perturbations.watch import ModelWatch, Transformed, UsedAgain
+from forwardgrad.perturbations.examples import WHOLE, Reading, Rows
+from forwardgrad.perturbations.replay import Slot, errors
+from forwardgrad.perturbations.sums import Scaled
+from forwardgrad.perturbations.surveyed import ATTEMPTS, UNSTEADY, Surveyed
+from forwardgrad.perturbations.watch import ModelWatch, OtherPath, Transformed, UsedAgain
 from forwardgrad.tangents import Law
-
-_Learned = tuple[frozenset[int], frozenset[str]]
-_NOTHING: _Learned = (frozenset(), frozenset())
-_learned: WeakKeyDictionary[nn.Module, dict[Hashable, _Learned]] = WeakKeyDictionary()  # of a model's structure: see ModelWatch
 
 
 @dataclass(frozen=True)
@@ -31,46 +29,91 @@ class Pass:
     """What one evaluation found out, all of it plain tensors.
 
     `loss` is one number; `derivatives` [k] those of the loss; `terms` [k, n] the part of each of n losses, where the loss was not one
-    number. `output` is what the model gave to a loss with a closed-form error, `moved` [k, *output] how that moved. `ended` are the
-    places where blocks end, with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
+    number. `read` are the tensors that the loss is read at, `moved` [k, *read] how those moved. `ended` are the places where blocks end,
+    with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
     """
 
     loss: Float[Tensor, ""]
     derivatives: Float[Tensor, " k"]
-    terms: Float[Tensor, "k n"] | None
     entered: list[Entered]
-    coupled: bool
-    known: Output | None
-    output: Tensor | None
-    moved: Tensor | None
+    reading: Reading = WHOLE
+    terms: Float[Tensor, "k n"] | None = None
+    read: tuple[Tensor, ...] = ()
+    moved: tuple[Tensor, ...] = ()
+    parts: tuple[Scaled, ...] = ()
+    replay: tuple[Callable[..., Tensor], Mapping[Slot, Tensor]] | None = None
     blocks: tuple[int, ...] = ()
     ended: tuple[tuple[Point, Tensor, Tensor | None], ...] = ()
 
     @cached_property
-    def error(self) -> Tensor:
-        assert self.known is not None
-        assert self.output is not None
-        return self.known.error(self.output)
+    def errors(self) -> list[Tensor]:
+        """The derivative of the loss with respect to each tensor that it is read at."""
+        if self.replay is not None:
+            return errors(self.replay[0], self.read, self.replay[1])
+        found: list[Tensor | None] = [None] * len(self.read)
+        for part in self.parts:
+            error, before = part.error(self.read[part.index]), found[part.index]
+            found[part.index] = error if before is None else before + error
+        return [error for error in found if error is not None]
 
     @cached_property
-    def rows(self) -> Float[Tensor, "k n"] | None:
-        """The part of each of the n terms of the loss in its derivatives, None where they cannot be told apart."""
-        if self.known is None or self.moved is None:
-            return self.terms
-        parts = self.error * self.moved
-        return parts.flatten(min(2, parts.dim() - 1)).sum(2) if parts.dim() > 2 else parts.sum(1, keepdim=True)
+    def count(self) -> int:
+        """The number of examples."""
+        read = [self.terms.shape[1:]] if self.terms is not None and self.reading.way == "examples" else [t.shape for t in self.read]
+        return self.reading.examples(read, [entered.shape for entered in self.entered])
 
-    def of(self, entered: Entered) -> Float[Tensor, "k rows"]:
-        """The derivatives that belong to each example of one perturbed place."""
-        if entered.rows == 1:
+    @cached_property
+    def rows(self) -> Float[Tensor, "k count"] | None:
+        """The part of each example in the derivatives of the loss, None where they cannot be told apart."""
+        if self.reading.way == "examples" and self.terms is not None:
+            return self.reading.read[0].gather(self.terms, self.count, lead=1).sum(2)
+        if not self.read or not self.moved:
+            return None
+        parts = [
+            rows.gather(error * moved, self.count, lead=1).sum(2)
+            for rows, error, moved in zip(self.reading.read, self.errors, self.moved, strict=True)
+        ]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return total + self.beyond(total).unsqueeze(1) if self.reading.rest else total  # it may belong to any example
+
+    def scored(self, entered: Entered) -> ways.Scored:
+        """Which part of the loss scores a place, in words."""
+        place, layer = entered.place, ", ".join(name.removeprefix("model.") for name in entered.names)
+        if isinstance(entered, Point) and entered.exact:
+            return ways.Scored(layer, "nothing", "exactly", "the error at the output is known")
+        if place.apart and self.count > 1 and place.rows is not None:
+            return ways.Scored(
+                layer, entered.kind, "by example", f"examples lie along dimension {place.rows.dim} of {tuple(entered.shape)}"
+            )
+        if place.why or (entered.rows > 1 and self.reading.why):
+            return ways.Scored(layer, entered.kind, "by the whole loss", place.why or self.reading.why)
+        return ways.Scored(layer, entered.kind, "by the loss", "all examples share what moves")
+
+    def beyond(self, rows: Float[Tensor, "k count"]) -> Float[Tensor, " k"]:
+        """What of the derivatives of the loss is none of these parts of the examples."""
+        return self.derivatives.to(rows.dtype) - rows.sum(1)
+
+    def of(self, entered: Entered) -> Float[Tensor, "k n"]:
+        """The derivatives that belong to each example at one perturbed place, or one for all that moved there."""
+        if not entered.place.apart or self.rows is None:
             return self.derivatives.unsqueeze(1)
-        return self.share(self.derivatives.unsqueeze(1) if self.rows is None else self.rows, entered)
+        return self.rows
 
-    def share(self, rows: Float[Tensor, "k n"], entered: Entered) -> Float[Tensor, "k rows"]:
-        """What of n numbers, one a term of the loss, belongs to each example of one perturbed place."""
-        if rows.shape[1] == 1 or self.coupled or not entered.apart:
-            return rows.sum(1, keepdim=True).expand(-1, entered.rows)
-        return spread(rows, entered.rows)
+    def share(self, rows: Float[Tensor, "k count"], entered: Entered, beyond: Float[Tensor, " k"] | None = None) -> Float[Tensor, "k n"]:
+        """What of one number an example belongs to each example at one perturbed place: all of it to each where they meet.
+
+        `beyond` is the derivative of what is none of the examples' parts of the loss.
+        """
+        shared = rows if entered.place.apart else rows.sum(1, keepdim=True)
+        counts = beyond is not None and (self.reading.rest or not entered.place.apart)
+        return shared + beyond.unsqueeze(1) if counts and beyond is not None else shared
+
+    def shared_out(self, entered: Entered, parts: Float[Tensor, "k rows"], count: int) -> Float[Tensor, "k count"]:
+        """What is predicted of the rows of one place, as what is predicted of each example: of one that is not apart, an equal share."""
+        if count > 1 and entered.place.apart and entered.place.rows is not None:
+            along = Rows(0, entered.place.rows.turns)
+            return along.gather(parts, count, lead=1).sum(2)
+        return parts.sum(1, keepdim=True).expand(-1, count) / count
 
     def entered_in(self, block: int) -> list[Entered]:
         """What moved in one block, without the layer whose gradient is exact."""
@@ -81,6 +124,11 @@ class Pass:
     def exact(self) -> list[Point]:
         return [entered for entered in self.entered if isinstance(entered, Point) and entered.exact]
 
+    def error_of(self, point: Point) -> Tensor:
+        """The error at a place whose gradient is exact."""
+        assert point.read_at is not None
+        return self.errors[point.read_at]
+
 
 def perturbed_pass(
     objective: Objective,
@@ -89,6 +137,7 @@ def perturbed_pass(
     seeds: list[int],
     device: torch.device,
     *,
+    who: str = "",
     exact_output: bool = False,
     commit: bool = True,
     ends: Callable[[Point], bool] = lambda _: False,
@@ -96,54 +145,66 @@ def perturbed_pass(
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
-    Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place off; that is
-    remembered for the model under this loss, so it happens in the first step alone.
+    Where examples move on their own, the model is surveyed when it takes a path of calls for the first time: `survey` says where its
+    examples lie. Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place
+    off. Both are remembered for the model under this loss, so they happen in the first step alone. `who` is warned about what it costs
+    where examples meet; nobody if left out.
     """
     perturbation.check(law)
-    learned: dict[Hashable, _Learned] = _learned.setdefault(objective.at, {}) if isinstance(objective.at, nn.Module) else {}
-    key = getattr(objective.loss, "__code__", type(objective.loss)), repr(perturbation), exact_output  # a lambda is new at every step
-    at_once, whole = learned.get(key, _NOTHING)
-
-    def watch() -> ModelWatch:
-        directions = Directions(law, seeds, device)
-        return ModelWatch(
-            perturbation, directions, exact_output=exact_output, at_once=at_once, whole=whole, ends=ends, still_ends=still_ends
-        )
-
+    surveyed = Surveyed.of(objective, perturbation, exact_output=exact_output, who=who)
     random = RandomState(objective)
-    while True:
+    for _ in range(ATTEMPTS):
         try:
-            stands, derived = derivatives_under(objective, watch, len(seeds), key, commit=commit)
-            break
+            reading = surveyed.reading()
+
+            def watch(reading: Reading = reading) -> ModelWatch:
+                return ModelWatch(
+                    perturbation,
+                    Directions(law, seeds, device),
+                    reading=reading,
+                    exact_output=exact_output,
+                    at_once=surveyed.memory.at_once,
+                    whole=surveyed.memory.whole,
+                    ends=ends,
+                    still_ends=still_ends,
+                )
+
+            stands, derived = derivatives_under(objective, watch, len(seeds), (surveyed.key, reading.way), commit=commit)
         except UsedAgain as found:
-            at_once |= {found.index}
-            random.restore()
+            surveyed.used_again(found.index)
+        except OtherPath as found:
+            surveyed.went(found.path)
         except Transformed as found:
             if found.blocks:
                 raise
-            whole |= found.names
-            random.restore()
-    if whole - learned.get(key, _NOTHING)[1]:
-        names = ", ".join(sorted(name.removeprefix("model.") for name in whole))
-        warnings.warn(
-            f"the loss uses {names} inside torch.func.grad, vmap or jvp: they move as whole weights, with the noise of Dense()",
-            stacklevel=2,
-        )
-    if at_once or whole:
-        learned[key] = at_once, whole
-    return gathered(derived.values, derived.derivatives, stands)
+            surveyed.went_through(found.names)
+        else:
+            one = gathered(derived.values, derived.derivatives, stands)
+            surveyed.took(stands.path_taken)
+            if (notes := ways.asked.get()) is not None:
+                notes.layers[:] = [one.scored(entered) for entered in one.entered]
+            return one
+        random.restore()
+    raise RuntimeError(UNSTEADY)
 
 
 def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
     """What a watch saw and what was derived, together."""
-    loss, terms, moved = values["loss"], None, derivatives.get("output") if watch.output is not None else None
+    loss, terms = values["loss"], None
     total = derivatives.get("loss", loss.new_empty(0))
     if total.dim() > 1:
         terms = total / total.shape[1]
         loss, total = loss.mean(), total.mean(1)
+    read = _numbered(values, "output")
+    moved = _numbered(derivatives, "output")
     names = [f"block {index}" for index in range(len(watch.ending))]
     ended = tuple(
         (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
     )
-    output = values.get("output")
-    return Pass(loss, total, terms, watch.entered, watch.coupled, watch.output, output, moved, tuple(watch.blocks), ended)
+    replay = None if watch.loss_of is None else (watch.loss_of, watch.constants)
+    return Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
+
+
+def _numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:
+    names: Sequence[str] = [f"{what} {index}" for index in range(sum(name.startswith(f"{what} ") for name in found))]
+    return tuple(found[name] for name in names)

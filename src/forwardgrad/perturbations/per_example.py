@@ -26,9 +26,8 @@ class PerExample(Perturbation):
     Variance: E‖ĝ − ∇f‖² = Σ_b ((n − 1)‖∇f_b‖²) (random signs, n weights; f_b the part of example b), which is smaller than that of one
     shared direction, (n − 1)‖Σ_b ∇f_b‖², by up to the batch size where the gradients of the examples agree. Where they are unrelated
     it gains nothing, and d costs nothing more.
-    Limits: the first dimension of a layer's input is the batch, and the loss tells examples apart: it ends in F.cross_entropy, F.mse_loss
-    or F.binary_cross_entropy_with_logits, or returns one loss an example (reduction="none"). Otherwise, and where BatchNorm in training
-    mode ties the examples together, every example is scored by the whole loss: still unbiased, with the batch's noise added.
+    Limits: where examples meet (batch norm in training, attention over the batch), or the loss cannot be told apart by example, every
+    example is scored by the whole loss: still unbiased, with the batch's noise added. Where they lie is found out: see `survey`.
     Cost: (m + n) random numbers an example and layer; the forward pass gains one product x_b · b_b an example; N(m + n) numbers are kept.
     Layers: Linear, convolutions, gains and biases of norms; Embedding has its output perturbed (see `Activity`); all else is dense.
     Source: independent weight perturbation of Ren et al. (2023), Table 1, who hold that it cannot be batched; directions of rank one can.
@@ -47,9 +46,12 @@ class PerExample(Perturbation):
 class PerExampleUse(Sown):
     """One use of a layer, with a direction for every example."""
 
+    kind: ClassVar[str] = "weights of every example"
+
     def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> None:
         super().__init__()
-        self.layer, self.x, self.out, self.rows = layer, x, out, layer.rows
+        self.layer, self.rows, self.dims = layer, layer.rows, layer.dims
+        self.x, self.out = x.movedim(layer.along, 0), out.movedim(layer.along, 0)
         self.left = self.right = self.bias = None
         if "weight" in layer.names:
             self.left = directions.draw((layer.rows, layer.fan_out), layer.like)
@@ -66,10 +68,11 @@ class PerExampleUse(Sown):
             moved = shift.expand_as(self.out) if moved is None else moved + shift
         del self.x, self.out
         assert moved is not None
-        return moved
+        return moved.movedim(0, self.layer.along)
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         found: dict[str, Gradient] = {}
+        weights = self.by_row(weights)
         names = self.layer.names
         if self.left is not None and self.right is not None:
             scaled = self.left * weights.to(self.left.dtype).unsqueeze(2)
@@ -92,7 +95,7 @@ class PerExampleUse(Sown):
         return torch.as_tensor(total)
 
     def inner(self, other: dict[str, Tensor]) -> Tensor:
-        """With the part of `other` that is each example's: one over the number of examples."""
+        """With the part of `other` that is each row's: one over the number of rows."""
         total: Tensor | float = 0.0
         if self.left is not None and self.right is not None:
             matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)

@@ -1,0 +1,186 @@
+"""Where the examples of a batch lie in a tensor, and what was learned of a model's calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One dimension of a tensor, along which the numbers of each of G examples lie.
+
+    Of a dimension of size G index i is example i. Of a multiple of it, index i is example i // (size/G), blocks of one example in a row
+    (tokens of sentences flattened behind the batch), or i % G where examples take `turns` (time flattened before the batch).
+    """
+
+    dim: int
+    turns: bool = False
+
+    def fits(self, shape: Sequence[int], count: int) -> bool:
+        """Whether a tensor of this shape can hold so many examples this way."""
+        return self.dim < len(shape) and shape[self.dim] >= count and shape[self.dim] % count == 0
+
+    def of(self, size: int, count: int) -> Tensor:
+        """The example of every index [size]."""
+        index = torch.arange(size)
+        return index % count if self.turns else index // (size // count)
+
+    def gather(self, tensor: Tensor, count: int, lead: int = 0) -> Float[Tensor, "*lead count m"]:
+        """The numbers of each example side by side, behind `lead` dimensions that are not the tensor's own."""
+        if count == 1:
+            return tensor.reshape(*tensor.shape[:lead], 1, -1)
+        moved: Tensor = tensor.movedim(lead + self.dim, lead)
+        each = moved.shape[lead] // count
+        if each == 1:
+            return moved.flatten(lead + 1) if moved.dim() > lead + 1 else moved.unsqueeze(-1)
+        cut: Tensor = moved.unflatten(lead, (each, count)).transpose(lead, lead + 1) if self.turns else moved.unflatten(lead, (count, each))
+        return cut.flatten(lead + 1)
+
+    def scatter(self, gathered: Float[Tensor, "count m"], shape: Sequence[int]) -> Tensor:
+        """The inverse of `gather`."""
+        if len(gathered) == 1:
+            return gathered.reshape(tuple(shape))
+        count, inner = len(gathered), [size for dim, size in enumerate(shape) if dim != self.dim]
+        each = shape[self.dim] // count
+        cut = gathered.reshape(count, each, *inner)
+        return (cut.transpose(0, 1) if self.turns else cut).reshape(count * each, *inner).movedim(0, self.dim)
+
+    def along(self, weights: Float[Tensor, "k count"], size: int) -> Float[Tensor, "k size"]:
+        """A number of each example as one for every index along the dimension."""
+        each = size // weights.shape[1]
+        if each == 1:
+            return weights
+        return weights.repeat(1, each) if self.turns else weights.repeat_interleave(each, dim=1)
+
+    def spread(self, weights: Float[Tensor, "k count"], shape: Sequence[int]) -> Tensor:
+        """A number of each example in a shape that multiplies [k, *shape]."""
+        along = self.along(weights, shape[self.dim])
+        return along.reshape(len(along), *[1] * self.dim, -1, *[1] * (len(shape) - 1 - self.dim))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of a model where something moves: where its examples lie, and whether each is seen by its own part of the loss alone.
+
+    `rows` is None where the place has no dimension of examples. A place that is not `apart` is scored by the whole loss. `layer` names
+    its parameters, and `why` says what was seen where it is not apart.
+    """
+
+    layer: str
+    rows: Rows | None = None
+    apart: bool = False
+    why: str = ""
+
+
+Way = Literal["outputs", "replay", "examples", "whole"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was learned of a loss and a model, for one path of calls: see `survey`.
+
+    `way`: the loss is read at the outputs that loss functions with a closed-form error were given ("outputs"), at what went into the
+    calls after the last layer, which are made again to find their derivative ("replay"), as one loss an example ("examples"), or as one
+    number ("whole"). `read` says where the examples lie in what is read, `count` where their number can be read off: a tensor that is
+    read, or a place, and a dimension of it (None: there is one example). `beyond`: there is more in the loss than what is read, such as
+    a penalty on weights (`penalty`) or a factor; `rest`: some of that follows from activities, too. `even` tells where an example has
+    a single row. `since` is the number of calls before those that are made again, `cut` are their inputs. `why` says what stood in the
+    way of a better way.
+    """
+
+    path: Hashable
+    way: Way
+    places: tuple[Place, ...] = ()
+    read: tuple[Rows, ...] = ()
+    count: tuple[Literal["read", "place"], int, int] | None = None
+    beyond: bool = False
+    penalty: bool = False
+    rest: bool = False
+    even: tuple[bool, ...] = ()
+    since: int | None = None
+    cut: tuple[tuple[int, int], ...] = ()
+    why: str = ""
+
+    def examples(self, read: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> int:
+        """How many there are, in tensors of these shapes."""
+        if self.count is None:
+            return 1
+        kind, index, dim = self.count
+        return (read if kind == "read" else places)[index][dim]
+
+    def sizes(self, read: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> Iterator[int | None]:
+        """How many rows what is read and each apart place have for an example; None where examples cannot lie there."""
+        count = self.examples(read, places)
+        told = [*zip(self.read, read, strict=False)]
+        told += [(place.rows, shape) for place, shape in zip(self.places, places, strict=False) if place.apart and place.rows is not None]
+        for rows, shape in told:
+            yield shape[rows.dim] // count if rows.fits(shape, count) else None
+
+    def fits(self, read: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> bool:
+        """Whether examples can lie in tensors of these shapes as they did when this was found out."""
+        if self.count is None:
+            return True
+        sizes = list(self.sizes(read, places))
+        return None not in sizes and tuple(size == 1 for size in sizes) == self.even
+
+    def place(self, index: int) -> Place:
+        return self.places[index] if index < len(self.places) else _NOWHERE
+
+
+_NOWHERE = Place("")
+WHOLE = Reading(None, "whole")
+"""What is known of a loss before anything is: it is one number."""
+
+
+@dataclass
+class Memory:
+    """What is remembered of a model under one loss: places that cannot be put off, parameters that move as a whole from the start, and a
+    reading for each path of calls."""
+
+    at_once: frozenset[int] = frozenset()
+    whole: frozenset[str] = frozenset()
+    readings: dict[Hashable, Reading] = field(default_factory=dict)
+    last: Reading | None = None
+    unsaid: list[str] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+
+    def tell(self, text: str) -> None:
+        """Keep a sentence that the next step of somebody who is to be warned will say, once."""
+        if text and text not in self.said:
+            self.said.add(text)
+            self.unsaid.append(text)
+
+    def keep(self, reading: Reading) -> None:
+        self.readings[reading.path] = self.last = reading
+
+    def forget(self) -> None:
+        """Where examples lie has to be found out anew: other places move."""
+        self.readings, self.last = {}, None
+
+
+MOST = 32  # paths of calls; a model that takes ever new ones is read as a whole
+
+
+def codes(count: int) -> list[Tensor]:
+    """Sets of examples [count] such that of any two, in some set, the first is in it and the second is not."""
+    index, found = torch.arange(count), []
+    for bit in range(max(1, math.ceil(math.log2(count)))):
+        chosen = (index >> bit) % 2 == 1
+        found += [chosen, ~chosen]
+    return [chosen for chosen in found if chosen.any() and not chosen.all()]
+
+
+def halves(count: int) -> list[Tensor]:
+    """Two sets [count], the examples whose number has an odd number of digits 1 and the others: whatever shift or exchange of examples
+    there is, many of them change from one set to the other."""
+    index, odd = torch.arange(count), torch.zeros(count, dtype=torch.bool)
+    for bit in range(count.bit_length()):
+        odd ^= (index >> bit) % 2 == 1
+    return [odd, ~odd]
