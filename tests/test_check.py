@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from tests.test_contract import METHODS, applies, short
 from torch import Generator, Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.checks import ways
 from forwardgrad.checks.bias import convicted
 from forwardgrad.derivative import directional_derivatives
 from forwardgrad.moments import Moments
@@ -101,7 +100,7 @@ def test_the_estimator_without_a_fault_passes(tangents: int) -> None:
     model, loss = deep()
     found = fg.check(loss, model, Own(tangents=tangents), repeats=200)
     assert found.passed, str(found)
-    assert {finding.name for finding in found.findings if finding.status == "note"} == {"examples", "slow paths"}
+    assert {finding.name for finding in found.findings if finding.status == "note"} == {"slow paths"}  # batch norm in training
     assert found.repeats == 200
 
 
@@ -213,14 +212,14 @@ RULELESS: dict[str, tuple[nn.Module, Loss, str]] = {
     "EmbeddingBag": (
         nn.Sequential(nn.EmbeddingBag(7, 3)),
         lambda m: m(torch.tensor([[0, 1], [2, 3]])).square().mean(),
-        "_embedding_bag in 0 (EmbeddingBag)",
+        "EmbeddingBag has no rule for forward mode in torch in module '0' (EmbeddingBag)",
     ),
-    "weight_norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), lambda m: m(rows(6, 4)).mean(), "_weight_norm_interface"),
+    "weight_norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), lambda m: m(rows(6, 4)).mean(), "weight_norm has no rule"),
     "spectral_norm": (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), lambda m: m(rows(6, 4)).mean(), "(_SpectralNorm)"),
-    "packed": (Packed(), lambda m: m(rows(2, 3, 4)).square().mean(), "in lstm (LSTM)"),
-    "ctc": (nn.Linear(4, 5), ctc, "_ctc_loss"),
-    "cdist": (nn.Linear(4, 3), lambda m: torch.cdist(m(rows(6, 4)), rows(5, 3)).mean(), "_cdist_forward"),
-    "custom": (nn.Linear(4, 3), lambda m: Custom.apply(m(rows(6, 4))).mean(), "a custom autograd.Function has no forward rule"),
+    "packed": (Packed(), lambda m: m(rows(2, 3, 4)).square().mean(), "in module 'lstm' (LSTM)"),
+    "ctc": (nn.Linear(4, 5), ctc, "ctc_loss has no rule"),
+    "cdist": (nn.Linear(4, 3), lambda m: torch.cdist(m(rows(6, 4)), rows(5, 3)).mean(), "cdist has no rule"),
+    "custom": (nn.Linear(4, 3), lambda m: Custom.apply(m(rows(6, 4))).mean(), "the autograd function Custom has no rule for forward mode"),
 }
 
 
@@ -246,27 +245,28 @@ def test_an_error_of_the_loss_or_the_estimator_is_a_finding() -> None:
     assert "carries no tangent" in fault.found
 
 
-@dataclass(frozen=True)
-class Call:
-    function: str
-    way: str
-    reason: str = ""
-
-
 @pytest.mark.parametrize(
-    ("calls", "status", "words"),
+    ("behind", "status", "words"),
     [
-        ((Call("linear", "rule"), Call("cumsum", "dual numbers", "it has no rule")), "note", "dual numbers carry cumsum (it has no rule):"),
-        ((Call("linear", "rule"),), "ok", "no call goes"),
+        (lambda h: h.cumsum(1), "note", "torch's dual numbers carry cumsum (there is no rule for it): right, and slower than a rule"),
+        (lambda h: h.tanh(), "ok", "no call goes through torch's dual numbers"),
     ],
 )
-def test_slow_paths_are_told_from_the_rows_of_an_explanation(
-    calls: tuple[Call, ...], status: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ways, "_sections", lambda subject: {"calls": calls})
+def test_slow_paths_are_told(behind: Callable[[Tensor], Tensor], status: str, words: str) -> None:
+    found = fg.check(lambda m: F.mse_loss(behind(m(rows(6, 4))), rows(6, 3)), perceptron().double(), fg.ForwardGradient(), repeats=10)
+    (row,) = [finding for finding in found.findings if finding.name == "slow paths"]
+    assert (row.status, row.found) == (status, words)
+
+
+def test_layers_that_are_scored_by_the_whole_loss_are_named() -> None:
     model, loss = deep()
-    (row,) = [finding for finding in fg.check(loss, model, fg.Backprop(), repeats=10).findings if finding.name == "slow paths"]
-    assert (row.status, words in row.found) == (status, True), row
+    rows_of = {
+        perturb.name: {finding.name: finding for finding in fg.check(loss, model, fg.ForwardGradient(perturb=perturb), repeats=10).findings}
+        for perturb in (fg.Activity(), fg.LowRank())
+    }
+    row = rows_of["activity"]["examples"]
+    assert (row.status, row.found.startswith("examples meet: 0.weight, 0.bias and 2.weight, 2.bias are scored by")) == ("note", True), row
+    assert rows_of["low-rank"]["examples"].status == "ok"
 
 
 def test_parts_that_are_not_the_estimate_are_found() -> None:

@@ -77,7 +77,7 @@ def test_an_import_path_starts_from_the_current_folder(
 
 @pytest.mark.parametrize(
     ("name", "estimator", "words"),
-    [("bag", "forward", "_embedding_bag in 0 (EmbeddingBag)"), ("good", "FILE:Half(tangents=2)", "2.weight never gets an estimate")],
+    [("bag", "forward", "in module '0' (EmbeddingBag)"), ("good", "FILE:Half(tangents=2)", "2.weight never gets an estimate")],
 )
 def test_a_fault_ends_with_status_1(
     name: str, estimator: str, words: str, factory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

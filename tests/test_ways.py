@@ -48,8 +48,7 @@ def test_an_explanation_names_the_way_of_every_call(method: fg.Estimator) -> Non
     found = fg.explain(LOSS, model, method)
     assert (found.way, found.reason) == ("explicit", "")
     assert found.estimator == repr(method)
-    (rows_,) = [section.rows for section in found.sections]
-    assert rows_ == found.calls
+    assert [section.rows for section in found.sections] == [found.calls, found.layers]
     linear = {row.way: row.times for row in found.calls if row.function == "linear"}
     assert sum(linear.values()) == 2  # behind a block of local losses nothing moves
     assert ("rule" in linear) == (not isinstance(method, fg.LocalLosses))
@@ -190,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Loss | None, str]] = {
     "packed": (packed, None, r"packed sequence .* in module '1' \(Middle\).* ZerothOrder"),
     "cdist": (lambda: Middle(lambda h: torch.cdist(h, h.detach()[:4])), None, r"^cdist .* in module '1' .* ZerothOrder"),
     "function": (lambda: Middle(Twice.apply), None, r"autograd function Twice .* in module '1' .*jvp.* ZerothOrder"),
-    "reentrant checkpoint": (checkpointed, None, r"use_reentrant=False .*'use_reentrant': False.* in module '1'"),
+    "reentrant checkpoint": (checkpointed, None, r"in module '1'.*use_reentrant=False .*'use_reentrant': False"),
     "bag": (bag, lambda m: F.cross_entropy(m[1](WORDS), torch.arange(3)), r"EmbeddingBag .* in module '1\.0' .* ZerothOrder"),
     "ctc": (
         nn.Identity,
@@ -246,3 +245,23 @@ def test_a_mistake_of_the_users_stays_its_own() -> None:
 
     with pytest.raises(RuntimeError, match=r"^forward went wrong$"):
         fg.estimate_grad_(loss, nn.Linear(2, 2), fg.ForwardGradient(), generator=seeded())
+
+
+# What scores a layer ------------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_told_with_what_scores_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = rows(6, 4), torch.arange(6) % 3
+    found = fg.explain(lambda m: F.cross_entropy(m(x), y), model, fg.ForwardGradient(perturb=fg.Activity(), exact_output=True))
+    told = [(row.layer, row.moves, row.scored, row.reason) for row in found.layers]
+    assert told == [
+        ("0.weight, 0.bias", "activities", "by the whole loss", "examples meet"),
+        ("1.weight, 1.bias", "weights of every example", "by example", "examples lie along dimension 0 of (6, 5)"),
+        ("3.weight, 3.bias", "nothing", "exactly", "the error at the output is known"),
+    ]
+    assert "by the whole loss" in found.table()
+    with pytest.warns(UserWarning, match="scored by the whole loss"):  # it was told, and is said where nobody asked
+        fg.estimate_grad_(
+            lambda m: F.cross_entropy(m(x), y), model, fg.ForwardGradient(perturb=fg.Activity(), exact_output=True), generator=seeded()
+        )

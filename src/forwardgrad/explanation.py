@@ -28,6 +28,17 @@ class CallRow:
 
 
 @dataclass(frozen=True)
+class LayerRow:
+    """One place that moves, by the parameters of its layer: what moves there and what scores it: "by example" (each by its own part of
+    the loss), "by the whole loss" where examples meet, "by the loss" what all examples share, or "exactly"."""
+
+    layer: str
+    moves: str
+    scored: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of an explanation: rows of one dataclass, whose fields are the columns."""
 
@@ -40,7 +51,8 @@ class Explanation:
     """What `explain` found.
 
     `way` of a pass as a whole: "explicit", "dual numbers" (torch's own forward mode for everything), or "none" where the estimator needs
-    no forward mode; `reason` says why it is not the first. `sections` tell more; `calls` are the rows of the first.
+    no forward mode; `reason` says why it is not the first. `sections` tell more: `calls`, and `layers` with what scores each of them
+    (none where whole weights move, which all examples share).
     """
 
     estimator: str
@@ -51,6 +63,10 @@ class Explanation:
     @property
     def calls(self) -> tuple[CallRow, ...]:
         return self.sections[0].rows
+
+    @property
+    def layers(self) -> tuple[LayerRow, ...]:
+        return self.sections[1].rows
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -91,8 +107,8 @@ def explain(
 
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh()), torch.ones(4, 2)
     >>> found = explain(lambda m: m(x).cumsum(0).sum(), model)
-    >>> found.way, [(row.function, row.way) for row in found.calls][:3]
-    ('explicit', [('cumsum', 'dual numbers'), ('sum', 'dual numbers'), ('linear', 'rule')])
+    >>> found.way, [(row.function, row.way) for row in found.calls][:2]
+    ('explicit', [('cumsum', 'dual numbers'), ('linear', 'rule')])
     """
     chosen = ForwardGradient() if estimator is None else estimator
     if not isinstance(chosen, Estimator):
@@ -107,7 +123,8 @@ def explain(
     finally:
         own.set_state(before)
     way, reason = _whole(notes)
-    return Explanation(repr(chosen), way, reason, (Section("calls", _rows(notes)),))
+    layers = tuple(LayerRow(*scored) for scored in notes.layers)
+    return Explanation(repr(chosen), way, reason, (Section("calls", _rows(notes)), Section("layers", layers)))
 
 
 def _whole(notes: Notes) -> tuple[str, str]:

@@ -19,32 +19,39 @@ _KNOWN = {  # operators whose names their users never see
 }
 _INSTEAD = "replace it, or train this model with ZerothOrder, which needs no derivatives"
 _CHECKPOINT = (
-    "a reentrant checkpoint has no forward mode: call it with use_reentrant=False (of a Hugging Face model, "
+    "call it with use_reentrant=False (of a Hugging Face model, "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})), or leave checkpoints away: "
     "forward gradients keep no activations anyway"
 )
 
 
-def refusal(error: Exception, at: Any) -> Exception | None:
+def refusal(error: Exception, at: Any) -> Said | None:
     """The sentence for an error of torch's own, of a type that catches as it did; None for any other error."""
     if not isinstance(error, (NotImplementedError, RuntimeError)) or isinstance(error, Said):
         return None
     text, where = str(error), place_of(error, at)
     if found := re.search(r"forward AD with (\S+) that does not support it", text):
-        operator = found[1]
-        return Said(f"{_KNOWN.get(operator, operator)} has no rule for forward mode in torch{where}: {_INSTEAD}")
+        return Said(f"{_KNOWN.get(found[1], found[1])} has no rule for forward mode in torch{where}", _INSTEAD)
     if (function := _function_of(error)) is not None and ("setup_context" in text or "jvp" in text):
         if function.__name__ == "CheckpointFunction":
-            return Said(f"{_CHECKPOINT}{where}")
+            return Said(f"a reentrant checkpoint has no forward mode{where}", _CHECKPOINT)
         lacks = "write forward without ctx, with setup_context and jvp" if "setup_context" in text else "give it a jvp"
-        return Said(f"the autograd function {function.__name__} has no rule for forward mode{where}: {lacks} static method, or {_INSTEAD}")
+        return Said(
+            f"the autograd function {function.__name__} has no rule for forward mode{where}", f"{lacks} static method, or {_INSTEAD}"
+        )
     if found := re.search(r"vmap: we do not yet support (?:aten::)?(\w+)", text):
-        return Said(f"{found[1]} cannot take several tangents at once{where}: use tangents=1 or chunk_size=1, or replace it")
+        return Said(f"{found[1]} cannot take several tangents at once{where}", "use tangents=1 or chunk_size=1, or replace it")
+    if "Cannot access data pointer" in text or "doesn't have storage" in text:
+        return Said(f"an operator reads its input's memory, which forward mode does not let it{where} (packed sequences do)", _INSTEAD)
     return None
 
 
 class Said(NotImplementedError):
-    """An error that is a sentence already."""
+    """An error that is a sentence already: what is wrong, and what to do."""
+
+    def __init__(self, what: str, do: str) -> None:
+        super().__init__(f"{what}: {do}")
+        self.what, self.do = what, do
 
 
 def place_of(error: Exception, at: Any) -> str:

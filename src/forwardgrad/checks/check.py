@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -20,6 +21,7 @@ from forwardgrad.diagnostics import LEAST, exact_gradient
 from forwardgrad.estimators.base import Estimator, check_count, check_number
 from forwardgrad.moments import Moments, Part
 from forwardgrad.objective import Point
+from forwardgrad.ways import asking
 
 MOST = 5000  # estimates: what more of them would show is less than what matters in training
 WARM_UP = 20
@@ -87,7 +89,8 @@ def check(
     subject = Subject(loss, at, estimator, generator, {} if state is None else state)
     learns = warm_up if estimator.stateful and state is None else 0
     work = _Work(subject)
-    with held(subject.objective):
+    with held(subject.objective), asking(), warnings.catch_warnings():  # what a step would warn of is a finding here
+        warnings.filterwarnings("ignore", message="derivatives of .* are made by torch's own forward mode")
         findings = tuple(work.findings(learns, seconds, repeats, compile))
     return Check(_named(estimator), findings, tuple(work.parts), work.repeats, time.perf_counter() - began)
 

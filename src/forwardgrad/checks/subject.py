@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from forwardgrad.diagnostics import copied, shown, unchanged
 from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.explanation import Explanation, explain
 from forwardgrad.factored import dense
 from forwardgrad.objective import Objective, Point, scalar
 
@@ -53,6 +54,10 @@ class Subject:
         self.generator.set_state(given.get_state())
         self._gpus = sorted({p.get_device() for p in self.objective.parameters.values() if p.is_cuda})
         self.lowest = max((p.dtype for p in self.objective.parameters.values()), key=lambda dtype: torch.finfo(dtype).eps)
+
+    def explained(self) -> Explanation:
+        """Which way one estimate goes."""
+        return explain(self.objective.loss, self.objective.at, self.estimator, generator=self.generator, state=self.state)
 
     @property
     def tolerance(self) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Generator, nn
@@ -14,32 +13,35 @@ from torch import Generator, nn
 from forwardgrad.checks.findings import Finding, listed
 from forwardgrad.checks.subject import Subject
 from forwardgrad.diagnostics import copied, unchanged
+from forwardgrad.explanation import Explanation
 from forwardgrad.training_step import TrainingStep
 
 _STEPS = 4  # the state of an estimator is filled in the first, and a graph may be compared in three
 
 
-def _sections(subject: Subject) -> Mapping[str, Sequence[Any]]:
-    """The rows of an explanation of one step, by section: the one place that asks for it. Nothing in the library explains a step yet.
-
-    `calls`: rows with `function`, `way` ("dual numbers" is the slow one) and `reason`.
-    """
-    return {}
-
-
 def explained(subject: Subject) -> Iterator[Finding]:
     """Which layers are scored example by example, and which calls go through torch's dual numbers."""
-    sections = _sections(subject)
-    if "layers" not in sections:
-        yield Finding("examples", "note", "not known: nothing tells which layers are scored per example")
-    if "calls" not in sections:
-        yield Finding("slow paths", "note", "not known: nothing tells which calls go through torch's dual numbers")
-        return
-    slow = [f"{row.function} ({row.reason})" if row.reason else row.function for row in sections["calls"] if row.way == "dual numbers"]
-    if slow:
+    found = subject.explained()
+    yield _layers(found)
+    slow = [f"{row.function} ({row.reason})" if row.reason else row.function for row in found.calls if row.way == "dual numbers"]
+    if found.way == "dual numbers":
+        why = found.reason or "it was asked for"
+        yield Finding("slow paths", "note", f"the whole model goes through torch's own forward mode: {why}; right, and slower")
+    elif slow:
         yield Finding("slow paths", "note", f"torch's dual numbers carry {listed(slow)}: right, and slower than a rule")
     else:
         yield Finding("slow paths", "ok", "no call goes through torch's dual numbers")
+
+
+def _layers(found: Explanation) -> Finding:
+    name, whole = "examples", [row for row in found.layers if row.scored == "by the whole loss"]
+    apart = [row for row in found.layers if row.scored == "by example"]
+    if whole:
+        told = f"{whole[0].reason}: {listed([row.layer for row in whole])} are scored by the whole loss, unbiased and noisier"
+        return Finding(name, "note", told, "a shared direction (perturb=LowRank()) has no part of the loss to be told apart")
+    if apart:
+        return Finding(name, "ok", f"all {len(apart)} places where examples move on their own are scored example by example")
+    return Finding(name, "ok", "all examples share what moves")
 
 
 def compiles(subject: Subject) -> Finding:
