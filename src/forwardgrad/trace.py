@@ -44,7 +44,7 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
     shapes = TracingContext(FakeTensorMode())  # make_fx would make another one, with a look at the whole stack, for every tensor
     with torch.no_grad(), tracing(shapes):
         try:
-            with _is_compiling():
+            with as_compiling():
                 graph = make_fx(lambda *_: _seen(step))(*inputs)
         except Untraceable as error:
             raise located(error) from error
@@ -84,7 +84,7 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def _is_compiling() -> Iterator[None]:
+def as_compiling() -> Iterator[None]:
     """Inside, torch's optimizers keep their count of steps a tensor instead of reading it (`torch.compiler.is_compiling()`)."""
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True

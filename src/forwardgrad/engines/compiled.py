@@ -16,8 +16,9 @@ from forwardgrad.engines.graphs import Different, Engine, Run
 from forwardgrad.engines.limit import within
 from forwardgrad.engines.pieces import Pieces, Survey, slots
 from forwardgrad.estimators.base import Estimate
+from forwardgrad.perturbations.surveyed import Unsurveyed
 from forwardgrad.reads import Untraceable
-from forwardgrad.trace import Traced, trace, without_autocast
+from forwardgrad.trace import Traced, as_compiling, trace, without_autocast
 
 Function = Callable[..., Sequence[Any]]
 _log = logging.getLogger("forwardgrad")
@@ -88,7 +89,12 @@ class Compiled(Engine):
 
         inputs = [*survey.tensors, *rates, *numbers]
         try:
-            traced = trace(with_numbers, inputs)
+            try:
+                traced = trace(with_numbers, inputs)
+            except Unsurveyed:  # a model may take other calls while it is compiled
+                with as_compiling(), torch.no_grad():
+                    with_numbers()
+                traced = trace(with_numbers, inputs)
         except Unplanned as error:
             raise Different("the random numbers of a step are not drawn the same way twice") from error
         if any(one is not other for one, other in zip(Survey(pieces, Batch()).tensors, survey.tensors[: survey.given], strict=True)):
