@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEP, _MANY = 4, 10_000
+_LARGE = 2**24  # numbers: a tensor that is larger is data, not what a loss keeps
 
 
 @contextmanager
@@ -82,5 +83,5 @@ def _shallow(holder: Any) -> Any:
 
 
 def _tensors(held: Any) -> list[Tensor]:
-    values = held.values() if isinstance(held, dict) else held
-    return [value for value in values if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and 0 not in value.stride()]
+    values = [value for value in (held.values() if isinstance(held, dict) else held) if isinstance(value, Tensor)]
+    return [t for t in values if not isinstance(t, nn.Parameter) and 0 not in t.stride() and t.numel() <= _LARGE]
