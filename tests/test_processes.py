@@ -18,12 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import forwardgrad as fg
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds after which processes that wait for one another are ended
 
 
 def in_processes(count: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
     """What each of `count` processes of one gloo group finds out."""
-    started = torch.multiprocessing.start_processes(_process, (count, folder, work), count, join=False, start_method="spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))  # where a new process finds what it is to do
+        started = torch.multiprocessing.start_processes(_process, (count, folder, work), count, join=False, start_method="spawn")
     end = time.monotonic() + LIMIT
     while not started.join(timeout=1):
         if time.monotonic() > end:
