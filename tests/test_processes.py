@@ -33,7 +33,7 @@ def in_processes(count: int, folder: Path, work: Callable[[int], Any]) -> list[A
             for process in started.processes:
                 process.terminate()
             pytest.fail(f"{count} processes were not done after {LIMIT} seconds")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 def _process(rank: int, count: int, folder: Path, work: Callable[[int], Any]) -> None:
