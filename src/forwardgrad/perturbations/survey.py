@@ -113,15 +113,21 @@ class Survey:
         return seen.read
 
     def _pass(self, reading: Reading, mark: Mark | None = None, *, exact: bool = False) -> _Seen:
-        self.runs += 1
-
         def watch() -> _SurveyWatch:
-            options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark or _leave}
-            return _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+            return self._watch(reading, mark or _leave, exact)
 
-        stands, derived = derivatives_under(self._objective, watch, 0, None, commit=False)
-        read = [derived.values[f"output {index}"] for index in range(sum(name.startswith("output ") for name in derived.values))]
-        return _Seen(stands, read if reading.way != "examples" else [derived.values["loss"]], derived.values["loss"])
+        return self._evaluated(reading, watch, 0)[0]
+
+    def _watch(self, reading: Reading, mark: Mark, exact: bool) -> _SurveyWatch:
+        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
+        return _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+
+    def _evaluated(self, reading: Reading, watch: Callable[[], _SurveyWatch], count: int) -> tuple[_Seen, dict[str, Tensor]]:
+        """One pass that leaves nothing behind, with `count` tangents: what was seen, and derivatives by name."""
+        self.runs += 1
+        stands, (values, derivatives) = derivatives_under(self._objective, watch, count, None, commit=False)
+        read = [values[f"output {index}"] for index in range(sum(name.startswith("output ") for name in values))]
+        return _Seen(stands, read if reading.way != "examples" else [values["loss"]], values["loss"]), derivatives
 
     def derivatives(self, way: Reading, chosen: Callable[[int, Tensor], Tensor | None]) -> list[Tensor]:
         """How what the loss is read at follows where the numbers that are chosen at each place move."""
@@ -144,14 +150,10 @@ class Survey:
                 numbers = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
                 return stands.evaluation.inject(tensor, _Half(numbers * inside))
 
-            options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
-            stands = _SurveyWatch(self._perturbation, Still(), reading=way, exact_output=exact, **options)
+            stands = self._watch(way, mark, exact)
             return stands
 
-        self.runs += 1
-        stands, derived = derivatives_under(self._objective, watch, 1, None, commit=False)
-        read = [derived.values[f"output {index}"] for index in range(sum(name.startswith("output ") for name in derived.values))]
-        return _Seen(stands, read, derived.values["loss"]), derived.derivatives
+        return self._evaluated(way, watch, 1)
 
     def reading(self) -> Reading:
         """What is found out of the path of calls that the model takes now."""
