@@ -26,15 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from forwardgrad.estimators.base import Estimate
-from forwardgrad.lab import data, environment, state, store, train
+from forwardgrad.lab import environment
+from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.precision import arranged
-from forwardgrad.lab.progress import POLL_SECONDS
-from forwardgrad.lab.run import Optimizer, Run, to_json
-from forwardgrad.lab.spec import parse_estimator
-from forwardgrad.lab.state import State, begin, draw_order, steps_per_epoch
-from forwardgrad.lab.tensorboard import Board
-from forwardgrad.lab.watch import Watch
+from forwardgrad.lab.store import store
+from forwardgrad.lab.store.progress import POLL_SECONDS
+from forwardgrad.lab.store.standing import Watch
+from forwardgrad.lab.studies.estimator_text import parse_estimator
+from forwardgrad.lab.studies.run import Optimizer, Run, to_json
+from forwardgrad.lab.training import loop as train
+from forwardgrad.lab.training import state
+from forwardgrad.lab.training.precision import arranged
+from forwardgrad.lab.training.state import State, begin, draw_order, steps_per_epoch
+from forwardgrad.lab.training.tensorboard import Board
 from forwardgrad.training_step import TrainingStep
 
 GOAL = 0.01
@@ -75,7 +79,7 @@ def step_of(run: Run, at: State) -> Callable[..., Estimate]:
     return TrainingStep(*pieces, generator=at.generator, state=at.memory, engine=run.engine)
 
 
-def bare(run: Run, dataset: data.Dataset, at: State, take: Callable[..., Estimate]) -> Callable[[int], float]:
+def bare(run: Run, dataset: datasets.Dataset, at: State, take: Callable[..., Estimate]) -> Callable[[int], float]:
     """A function that takes the steps up to one, and nothing else, and returns the seconds that takes."""
     per_epoch = steps_per_epoch(run, dataset)
 
@@ -94,7 +98,7 @@ def bare(run: Run, dataset: data.Dataset, at: State, take: Callable[..., Estimat
 
 
 def in_turn(
-    run: Run, dataset: data.Dataset, at: State, other: Callable[[int], float], folder: Path, blocks: int
+    run: Run, dataset: datasets.Dataset, at: State, other: Callable[[int], float], folder: Path, blocks: int
 ) -> list[tuple[float, float]]:
     """Seconds of every block of the laboratory's loop and of the other, blocks with an evaluation left out."""
     per_epoch, found = steps_per_epoch(run, dataset), list[tuple[float, float]]()
@@ -124,7 +128,7 @@ def in_turn(
     return found
 
 
-def pieces(run: Run, dataset: data.Dataset, at: State, folder: Path, step: float) -> dict[str, float]:
+def pieces(run: Run, dataset: datasets.Dataset, at: State, folder: Path, step: float) -> dict[str, float]:
     """Seconds a step of what comes seldom."""
     watched = typical(lambda: train._watched(run, dataset, at)) - step
     checkpoint = typical(lambda: store.write_whole(folder / "checkpoint.pt", at.dump()))
@@ -152,14 +156,14 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40]
 
 
-def prepared(options: argparse.Namespace) -> tuple[Run, data.Dataset]:
+def prepared(options: argparse.Namespace) -> tuple[Run, datasets.Dataset]:
     spec = parse_estimator(options.estimator)
     run = Run("mnist", options.model, spec, Optimizer(options.optimizer, 1e-6, 1e-6), 50, options.batch_size)
     if not options.empty:
-        return run, data.load("mnist", 0, "cpu", options.data_dir)
+        return run, datasets.load("mnist", 0, "cpu", options.data_dir)
     state.build_model = lambda run, dataset, on: Nothing()
-    splits = [data.Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
-    return run, data.Dataset("none", 10, *splits)
+    splits = [datasets.Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
+    return run, datasets.Dataset("none", 10, *splits)
 
 
 def main() -> None:

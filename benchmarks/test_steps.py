@@ -11,8 +11,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from forwardgrad.lab.bench_arms import ARMS, Arm, Step
-from forwardgrad.lab.bench_cases import Case, build
+from forwardgrad.lab.bench.arms import ARMS, Arm, Step
+from forwardgrad.lab.bench.cases import Case, build
 
 CASES = (
     Case("nn", 64, "contiguous"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.cases import GIVEN_UP, classify, perceptron, regress, rows, seeded, trained, true_gradient
+from tests.support.cases import GIVEN_UP, classify, perceptron, regress, rows, seeded, trained, true_gradient
 from torch import Tensor, nn
 
 import forwardgrad as fg

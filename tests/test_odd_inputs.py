@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.cases import convolutional, rows, seeded
+from tests.support.cases import convolutional, rows, seeded
 from torch import Tensor, nn
 
 import forwardgrad as fg

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 import torch.nn.functional as F
-from tests.cases import seeded
+from tests.support.cases import seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_contract import METHODS, short
+from tests.estimators.test_contract import METHODS, short
 from torch import Tensor, nn
 
 import forwardgrad as fg

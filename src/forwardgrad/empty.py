@@ -9,12 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from forwardgrad.derivative import Redo, plainly
-from forwardgrad.estimators.backprop import Backprop
-from forwardgrad.estimators.base import Estimate, Estimator
-from forwardgrad.estimators.fixed_feedback import Readout
-from forwardgrad.estimators.forward import ForwardGradient
-from forwardgrad.estimators.zeroth_order import ZerothOrder
+from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient, Readout, ZerothOrder
+from forwardgrad.forward_mode import Redo, plainly
 from forwardgrad.objective import Objective
 
 T = TypeVar("T")

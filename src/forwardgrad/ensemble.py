@@ -13,18 +13,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from forwardgrad.derivative import derivatives_under, directional_derivatives, plainly
-from forwardgrad.estimators.backprop import Backprop
-from forwardgrad.estimators.base import Estimate, Estimator, check_count, needed
-from forwardgrad.estimators.forward import ForwardGradient, add, add_exact, add_parts
+from forwardgrad.calls import ATTEMPTS, UNSTEADY, ModelWatch, OtherPath, Pass, Surveyed, UsedAgain, code_of, gathered
+from forwardgrad.directions import Directions, Law, fork
+from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient, add, add_exact, add_parts, check_count, needed
+from forwardgrad.forward_mode import derivatives_under, directional_derivatives, plainly
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Dense
-from forwardgrad.perturbations.dense import DenseUse
-from forwardgrad.perturbations.directions import Directions
-from forwardgrad.perturbations.passes import Pass, gathered
-from forwardgrad.perturbations.surveyed import ATTEMPTS, UNSTEADY, Surveyed, code_of
-from forwardgrad.perturbations.watch import ModelWatch, OtherPath, UsedAgain
-from forwardgrad.tangents import Law, fork
+from forwardgrad.perturbations import Dense, DenseUse
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]

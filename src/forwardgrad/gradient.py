@@ -9,9 +9,7 @@ from torch import Generator, Tensor
 
 from forwardgrad.empty import check_value, estimated, instead, is_empty
 from forwardgrad.ensemble import Ensemble, unbatched
-from forwardgrad.estimators.backprop import Backprop
-from forwardgrad.estimators.base import Estimate, Estimator
-from forwardgrad.estimators.forward import ForwardGradient
+from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient
 from forwardgrad.objective import Objective, Point
 from forwardgrad.processes import check_processes
 

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.engines.batch import Batch
-from forwardgrad.engines.pieces import Pieces
-from forwardgrad.estimators.backprop import Backprop
-from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.engines import Batch, Pieces
+from forwardgrad.estimators import Backprop, Estimate, Estimator
 from forwardgrad.processes import check_processes
 
 if TYPE_CHECKING:
-    from forwardgrad.engines.graphs import Engine
+    from forwardgrad.engines import Engine
 
 EngineName = Literal["eager", "compile", "graph"]
 
@@ -87,7 +85,6 @@ class TrainingStep(Pieces):
 
 def _engine(pieces: Pieces, name: EngineName, limit: float | None) -> Engine:
     """Loaded here, since tracing takes a second to load that an eager step need not wait for."""
-    from forwardgrad.engines.captured import Captured
-    from forwardgrad.engines.compiled import Compiled
+    from forwardgrad.engines import Captured, Compiled
 
     return Compiled(pieces, limit) if name == "compile" else Captured(pieces, limit)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from forwardgrad.draws import Plan
+from forwardgrad.directions import Plan
 from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.compiled import Compiled, Function
 from forwardgrad.engines.graphs import Run
 from forwardgrad.engines.pieces import Survey
-from forwardgrad.reads import Untraceable
-from forwardgrad.trace import Traced
+from forwardgrad.engines.reads import Untraceable
+from forwardgrad.engines.trace import Traced
 
 
 class Captured(Compiled):

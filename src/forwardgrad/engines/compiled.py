@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from forwardgrad.draws import Plan, Unplanned, handed
+from forwardgrad.calls import Unsurveyed
+from forwardgrad.directions import Plan, Unplanned, handed
 from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.graphs import Different, Engine, Run
 from forwardgrad.engines.limit import within
 from forwardgrad.engines.pieces import Pieces, Survey, slots
-from forwardgrad.estimators.base import Estimate
-from forwardgrad.perturbations.surveyed import Unsurveyed
-from forwardgrad.reads import Untraceable
-from forwardgrad.trace import Traced, as_compiling, trace, without_autocast
+from forwardgrad.engines.reads import Untraceable
+from forwardgrad.engines.trace import Traced, as_compiling, trace, without_autocast
+from forwardgrad.estimators import Estimate
 
 Function = Callable[..., Sequence[Any]]
 _log = logging.getLogger("forwardgrad")

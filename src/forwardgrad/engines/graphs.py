@@ -12,12 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from forwardgrad.draws import Plan, planned
+from forwardgrad.directions import Plan, planned
 from forwardgrad.engines.batch import Batch, Opaque
 from forwardgrad.engines.limit import Late
 from forwardgrad.engines.pieces import ModelSurvey, Pieces, Snapshot, Survey
-from forwardgrad.estimators.base import Estimate
-from forwardgrad.reads import Untraceable
+from forwardgrad.engines.reads import Untraceable
+from forwardgrad.estimators import Estimate
 
 MOST = 8  # graphs that a step may have: one for every shape of batch and setting of the model
 TRIES = 3  # steps in which a graph is compared with the eager step before it is given up: d may be near zero by chance

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from forwardgrad.empty import estimated
 from forwardgrad.engines.batch import Batch
-from forwardgrad.estimators.base import Estimate, Estimator
+from forwardgrad.estimators import Estimate, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.objective import Objective
 

@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from forwardgrad.calls import Pass, perturbed_pass
+from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations.activity import Activity, Point
-from forwardgrad.perturbations.base import Entered
-from forwardgrad.perturbations.passes import Pass, perturbed_pass
-from forwardgrad.tangents import Law, Rademacher, fork
+from forwardgrad.perturbations import Activity, Entered, Point
 
 STEP = "step"
 
@@ -41,7 +40,7 @@ class LearnedFeedback(Estimator):
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
     Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
     Limits: layers with the same number of units at every step. The error at the output has to be known: the loss is a sum of torch's
-    loss functions (see `forwardgrad.outputs`), or follows from at most 2,048 numbers that the last layer returns.
+    loss functions (see `forwardgrad.forward_mode.rules.losses`), or follows from at most 2,048 numbers that the last layer returns.
 
     Args:
         rule: "lms" or "average".

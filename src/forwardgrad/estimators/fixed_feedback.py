@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from forwardgrad.calls import perturbed_pass
+from forwardgrad.directions import Rademacher
 from forwardgrad.estimators.base import Estimate, Estimator, needed
 from forwardgrad.estimators.feedback import matrix, output_of, places_of, warn_of_penalty
 from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations.activity import Activity
-from forwardgrad.perturbations.passes import perturbed_pass
-from forwardgrad.tangents import Rademacher
+from forwardgrad.perturbations import Activity
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.derivative import directional_derivatives
+from forwardgrad.calls import Pass, perturbed_pass
+from forwardgrad.directions import Gaussian, Law, fork
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.factored import Gradient, dense
+from forwardgrad.forward_mode import directional_derivatives
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Activity, Cheapest, Dense, Perturbation
-from forwardgrad.perturbations.base import Sown
-from forwardgrad.perturbations.dense import DenseUse
-from forwardgrad.perturbations.passes import Pass, perturbed_pass
-from forwardgrad.tangents import Gaussian, Law, fork
+from forwardgrad.perturbations import Activity, Cheapest, Dense, DenseUse, Perturbation, Sown
 
 _WEIGHTS = Dense()
 

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.derivative import directional_derivatives
+from forwardgrad.directions import Gaussian, Law
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.forward_mode import directional_derivatives
 from forwardgrad.objective import Objective, Point
-from forwardgrad.tangents import Gaussian, Law
 
 
 @dataclass(frozen=True)

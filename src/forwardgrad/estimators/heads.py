@@ -12,9 +12,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.optim.adam import adam
 
-from forwardgrad.draws import drawn
-from forwardgrad.perturbations.sums import Scaled
-from forwardgrad.tangents import Law
+from forwardgrad.calls import Scaled
+from forwardgrad.directions import Law, drawn
 
 Sight = Literal["flatten", "pooled", "positions"]
 SIGHTS = ("flatten", "pooled", "positions")

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad import levels
-from forwardgrad.derivative import RandomState, Redo
-from forwardgrad.draws import drawn
+from forwardgrad.directions import Gaussian, Law, drawn
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.forward_mode import RandomState, Redo, levels
 from forwardgrad.objective import Objective
-from forwardgrad.tangents import Gaussian, Law
 
 
 @dataclass(frozen=True)

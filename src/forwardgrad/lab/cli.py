@@ -10,8 +10,7 @@ import typer
 
 from forwardgrad import __version__
 from forwardgrad.lab import interrupts
-from forwardgrad.lab.commands import checking, datasets, measuring, reading, studies, training
-from forwardgrad.lab.commands.ending import INTERRUPTED, MISTAKE, STATUSES
+from forwardgrad.lab.commands import INTERRUPTED, MISTAKE, STATUSES, checking, datasets, measuring, reading, studies, training
 from forwardgrad.lab.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -46,7 +46,7 @@ def describe(on: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
     }
     if on.type == "cuda":
-        from forwardgrad.trace import tf32  # takes a second to load
+        from forwardgrad.engines import tf32  # takes a second to load
 
         found["tf32"] = tf32()
     return found

@@ -1,12 +1,8 @@
-"""What is perturbed: whole weights, weights of low rank, weights for every example, activities, or the cheapest of these by layer."""
+"""What moves along a direction: whole weights, weights of low rank, weights for every example, activities, or the cheapest of these.
 
-from forwardgrad.perturbations.activity import Activity
-from forwardgrad.perturbations.base import Perturbation
-from forwardgrad.perturbations.cheapest import Cheapest
-from forwardgrad.perturbations.dense import Dense
-from forwardgrad.perturbations.low_rank import LowRank
-from forwardgrad.perturbations.per_example import PerExample
+In: a layer, its input and a direction. Out: the tangent of the layer's output, and the layer's gradient once the derivative is known.
+"""
 
-PERTURBATIONS: tuple[type[Perturbation], ...] = (Dense, LowRank, PerExample, Activity, Cheapest)
+from forwardgrad._lazy import attach
 
-__all__ = ["PERTURBATIONS", "Activity", "Cheapest", "Dense", "LowRank", "PerExample", "Perturbation"]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Calls, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
 

@@ -12,11 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
+from forwardgrad.directions import Directions, Law
 from forwardgrad.factored import Gradient
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.examples import Place
 from forwardgrad.perturbations.layers import Layer
-from forwardgrad.tangents import Law
 
 Pick = Callable[[Tensor], Tensor]
 """From a stack of K to the one that is being evaluated: `stack[k]`, with k unknown to the code while K are evaluated at once."""

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from forwardgrad.directions import Directions
 from forwardgrad.perturbations.activity import Activity
 from forwardgrad.perturbations.base import Entered, Perturbation
 from forwardgrad.perturbations.dense import Dense
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Layer
 from forwardgrad.perturbations.low_rank import LowRank
 from forwardgrad.perturbations.per_example import PerExample

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Factored
-from forwardgrad.fused import shifted
+from forwardgrad.forward_mode.rules import shifted
 from forwardgrad.perturbations.outer import outer, scaled
 
 Calls = Callable[..., Any]

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from forwardgrad.directions import Directions
 from forwardgrad.factored import Factored, Gradient
 from forwardgrad.perturbations.base import Perturbation, Pick, Sown
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Layer
 
 

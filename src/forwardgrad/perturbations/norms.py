@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from forwardgrad.directions import Directions
 from forwardgrad.perturbations.base import Pick, Sown
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Norm
 
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from forwardgrad.directions import Directions
 from forwardgrad.factored import Factored, Gradient
 from forwardgrad.perturbations.activity import Activity
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick, Sown
-from forwardgrad.perturbations.directions import Directions
 from forwardgrad.perturbations.layers import Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
 

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.length import Pace
-from forwardgrad.lab.place import Place
-from forwardgrad.lab.run import Run
+from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Study
+from forwardgrad.lab.studies import Pace, Run, Study
 from forwardgrad.lab.tuning import Campaign
 
 
@@ -21,8 +19,8 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
     Before the first of them writes anything, all of them are planned and what they need is looked at.
     """
     from forwardgrad.lab.environment import command
-    from forwardgrad.lab.execute import execute, ready
-    from forwardgrad.lab.progress import Progress
+    from forwardgrad.lab.execution import execute, ready
+    from forwardgrad.lab.store import Progress
 
     check(place)
     store, progress = Store(out), Progress()
@@ -50,7 +48,7 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
 def show_cost(study: Study, out: Path, place: Place) -> None:
     """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
     from forwardgrad.lab.environment import command
-    from forwardgrad.lab.paces import costs, table
+    from forwardgrad.lab.tuning import costs, table
 
     check(place)
     with tempfile.TemporaryDirectory() as away:
@@ -68,7 +66,7 @@ def check(place: Place) -> None:
 
         device(place.device)
     if place.tensorboard:
-        from forwardgrad.lab.tensorboard import installed
+        from forwardgrad.lab.training import installed
 
         installed()
 
@@ -77,7 +75,7 @@ def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
     """What looks at runs before a record names them. Data that only the nodes of a cluster see is not looked for here."""
 
     def look(runs: Sequence[Run]) -> None:
-        from forwardgrad.lab.examine import examine
+        from forwardgrad.lab.tuning import examine
 
         if place.address is None:
             examine(runs, place.data_dir)
@@ -89,7 +87,7 @@ def _pace(place: Place) -> Callable[[Run], Pace]:
     """What a step costs here, measured when it is asked for."""
 
     def pace(run: Run) -> Pace:
-        from forwardgrad.lab.paces import measure
+        from forwardgrad.lab.tuning import measure
 
         try:
             return measure(run, place.device, place.data_dir, place.share)

@@ -29,9 +29,9 @@ def check(
     """Check an estimator on your own model: directions, bias, what it leaves behind, what has no rule. Status 1: a fault was found."""
     import torch
 
-    from forwardgrad.checks.check import check as checked
-    from forwardgrad.lab.factory import estimator as named
-    from forwardgrad.lab.factory import pair
+    from forwardgrad.diagnostics.checks import check as checked
+    from forwardgrad.lab.commands.factory import estimator as named
+    from forwardgrad.lab.commands.factory import pair
 
     if not 0 < seconds < float("inf"):
         raise UserError(f"--seconds must be a number above 0, not {seconds}")

@@ -8,14 +8,14 @@ import typer
 
 from forwardgrad.lab.commands.options import DataDir
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.run import DataName, check_choice
+from forwardgrad.lab.studies import DataName, check_choice
 
 
 def fetch(
     names: Annotated[list[str] | None, typer.Argument(help="mnist, cifar10; both if left out.")] = None, data_dir: DataDir = None
 ) -> None:
     """Download the official files, check them, and lay them out; what is there and good is not downloaded again."""
-    from forwardgrad.lab.fetch import fetch as download
+    from forwardgrad.lab.data import fetch as download
 
     for name in names or []:  # all of them, before the first is downloaded
         check_choice(name, DataName, "data set")

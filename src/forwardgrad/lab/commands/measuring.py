@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from forwardgrad.lab.commands.options import OUT, Data, DataDir, Device, Model, Out, Seed, counts, numbers, write_report
-from forwardgrad.lab.spec import parse_estimators
 from forwardgrad.lab.store import Store
+from forwardgrad.lab.studies import parse_estimators
 
 
 def bench(
@@ -33,7 +33,8 @@ def bench(
 ) -> None:
     """Measure one whole step of every arm, all in turn in one run: time, memory, random numbers, the roofline, and what it is worth."""
     from forwardgrad.lab import bench as benchmark
-    from forwardgrad.lab import bench_arms, bench_cases
+    from forwardgrad.lab.bench import arms as bench_arms
+    from forwardgrad.lab.bench import cases as bench_cases
 
     cases = bench_cases.cases(models, batch_size, sweep, layout)
     chosen = bench_arms.arms(arms, law, on_gpu=device.startswith("cuda"))
@@ -48,7 +49,7 @@ def bench(
 
 def estimators() -> None:
     """List every estimator that --estimator can name, with its options and their defaults."""
-    from forwardgrad.lab.listing import listing
+    from forwardgrad.lab.commands.listing import listing
 
     print(listing())
 
@@ -68,7 +69,8 @@ def quality(
     out: Out = OUT,
 ) -> None:
     """Measure bias, variance, angle and cost of estimators against the exact gradient of one batch, and add that to the report."""
-    from forwardgrad.lab.quality import Setting, arms, measure
+    from forwardgrad.lab.bench import Setting
+    from forwardgrad.lab.bench.quality_of_estimates import arms, measure
 
     chosen = arms(parse_estimators(estimators), counts(tangents, "--tangents"))
     setting = Setting(model, data, batch_size, repeats, warm_up, learn, seed)

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.place import ExecutorName
-from forwardgrad.lab.run import DataName, Engine, ModelName, OptimizerName, Precision
-from forwardgrad.lab.spec import parse_estimator
+from forwardgrad.lab.execution import ExecutorName
 from forwardgrad.lab.store import Store
+from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision, parse_estimator
 
 OUT = Path("runs")  # not "results": the folder of that name in a checkout holds what was published
 Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]

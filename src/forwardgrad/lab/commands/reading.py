@@ -10,9 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from forwardgrad.lab import catalogue
 from forwardgrad.lab.commands.options import write_report
-from forwardgrad.lab.store import Store
+from forwardgrad.lab.store import Store, catalogue
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]
 Column = Literal[
@@ -88,7 +87,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
 ) -> None:
     """Show how far the runs of an output folder are, until all are done; Ctrl-C ends the watching and nothing else."""
-    from forwardgrad.lab.progress import watch as show
+    from forwardgrad.lab.store import watch as show
 
     with contextlib.suppress(KeyboardInterrupt):
         show(Store(directory, create=False), once=once)

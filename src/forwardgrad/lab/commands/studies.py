@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from forwardgrad.lab import beyond, noise, recipes
+from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, show_cost
 from forwardgrad.lab.commands.ending import end_of_studies
 from forwardgrad.lab.commands.options import (
@@ -30,10 +30,10 @@ from forwardgrad.lab.commands.options import (
     write_report,
 )
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.everything import Budget, everything
-from forwardgrad.lab.place import Place
+from forwardgrad.lab.execution import Place
+from forwardgrad.lab.recipes import Budget, beyond, everything, noise
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Study
+from forwardgrad.lab.studies import Study
 
 RETUNED = {
     "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
@@ -62,7 +62,7 @@ def study(
 
     Exit status: 0 where it has all its results, 1 where a run failed, 3 where nothing failed but all trials of an arm diverged.
     """
-    from forwardgrad.lab.studyfile import load
+    from forwardgrad.lab.studies import load
 
     found, folder = load(file, dict(_setting(text) for text in settings or []))
     place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, folder, retry_failed, tensorboard)
@@ -136,7 +136,7 @@ def reproduce(
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
     store, campaigns = carry_out([study.computed(precision, engine)], out, place)
     if recipe == "baydin":
-        from forwardgrad.lab import functions
+        from forwardgrad.lab.training import functions
 
         functions.write(store)
     if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
@@ -146,7 +146,7 @@ def reproduce(
 
 
 def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
-    from forwardgrad.lab import functions
+    from forwardgrad.lab.training import functions
 
     store, campaigns = carry_out(studies, out, place)
     functions.write(store)
@@ -158,8 +158,7 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
     """Time a step of the networks that were not timed before in this store; what another machine or commit timed there is kept."""
     from forwardgrad.lab import bench as benchmark
-    from forwardgrad.lab.bench_arms import TABLE_1
-    from forwardgrad.lab.bench_cases import Case
+    from forwardgrad.lab.bench import TABLE_1, Case
 
     if untimed := [Case(name, 64) for name in sorted(set(networks) - benchmark.measured(store, device))]:
         if benchmark.replaces(store, device):

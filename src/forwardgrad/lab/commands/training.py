@@ -42,12 +42,9 @@ from forwardgrad.lab.commands.options import (
     numbers,
     write_report,
 )
-from forwardgrad.lab.length import Length
-from forwardgrad.lab.place import Place
-from forwardgrad.lab.run import Optimizer, Run
-from forwardgrad.lab.spec import format_estimator, parse_estimator
+from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.study import Arm, Study
+from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, format_estimator, parse_estimator
 
 
 def train(
@@ -82,8 +79,8 @@ def train(
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
     place = Place(device, data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
     check(place)
-    from forwardgrad.lab.execute import execute
-    from forwardgrad.lab.progress import Progress, describe
+    from forwardgrad.lab.execution import execute
+    from forwardgrad.lab.store import Progress, describe
 
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
     result = execute([run], store, place, progress)[run.identity]

@@ -1,0 +1,12 @@
+from forwardgrad.calls.passes import Pass as Pass
+from forwardgrad.calls.passes import gathered as gathered
+from forwardgrad.calls.passes import perturbed_pass as perturbed_pass
+from forwardgrad.calls.sums import Scaled as Scaled
+from forwardgrad.calls.surveyed import ATTEMPTS as ATTEMPTS
+from forwardgrad.calls.surveyed import UNSTEADY as UNSTEADY
+from forwardgrad.calls.surveyed import Surveyed as Surveyed
+from forwardgrad.calls.surveyed import Unsurveyed as Unsurveyed
+from forwardgrad.calls.surveyed import code_of as code_of
+from forwardgrad.calls.watch import ModelWatch as ModelWatch
+from forwardgrad.calls.watch import OtherPath as OtherPath
+from forwardgrad.calls.watch import UsedAgain as UsedAgain

@@ -1,0 +1,207 @@
+"""One evaluation of a loss with a perturbation at work: what moved, by how much the loss followed, example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forwardgrad.calls.replay import Slot, errors
+from forwardgrad.calls.sums import Scaled
+from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
+from forwardgrad.calls.watch import ModelWatch, OtherPath, Transformed, UsedAgain
+from forwardgrad.directions import Directions, Law
+from forwardgrad.forward_mode import RandomState, derivatives_under
+from forwardgrad.forward_mode import notes as ways
+from forwardgrad.objective import Objective
+from forwardgrad.perturbations import WHOLE, Entered, Perturbation, Point, Reading, Rows
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one evaluation found out, all of it plain tensors.
+
+    `loss` is one number; `derivatives` [k] those of the loss; `terms` [k, n] the part of each of n losses, where the loss was not one
+    number. `read` are the tensors that the loss is read at, `moved` [k, *read] how those moved. `ended` are the places where blocks end,
+    with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
+    """
+
+    loss: Float[Tensor, ""]
+    derivatives: Float[Tensor, " k"]
+    entered: list[Entered]
+    reading: Reading = WHOLE
+    terms: Float[Tensor, "k n"] | None = None
+    read: tuple[Tensor, ...] = ()
+    moved: tuple[Tensor, ...] = ()
+    parts: tuple[Scaled, ...] = ()
+    replay: tuple[Callable[..., Tensor], Mapping[Slot, Tensor]] | None = None
+    blocks: tuple[int, ...] = ()
+    ended: tuple[tuple[Point, Tensor, Tensor | None], ...] = ()
+
+    @cached_property
+    def errors(self) -> list[Tensor]:
+        """The derivative of the loss with respect to each tensor that it is read at."""
+        if self.replay is not None:
+            return errors(self.replay[0], self.read, self.replay[1])
+        found: list[Tensor | None] = [None] * len(self.read)
+        for part in self.parts:
+            error, before = part.error(self.read[part.index]), found[part.index]
+            found[part.index] = error if before is None else before + error
+        return [error for error in found if error is not None]
+
+    @cached_property
+    def count(self) -> int:
+        """The number of examples."""
+        read = [self.terms.shape[1:]] if self.terms is not None and self.reading.way == "examples" else [t.shape for t in self.read]
+        return self.reading.examples(read, [entered.shape for entered in self.entered])
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "k count"] | None:
+        """The part of each example in the derivatives of the loss, None where they cannot be told apart."""
+        if self.reading.way == "examples" and self.terms is not None:
+            return self.reading.read[0].gather(self.terms, self.count, lead=1).sum(2)
+        if not self.read or not self.moved:
+            return None
+        parts = [
+            rows.gather(error * moved, self.count, lead=1).sum(2)
+            for rows, error, moved in zip(self.reading.read, self.errors, self.moved, strict=True)
+        ]
+        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return total + self.beyond(total).unsqueeze(1) if self.reading.rest else total  # it may belong to any example
+
+    def scored(self, entered: Entered) -> ways.Scored:
+        """Which part of the loss scores a place, in words."""
+        place, layer = entered.place, ", ".join(name.removeprefix("model.") for name in entered.names)
+        if isinstance(entered, Point) and entered.exact:
+            return ways.Scored(layer, "nothing", "exactly", "the error at the output is known")
+        if place.apart and self.count > 1 and place.rows is not None:
+            return ways.Scored(
+                layer, entered.kind, "by example", f"examples lie along dimension {place.rows.dim} of {tuple(entered.shape)}"
+            )
+        if place.why or (entered.rows > 1 and self.reading.why):
+            return ways.Scored(layer, entered.kind, "by the whole loss", place.why or self.reading.why)
+        return ways.Scored(layer, entered.kind, "by the loss", "all examples share what moves")
+
+    def beyond(self, rows: Float[Tensor, "k count"]) -> Float[Tensor, " k"]:
+        """What of the derivatives of the loss is none of these parts of the examples."""
+        return self.derivatives.to(rows.dtype) - rows.sum(1)
+
+    def of(self, entered: Entered) -> Float[Tensor, "k n"]:
+        """The derivatives that belong to each example at one perturbed place, or one for all that moved there."""
+        if not entered.place.apart or self.rows is None:
+            return self.derivatives.unsqueeze(1)
+        return self.rows
+
+    def share(self, rows: Float[Tensor, "k count"], entered: Entered, beyond: Float[Tensor, " k"] | None = None) -> Float[Tensor, "k n"]:
+        """What of one number an example belongs to each example at one perturbed place: all of it to each where they meet.
+
+        `beyond` is the derivative of what is none of the examples' parts of the loss.
+        """
+        shared = rows if entered.place.apart else rows.sum(1, keepdim=True)
+        counts = beyond is not None and (self.reading.rest or not entered.place.apart)
+        return shared + beyond.unsqueeze(1) if counts and beyond is not None else shared
+
+    def shared_out(self, entered: Entered, parts: Float[Tensor, "k rows"], count: int) -> Float[Tensor, "k count"]:
+        """What is predicted of the rows of one place, as what is predicted of each example: of one that is not apart, an equal share."""
+        if count > 1 and entered.place.apart and entered.place.rows is not None:
+            along = Rows(0, entered.place.rows.turns)
+            return along.gather(parts, count, lead=1).sum(2)
+        return parts.sum(1, keepdim=True).expand(-1, count) / count
+
+    def entered_in(self, block: int) -> list[Entered]:
+        """What moved in one block, without the layer whose gradient is exact."""
+        exact = self.exact
+        return [entered for entered, number in zip(self.entered, self.blocks, strict=True) if number == block and entered not in exact]
+
+    @property
+    def exact(self) -> list[Point]:
+        return [entered for entered in self.entered if isinstance(entered, Point) and entered.exact]
+
+    def error_of(self, point: Point) -> Tensor:
+        """The error at a place whose gradient is exact."""
+        assert point.read_at is not None
+        return self.errors[point.read_at]
+
+
+def perturbed_pass(
+    objective: Objective,
+    perturbation: Perturbation,
+    law: Law,
+    seeds: list[int],
+    device: torch.device,
+    *,
+    who: str = "",
+    exact_output: bool = False,
+    commit: bool = True,
+    ends: Callable[[Point], bool] = lambda _: False,
+    still_ends: bool = False,
+) -> Pass:
+    """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
+
+    Where examples move on their own, the model is surveyed when it takes a path of calls for the first time: `survey` says where its
+    examples lie. Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place
+    off. Both are remembered for the model under this loss, so they happen in the first step alone. `who` is warned about what it costs
+    where examples meet; nobody if left out.
+    """
+    perturbation.check(law)
+    surveyed = Surveyed.of(objective, perturbation, exact_output=exact_output, who=who)
+    random = RandomState(objective)
+    for _ in range(ATTEMPTS):
+        try:
+            reading = surveyed.reading()
+
+            def watch(reading: Reading = reading) -> ModelWatch:
+                return ModelWatch(
+                    perturbation,
+                    Directions(law, seeds, device),
+                    reading=reading,
+                    exact_output=exact_output,
+                    at_once=surveyed.memory.at_once,
+                    whole=surveyed.memory.whole,
+                    ends=ends,
+                    still_ends=still_ends,
+                )
+
+            stands, derived = derivatives_under(objective, watch, len(seeds), (surveyed.key, reading.way), commit=commit)
+        except UsedAgain as found:
+            surveyed.used_again(found.index)
+        except OtherPath as found:
+            surveyed.went(found.path)
+        except Transformed as found:
+            if found.blocks:
+                raise
+            surveyed.went_through(found.names)
+        else:
+            one = gathered(derived.values, derived.derivatives, stands)
+            surveyed.took(stands.path_taken)
+            if (notes := ways.asked.get()) is not None:
+                notes.layers[:] = [one.scored(entered) for entered in one.entered]
+            return one
+        random.restore()
+    raise RuntimeError(UNSTEADY)
+
+
+def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
+    """What a watch saw and what was derived, together."""
+    loss, terms = values["loss"], None
+    total = derivatives.get("loss", loss.new_empty(0))
+    if total.dim() > 1:
+        terms = total / total.shape[1]
+        loss, total = loss.mean(), total.mean(1)
+    read = _numbered(values, "output")
+    moved = _numbered(derivatives, "output")
+    names = [f"block {index}" for index in range(len(watch.ending))]
+    ended = tuple(
+        (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
+    )
+    replay = None if watch.loss_of is None else (watch.loss_of, watch.constants)
+    return Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
+
+
+def _numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:
+    names: Sequence[str] = [f"{what} {index}" for index in range(sum(name.startswith(f"{what} ") for name in found))]
+    return tuple(found[name] for name in names)

@@ -1,0 +1,366 @@
+"""The watch at every torch call of a model: it knows the layers, and puts perturbations in where they belong.
+
+It reads the model as torch executes it, not as it is declared: a weight is recognised wherever it reaches a function, under whatever
+module, tied or shared. A parameter that reaches a function without a rule moves as a whole, so nothing that is trained is left out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from forwardgrad.calls import paths
+from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
+from forwardgrad.calls.sums import Scaled, Sums
+from forwardgrad.directions import Directions
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Redo, Unfollowed, levels
+from forwardgrad.forward_mode.rules import losses
+from forwardgrad.perturbations import LAYERS, WHOLE, DenseUse, Entered, Layer, Norm, Perturbation, Point, Reading, Sown
+
+
+class UsedAgain(Redo):
+    """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class OtherPath(Redo):
+    """The model took other calls than those that its reading was made for."""
+
+    def __init__(self, path: Hashable) -> None:
+        self.path = path
+
+
+class Transformed(Redo, RuntimeError):
+    """Parameters went through a transform of torch.func, inside of which nothing can begin to move: they have to do so before it.
+
+    `blocks`: whether blocks of the model ended on the way, so that a move from the start would be seen by the losses of other blocks.
+    """
+
+    def __init__(self, names: frozenset[str], blocks: bool) -> None:
+        self.names, self.blocks = names, blocks
+        which = ", ".join(sorted(name.removeprefix("model.") for name in names))
+        super().__init__(
+            f"the loss uses {which} inside torch.func.grad, vmap or jvp: use ForwardGradient(perturb=Dense()) or ZerothOrder()"
+        )
+
+
+Mark = Callable[[int, Entered, Tensor], Tensor]
+"""Changes what stands at a place, whose number it gets, to see what follows: see `survey`."""
+
+
+class ModelWatch(TorchFunctionMode):
+    """The watch over one evaluation with one perturbation; it satisfies `derivative.Watch`.
+
+    `reading`: what was learned of this path of calls; another path ends in `OtherPath`, unless it is WHOLE.
+    `exact_output`: leave a last layer unmoved where the error at its output is known.
+    `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
+    `whole`: names of parameters that move as a whole from the start, see `Transformed`.
+    `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
+    block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
+    `still_ends`: leave the places where blocks end unmoved.
+    `mark`: what to do at every place instead of moving it.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        directions: Directions,
+        *,
+        reading: Reading = WHOLE,
+        exact_output: bool = False,
+        at_once: frozenset[int] = frozenset(),
+        whole: frozenset[str] = frozenset(),
+        ends: Callable[[Point], bool] = lambda _: False,
+        still_ends: bool = False,
+        mark: Mark | None = None,
+    ) -> None:
+        super().__init__()
+        self.perturbation, self.directions, self.reading = perturbation, directions, reading
+        self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
+        self.mark = mark
+        self.whole = whole
+        self.blocks: list[int] = []
+        self.ending: list[Point] = []
+        self.unmoved: dict[str, Tensor] = {}
+        self.entered: list[Entered] = []
+        self.parts: tuple[Scaled, ...] = ()
+        self.loss_of: LossOf | None = None
+        self.constants: dict[Slot, Tensor] = {}
+        self.flaw = ""  # why the calls behind the last layer cannot be made again
+
+    def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        self._evaluation = evaluation
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
+        self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
+        self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
+        self._ended: dict[str, Tensor] = {}
+        self._calls = paths.Calls(self._names)
+        self.last_layer = 0  # the number of the call
+        self.sums = Sums()
+        self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
+        self.beside: list[Tensor] = []  # and what they were given besides, which must not follow from the model
+        self.recording: Recording | None = None
+        self._level, self._parameters = levels.level(), parameters
+        self._missed = set[str]()  # names of parameters that should have moved from the start
+        self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
+        if self.whole and isinstance(evaluation, Explicit) and len(self.directions):
+            raise Unfollowed("parameters go through a transform of torch.func")
+        self.instead = {name: self._dense(p) for name, p in parameters.items() if name in self.whole}
+        self._names = {key: name for key, name in self._names.items() if name not in self.whole}
+        self._calls.name(self.instead)
+        return self
+
+    @property
+    def path(self) -> Hashable:
+        """The calls of the evaluation, what is trained of them, and which dimensions have size 1."""
+        return self._calls.seen(), tuple((tuple(entered.names), paths.ones(entered.shape)) for entered in self.entered)
+
+    @property
+    def silent(self) -> bool:
+        return bool(self._ended) or any(isinstance(entered, Point) and entered.exact for entered in self.entered)
+
+    def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if self._missed:
+            raise Transformed(frozenset(self._missed), bool(self._ended))
+        for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
+            point.place_at(self._evaluation.primal(tensor))
+            point.draw(self._evaluation.primal(tensor))
+        self.path_taken = self.path
+        if self.reading.path is not None and self.path_taken != self.reading.path:
+            raise OtherPath(self.path_taken)
+        read = self._read(loss)
+        self._fit([tensor.shape for tensor in read] or [loss.shape])
+        for index, entered in enumerate(self.entered):
+            if isinstance(entered, Point) and entered.exact:
+                entered.read_at = next((place for place, tensor in enumerate(read) if self._had(tensor) is entered), None)
+                if entered.read_at is None:
+                    raise UsedAgain(index)
+        kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
+        kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
+        moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
+        kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
+        return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
+
+    def _fit(self, read: list[torch.Size]) -> None:
+        """Raise OtherPath where the rows of a place cannot be those of the examples, as where a mask leaves another number of them."""
+        if self.reading.path is not None and not self.reading.fits(read, [entered.shape for entered in self.entered]):
+            raise OtherPath(self.path)
+
+    def _read(self, loss: Any) -> list[Tensor]:
+        """The tensors that the loss is read at."""
+        found = self.sums.of(loss)
+        if found is not None:
+            self.parts, used = found.only()
+            if self.reading.way == "outputs":
+                return [self.outputs[index] for index in used]
+        elif self.reading.way == "outputs" and self.reading.path is not None:
+            raise OtherPath(None)
+        if self.reading.way == "replay" and self.recording is not None:
+            try:
+                self.loss_of, others = self.recording.again(self.reading.cut, loss)
+            except Unrepeatable as flaw:
+                self.flaw = str(flaw)
+                if self.reading.path is None:  # which is being found out
+                    return []
+                raise OtherPath(None) from flaw
+            self.constants = {slot: self._evaluation.primal(t) if t.is_floating_point() else t for slot, t in others.items()}
+            return [self.recording.given[slot] for slot in self.reading.cut]
+        return []
+
+    def _now(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor, moving."""
+        found = self._moving.get(id(tensor))
+        return tensor if found is None else found[1]
+
+    def keep(self, tensors: dict[str, Tensor]) -> None:
+        self._moving, self._waiting, self._passed = {}, {}, {}
+        self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
+        self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
+        for key, tensor in tensors.items():
+            kind, *rest = key.split("/")
+            if kind == "constant":
+                self.constants[int(rest[0]), int(rest[1])] = tensor
+            elif key not in self.unmoved:
+                self.entered[int(kind)].kept[rest[0]] = tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in READS:
+            return func(*args, **kwargs)
+        follow = self.perturbation.apart
+        if follow:
+            self._calls.begin(func, args, kwargs)
+        if levels.level() != self._level:
+            return self._inside(func, args, kwargs)
+        if self.recording is None and self.reading.since is not None and self._calls.count > self.reading.since:
+            self.recording = Recording()
+        known = self.sums.before(args) if self.sums else []
+        result = self._made(func, args, kwargs)
+        if follow:
+            self._calls.end(func, args, kwargs, result)
+        if known:
+            self.sums.follow(func, args, kwargs, result, known)
+        if self.recording is not None:
+            self.recording.add(func, args, kwargs, result)
+        return result
+
+    def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
+            return self._pass(point, func, args, kwargs)
+        if (found := losses.bind(func, args, kwargs)) is not None:
+            return self._loss(found, func, args, kwargs)
+        if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
+            self.last_layer = self._calls.count
+            return self._layer(layer)
+        if func in DROPS and args and id(args[0]) in self._names and id(args[0]) not in self._moving:
+            return self._call(func, *args, **kwargs)  # values alone: a direction would be noise
+        return self._call(func, *(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
+
+    def _inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
+        if self.recording is not None:
+            self.recording.flaw = "a transform of torch.func is at work"
+        reached = levels.memories((args, kwargs))
+        for passed, index in self._put_off:
+            if (tensor := passed()) is not None and levels.memory(tensor) in reached:
+                raise UsedAgain(index)
+        if len(self.directions) and reached:
+            self._missed |= {name for name, p in self._parameters.items() if levels.memory(p) in reached} - self.whole
+        return self._call(func, *args, **kwargs)
+
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluation.call(func, args, kwargs)
+
+    def _standing(self, value: Any) -> Any:
+        """What a function gets in place of an argument: parameters, and outputs that wait, begin to move."""
+        if isinstance(value, Tensor):
+            key = id(value)
+            if key in self._moving:
+                return self._moving[key][1]
+            if key in self._names:
+                return self._dense(value)
+            if key in self._waiting:
+                tensor, point = self._waiting[key]
+                if self.recording is not None and self.exact_output:  # whose error will be found
+                    return self._settle(tensor, point)
+                return self._move(tensor, point)
+            if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
+                raise UsedAgain(self.entered.index(passed))
+            return value
+        if isinstance(value, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in value):
+            items = [self._standing(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _had(self, tensor: Tensor) -> Point | None:
+        found = self._passed.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def _waits(self, value: Any) -> Point | None:
+        found = self._waiting.get(id(value))
+        return found[1] if found is not None else None
+
+    def _dense(self, parameter: Tensor) -> Tensor:
+        use = DenseUse(self._names[id(parameter)], self.directions.draw(tuple(parameter.shape), parameter))
+        return self._stand(parameter, self._sow(use, parameter))
+
+    def _enter(self, entered: Entered, out: Tensor) -> None:
+        entered.place, entered.shape = self.reading.place(len(self.entered)), out.shape
+        self.entered.append(entered)
+        self.blocks.append(len(self._ended))
+
+    def _sow(self, entered: Sown, out: Tensor) -> Tensor:
+        self._enter(entered, out)
+        if self.mark is not None:
+            return self.mark(len(self.entered) - 1, entered, out)
+        return self._evaluation.inject(out, entered) if len(self.directions) else out
+
+    def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
+        self._moving[id(tensor)] = (tensor, instead)
+        return instead
+
+    def _layer(self, layer: Layer) -> Tensor:
+        layer.call = {key: value if key in layer.names else self._standing(value) for key, value in layer.call.items()}
+        given = layer.call.pop("input")
+        if (rows := self.reading.place(len(self.entered)).rows) is not None:
+            layer.along = rows.dim
+        out, x = layer.run(given, self._call)
+        entered = self.perturbation.enter(layer, self._evaluation.primal(x), self._evaluation.primal(out), self.directions)
+        if entered is None:
+            return self._whole(layer, given, x)
+        if isinstance(entered, Sown):
+            return self._sow(entered, out)
+        assert isinstance(entered, Point)
+        self._enter(entered, out)
+        self._waiting[id(out)] = (out, entered)
+        may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
+        return self._wait(out, entered) if may_wait else self._move(out, entered)
+
+    def _wait(self, out: Tensor, point: Point) -> Tensor:
+        self._waiting[id(out)] = (out, point)
+        self._put_off.append((weakref.ref(out), self.entered.index(point)))
+        return out
+
+    def _whole(self, layer: Layer, given: Tensor, x: Tensor) -> Tensor:
+        """The layer with its trained parameters moving as a whole."""
+        call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
+        if isinstance(layer, Norm):  # not normalised again: that would count the batch twice in running statistics
+            return layer.scaled(x, call.get("weight"), call.get("bias"), self._call)
+        out: Tensor = self._call(layer.function, **call, input=given)
+        return out
+
+    def _pass(self, point: Point, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        before = args[0]
+        del self._waiting[id(before)]
+        out = point.advance(function, args, kwargs, self._call)
+        if out is not before:
+            self._passed[id(before)] = (weakref.ref(before), point)
+        return self._wait(out, point)
+
+    def _move(self, tensor: Tensor, point: Point) -> Tensor:
+        del self._waiting[id(tensor)]
+        point.place_at(self._evaluation.primal(tensor))
+        moved, ends = tensor, self.ends(point)
+        if self.mark is not None:
+            moved = self.mark(self.entered.index(point), point, tensor)
+        elif len(self.directions) and not (ends and self.still_ends):
+            point.draw(self._evaluation.primal(tensor))
+            moved = self._evaluation.inject(tensor, point)
+        if ends:
+            self.ending.append(point)
+            self._ended[f"block {len(self._ended)}"] = moved
+            moved = self._evaluation.primal(moved)
+        return self._stand(tensor, moved)
+
+    def _settle(self, tensor: Tensor, point: Point) -> Tensor:
+        """Leave the place behind a last layer unmoved: the gradient there is exact."""
+        del self._waiting[id(tensor)]
+        point.place_at(self._evaluation.primal(tensor))
+        point.exact = True
+        self._passed[id(tensor)] = (weakref.ref(tensor), point)
+        return tensor
+
+    def _loss(self, output: losses.Output, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = output.call["input"]
+        point = self._waits(given)
+        if point is not None and self.exact_output:
+            self._settle(given, point)
+        elif not ((had := self._had(given)) is not None and had.exact):
+            self._standing(given)
+        index = next((index for index, known in enumerate(self.outputs) if known is given), len(self.outputs))
+        if index == len(self.outputs):
+            self.outputs.append(given)
+        rest = {key: value for key, value in output.call.items() if key != "input"}
+        self.beside += [value for value in rest.values() if isinstance(value, Tensor)]
+        result = self._call(function, self._now(given), **{key: self._standing(value) for key, value in rest.items()})
+        self.sums.begin(result, output, index)
+        return result

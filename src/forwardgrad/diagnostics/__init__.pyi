@@ -1,0 +1,15 @@
+from forwardgrad.diagnostics.explanation import Explanation as Explanation
+from forwardgrad.diagnostics.explanation import explain as explain
+from forwardgrad.diagnostics.measured import LEAST as LEAST
+from forwardgrad.diagnostics.measured import Quality as Quality
+from forwardgrad.diagnostics.measured import copied as copied
+from forwardgrad.diagnostics.measured import exact_gradient as exact_gradient
+from forwardgrad.diagnostics.measured import quality as quality
+from forwardgrad.diagnostics.measured import shown as shown
+from forwardgrad.diagnostics.measured import unchanged as unchanged
+from forwardgrad.diagnostics.memory import peak_bytes as peak_bytes
+from forwardgrad.diagnostics.moments import DIRECTIONS as DIRECTIONS
+from forwardgrad.diagnostics.moments import Moments as Moments
+from forwardgrad.diagnostics.moments import Part as Part
+from forwardgrad.diagnostics.moments import standard as standard
+from forwardgrad.diagnostics.moments import students as students

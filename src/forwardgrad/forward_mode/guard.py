@@ -1,0 +1,70 @@
+"""The guard of an explicit evaluation: it finds what reaches a tensor that moves and was not seen to do so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from forwardgrad.forward_mode.levels import unwrapped
+from forwardgrad.forward_mode.rules import Evaluation
+from forwardgrad.forward_mode.structure import leaves
+
+
+class Unfollowed(Exception):
+    """The explicit way does not know how tangents go on from here; the plain way does."""
+
+
+def memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError as error:  # a wrapper has no memory of its own
+        raise Unfollowed("torch.func works inside the model or the loss") from error
+
+
+class Guard(TorchDispatchMode):
+    """Sees the operations of a guarded evaluation: none may reach what moves unless a call is being made that the evaluation knows of.
+
+    While such a call is made, the evaluation's own mode is off the stack of function modes; an operation under the full stack passes by.
+    A tensor that does not move, but has the memory of one that does, was made by something that passed by, too.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._full = 0
+        self._parameters = {memory(p) for p in parameters}  # which may be used as they are, and moving, one after the other
+        self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
+
+    def begin(self) -> None:
+        self._full = torch._C._len_torch_function_stack()
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def add(self, tensor: Tensor) -> None:
+        if (place := memory(tensor)) not in self._parameters:
+            self._memories[place] = ref(tensor.untyped_storage())
+
+    def look(self, evaluation: Evaluation, values: Any) -> None:
+        """Raise Unfollowed where a tensor among these got its memory unseen."""
+        for tensor in leaves(values):
+            if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:
+                raise Unfollowed("something made a tensor out of one that moves, and was not seen")
+
+    def _shares(self, tensor: Tensor) -> bool:
+        try:
+            tensor = unwrapped(tensor)
+            known = self._memories.get(memory(tensor))
+        except (RuntimeError, Unfollowed):  # it has no memory of its own
+            return False
+        return known is not None and known() is tensor.untyped_storage()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch._C._len_torch_function_stack() >= self._full and any(self._shares(tensor) for tensor in leaves((args, kwargs or {}))):
+            raise Unfollowed(f"{func} was made unseen")
+        return func(*args, **(kwargs or {}))

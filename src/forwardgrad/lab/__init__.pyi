@@ -1,0 +1,10 @@
+from forwardgrad.lab.studies import Arm as Arm
+from forwardgrad.lab.studies import Length as Length
+from forwardgrad.lab.studies import LogUniform as LogUniform
+from forwardgrad.lab.studies import Optimizer as Optimizer
+from forwardgrad.lab.studies import Range as Range
+from forwardgrad.lab.studies import Run as Run
+from forwardgrad.lab.studies import Study as Study
+from forwardgrad.lab.studies import Uniform as Uniform
+from forwardgrad.lab.studies import Whole as Whole
+from forwardgrad.lab.studies import logspace as logspace

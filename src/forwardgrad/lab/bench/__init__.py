@@ -1,0 +1,8 @@
+"""What a step costs and what an estimate is worth, measured on one machine in one run.
+
+In: arms and networks. Out: rows of numbers with intervals.
+"""
+
+from forwardgrad._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,0 +1,176 @@
+"""The arms of the benchmark: what a whole training step is made with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forwardgrad.directions import Gaussian, Law, Rademacher
+from forwardgrad.estimators import Backprop, Estimator, ForwardGradient, LocalLosses, ZerothOrder, from_config, to_config
+from forwardgrad.lab.bench.cases import Built, loss
+from forwardgrad.lab.bench.peers import PEERS
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies import format_estimator, parse_estimator
+from forwardgrad.perturbations import Activity, LowRank, PerExample
+from forwardgrad.training_step import EngineName, TrainingStep
+
+LR = 1e-7  # small, so that no arm diverges while it is timed
+LAW: dict[str, Law] = {law.name: law for law in (Gaussian(), Rademacher())}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to take a step: an estimator of this library, or a peer; neither for the plain forward pass.
+
+    `kind` is its look in figures. `stands_for` is the library's estimator that has a peer's noise.
+    """
+
+    name: str
+    label: str
+    kind: str
+    estimator: Estimator | None = None
+    engine: EngineName = "eager"
+    peer: str | None = None
+    stands_for: Estimator | None = None
+
+    @property
+    def spec(self) -> str | None:
+        """The estimator as the command line takes it, without the options that are its defaults."""
+        if self.estimator is None:
+            return None
+        config, usual = to_config(self.estimator), to_config(from_config({"name": self.estimator.name}))
+        return format_estimator({key: value for key, value in config.items() if key == "name" or value != usual[key]})
+
+    @property
+    def tangents(self) -> int:
+        """How many directions it averages; 1 for arms without directions."""
+        return int(getattr(self.estimator, "tangents", 1))
+
+    @property
+    def estimates(self) -> Estimator | None:
+        """The estimator whose noise a step of this arm has."""
+        return self.estimator or self.stands_for
+
+
+PLAIN = Arm("plain", "plain forward pass", "plain")
+BACKPROP = Arm("backprop", "backpropagation, plain torch", "backprop", Backprop(), peer="backpropagation")
+FORWARD = Arm("forward", "forward gradient", "forward", ForwardGradient())
+MOVED: tuple[Arm, ...] = (
+    FORWARD,
+    Arm("low-rank", "rank 1", "low-rank", ForwardGradient(perturb=LowRank(1))),
+    *(Arm(f"low-rank-k{k}", f"rank 1, K = {k}", "low-rank", ForwardGradient(perturb=LowRank(1), tangents=k)) for k in (2, 4, 16)),
+    Arm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
+    Arm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
+)
+COMPILED, CAPTURED = "-compiled", "-graph"
+
+
+def _by(engine: EngineName, arm: Arm) -> Arm:
+    """The same step as one compiled function, or as one captured graph."""
+    base, mark, count = arm.name.partition("-k")
+    name, words = (COMPILED, "compiled") if engine == "compile" else (CAPTURED, "captured graph")
+    label = f"{arm.label.removesuffix(', plain torch')}, {words}"
+    return dataclasses.replace(arm, name=f"{base}{name}{mark}{count}", label=label, engine=engine, peer=None)
+
+
+ARMS: tuple[Arm, ...] = (
+    PLAIN,
+    BACKPROP,
+    _by("compile", BACKPROP),
+    Arm("backprop-checkpoint", "backpropagation, checkpoints", "backprop", Backprop(checkpoint=True)),
+    *MOVED,
+    *(_by("compile", arm) for arm in MOVED),
+    Arm("zeroth-order", "zeroth order", "zeroth-order", ZerothOrder()),
+    Arm("local-feedback", "local losses with feedback", "local", LocalLosses(feedback=True, head="pooled", cells=4)),
+    Arm("func-jvp", "func.jvp, plain torch", "peer", peer="func-jvp", stands_for=ForwardGradient()),
+    Arm("forward-ad", "forward_ad, plain torch", "peer", peer="dual-numbers", stands_for=ForwardGradient()),
+    Arm("mezo", "MeZO, plain torch", "peer", peer="two-passes", stands_for=ZerothOrder()),
+)
+ON_GPU: tuple[Arm, ...] = tuple(_by("graph", arm) for arm in (BACKPROP, *MOVED))
+NAMED = {arm.name: arm for arm in (*ARMS, *ON_GPU)}
+TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I needs
+
+
+def arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> list[Arm]:
+    """The arms of a list of names and estimators' texts, all named ones of the device if left out; plain and backprop are always there.
+
+    `law` takes the place of the law of the arms that move weights at rank one, weights per example and activities.
+    """
+    chosen = [*ARMS, *(ON_GPU if on_gpu else ())] if text is None else [_arm(word) for word in _split(text)]
+    if law is not None:
+        chosen = [_with_law(arm, LAW[law]) for arm in chosen]
+    return list(dict.fromkeys([PLAIN, BACKPROP, *chosen]))
+
+
+def _arm(word: str) -> Arm:
+    if word in NAMED:
+        return NAMED[word]
+    try:
+        estimator = from_config(parse_estimator(word))
+    except UserError as error:
+        raise UserError(f"unknown arm {word!r}: choose from {', '.join(NAMED)}, or write an estimator ({error})") from error
+    except (ValueError, TypeError) as error:
+        known = f"named arms are {', '.join(NAMED)}"
+        if "(" not in word:
+            raise UserError(f"unknown arm {word!r}: {known}; an estimator can be written out, as in forward(tangents=2)") from error
+        raise UserError(f"the arm {word!r} cannot be used: {error}; {known}") from error
+    return Arm(word, word, estimator.name, estimator)
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas and semicolons that are not inside brackets or quotes."""
+    parts, depth, quoted = [""], 0, False
+    for sign in text:
+        quoted ^= sign == '"'
+        depth += 0 if quoted else (sign in "([") - (sign in ")]")
+        if sign in ",;" and depth == 0 and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
+
+
+def _with_law(arm: Arm, law: Law) -> Arm:
+    if arm in NAMED.values() and isinstance(arm.estimator, ForwardGradient) and not arm.name.startswith(FORWARD.name):
+        return dataclasses.replace(arm, estimator=dataclasses.replace(arm.estimator, law=law))
+    return arm
+
+
+class Step:
+    """One whole step of an arm on the batch of a case, with what it keeps from step to step; the loss is its result."""
+
+    def __init__(self, arm: Arm, built: Built) -> None:
+        self.state: dict[str, Tensor] = {}
+        self._built = built
+        self._optimizer = torch.optim.SGD(built.model.parameters(), LR)
+        self._take = self._made(arm)
+
+    def __call__(self) -> Tensor:
+        return self._take()
+
+    def _made(self, arm: Arm) -> Callable[[], Tensor]:
+        built, batch = self._built, (self._built.images, self._built.labels)
+        if arm.peer is not None:
+            return PEERS[arm.peer](built.model, lambda call: loss(call, *batch), self._optimizer)  # type: ignore[arg-type]
+        if arm.estimator is None:
+            return torch.no_grad()(lambda: loss(built.model, *batch))
+        step = self._training_step(arm, arm.estimator)
+        return lambda: step(*batch).loss
+
+    def _training_step(self, arm: Arm, estimator: Estimator) -> TrainingStep:
+        """The one place where the library's steps are made."""
+        generator = torch.Generator(self._built.images.device).manual_seed(0)
+        pieces = loss, self._built.model, self._optimizer, estimator
+        return TrainingStep(*pieces, generator=generator, state=self.state, engine=arm.engine)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.state.values())
+
+    def forget_gradients(self) -> None:
+        """What the last step left in `.grad` belongs to no later one."""
+        self._optimizer.zero_grad()

@@ -1,0 +1,271 @@
+"""`forwardgrad bench`: every arm's whole step on one machine in one run, into OUT/bench.json.
+
+What is measured of each arm: its time, in turn with all others; the most bytes it holds; how long its random numbers take; the operations
+and bytes it needs, against what the machine gives at most; and the estimates it takes to a given cosine with the gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from forwardgrad.diagnostics import LEAST
+from forwardgrad.estimators import Backprop, Estimator
+from forwardgrad.gradient import estimate_grad_
+from forwardgrad.lab import environment
+from forwardgrad.lab.bench import process_peak, random_numbers, roofline, timing, worth_of_a_step
+from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, Arm, Step
+from forwardgrad.lab.bench.cases import Built, Case, build, layouts, loss
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.report.sections.bench import text
+from forwardgrad.lab.store import Store, check, read_json, write_json
+from forwardgrad.lab.studies import SCHEMA
+from forwardgrad.lab.training import allocation
+
+SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
+PLACE = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
+IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
+TRIED = 5  # rounds of backpropagation in each order in memory
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a case is measured: rounds, of which none begins after `seconds`; `repeats` estimates for their noise, 0 for none."""
+
+    rounds: int = 30
+    seconds: float | None = None
+    seed: int = 0
+    repeats: int = 0
+    cosines: tuple[float, ...] = (0.1, 0.5)
+    verify_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(0 < cosine < 1 for cosine in self.cosines):
+            raise UserError("--cosine takes numbers between 0 and 1")
+        if self.repeats and (self.repeats < LEAST or self.repeats % 2):
+            raise UserError(f"--repeats must be 0, or an even number of at least {LEAST}, not {self.repeats}")
+
+
+def measure(store: Store, cases: Sequence[Case], arms: Sequence[Arm], method: Method, *, device: str, say: Callable[[str], None]) -> str:
+    """Measure the cases, store each as it is done beside those of the same machine, and return a text table."""
+    on = environment.device(device)
+    where, tables = environment.describe(on), []
+    allocation.keep()
+    say("the machine's own limits")
+    limits = roofline.ceilings(on)
+    for index, case in enumerate(cases, 1):
+        with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
+            torch.manual_seed(method.seed)
+            chosen = _layout(case, on)
+            say(f"[{index}/{len(cases)}] {case.model}, batch {case.batch}, {chosen['layout']}")
+            new = {**chosen, **_measured(dataclasses.replace(case, layout=chosen["layout"]), arms, method, limits, on, say)}
+        new = {**new, "command": where["command"], "ceilings": limits._asdict()}
+        _store(store, where, new)
+        tables.append(text(new))
+    return "\n\n".join(tables)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, torch has this many threads; its own choice where None is given."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measured(store: Store, device: str) -> set[str]:
+    """The networks whose steps of Table I's arms, at the paper's batch, are stored for this kind of device."""
+    stored, on = _stored(store), environment.device(device)
+    if stored["environment"].get("device") != environment.describe(on)["device"]:
+        return set()
+    wanted = {arm.name for arm in TABLE_1}
+    return {case["model"] for case in stored["cases"] if case["batch"] == 64 and wanted <= {arm["name"] for arm in case["arms"]}}
+
+
+def replaces(store: Store, device: str) -> bool:
+    """Whether a measurement made here would take the place of others: what was measured elsewhere cannot stand beside it."""
+    stored, where = _stored(store), environment.describe(environment.device(device))
+    return bool(stored["cases"]) and not _alike(stored, where)
+
+
+def _alike(stored: dict[str, Any], where: dict[str, Any]) -> bool:
+    return all(stored["environment"].get(key) == where[key] for key in SAME)
+
+
+def _stored(store: Store) -> dict[str, Any]:
+    path = store.root / "bench.json"
+    if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
+        return {"environment": {}, "cases": []}
+    for case in check(path, stored, {"environment": dict, "cases": list})["cases"]:
+        check(path, case, {"model": str, "batch": int, "layout": str, "accelerator": str, "arms": list})
+    return stored
+
+
+def _store(store: Store, where: dict[str, Any], new: dict[str, Any]) -> None:
+    """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
+    with store.changing():
+        stored = _stored(store)
+        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if _alike(stored, where) else []
+        write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
+
+
+def _layout(case: Case, on: torch.device) -> dict[str, Any]:
+    """The order in memory that is measured, and what backpropagation takes in each where the faster one is asked for."""
+    options = layouts(case, on)
+    if len(options) == 1:
+        return {"layout": options[0].layout, "tried": {}}
+    steps: dict[str, timing.Work] = {option.layout: Step(BACKPROP, build(option, on)) for option in options}
+    found = timing.interleaved(steps, rounds=TRIED, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
+    tried = {layout: float(np.median(times)) for layout, times in found.items()}
+    return {"layout": min(tried, key=lambda layout: tried[layout]), "tried": tried}
+
+
+def _measured(
+    case: Case, arms: Sequence[Arm], method: Method, limits: roofline.Ceilings, on: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    built = build(case, on)
+    steps, failed = _begun(arms, built)
+    drawn = {arm.name: _drawn(arm, steps[arm], built) for arm in steps}
+    works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
+    works.update({f"draws of {name}": random_numbers.total(made) for name, made in drawn.items() if made})
+    how: dict[str, Any] = {"rounds": method.rounds, "seconds": method.seconds, "seed": method.seed}
+    times = timing.interleaved(works, **how, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
+    say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
+    found = [_arm(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, method) for arm in arms]
+    if method.repeats:
+        _add_worth(found, arms, steps, built, method, say)
+    return {
+        "model": case.model,
+        "data": case.data,
+        "batch": case.batch,
+        "accelerator": on.type,
+        "parameters": built.parameters,
+        "rounds": len(next(iter(times.values()), ())),
+        "seed": method.seed,
+        "repeats": method.repeats,
+        "arms": found,
+    }
+
+
+def _drawn(arm: Arm, step: Step, built: Built) -> list[random_numbers.Draw]:
+    """The draws of a step. Those of a graph are read off the same step taken eagerly."""
+    if arm.engine == "eager":
+        return random_numbers.recorded(step)
+    return random_numbers.of_a_graph(Step(dataclasses.replace(arm, engine="eager"), built), captured=arm.engine == "graph")
+
+
+def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:
+    """Every arm after its first step; what kept one from it is told in its place, and the others go on."""
+    steps, failed = {}, {}
+    for arm in arms:
+        try:
+            step = Step(arm, built)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "engine=.* falls back", UserWarning)  # its time would be that of another arm
+                step()
+            steps[arm] = step
+        except (RuntimeError, ValueError, TypeError, OSError, UserWarning) as error:
+            failed[arm.name] = (str(error).strip() or type(error).__name__).partition("\n")[0]
+    return steps, failed
+
+
+def _arm(
+    arm: Arm,
+    step: Step | None,
+    failed: str | None,
+    times: dict[str, timing.Samples],
+    case: Case,
+    built: Built,
+    limits: roofline.Ceilings,
+    method: Method,
+) -> dict[str, Any]:
+    head = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.spec, "engine": arm.engine, "failed": failed}
+    if step is None:
+        return head
+    mine, plain, backprop = times[arm.name], times.get(PLAIN.name), times.get(BACKPROP.name)
+    exact = [times[name] for name in (BACKPROP.name, BACKPROP.name + COMPILED, BACKPROP.name + CAPTURED) if name in times]
+    middle = float(np.median(mine))
+    one = times.get(arm.name.rpartition("-k")[0]) if arm.tangents > 1 else None
+    return {
+        **head,
+        "times": mine.tolist(),
+        "seconds": timing.median(mine),
+        "to_backprop": None if backprop is None else timing.ratio(mine, backprop),
+        "to_best_backprop": timing.ratio(mine, min(exact, key=lambda one: float(np.median(one)))) if exact else None,
+        "to_plain": None if plain is None else timing.ratio(mine, plain),
+        "further": None if one is None or plain is None else timing.further(mine, one, plain, arm.tangents),
+        "examples_per_second": case.batch / middle,
+        **_memory(arm, step, case, built, method),
+        "drawing": _drawing(arm, times),
+        **_roofline(arm, step, limits, middle),
+        "worth": None,
+        "worth_failed": None,
+        "to_cosine": [],
+    }
+
+
+def _memory(arm: Arm, step: Step, case: Case, built: Built, method: Method) -> dict[str, Any]:
+    """The most bytes above parameters and input. Compiled code gives out its memory where a tally on the processor does not see it."""
+    unseen = arm.engine == "compile" and built.images.device.type == "cpu"
+    verified = method.verify_memory and not unseen and built.images.device.type == "cpu"
+    process: dict[str, Any] | None = process_peak.process_peak(case, arm) if verified else None
+    if process is not None:
+        process["agree"] = process_peak.within_tolerance(process["tally"], process["process"])
+    return {"peak_bytes": None if unseen else process_peak.tally(step, built), "process": process}
+
+
+def _drawing(arm: Arm, times: dict[str, timing.Samples]) -> dict[str, Any] | None:
+    """How long the random numbers of a step take alone, and as a share of the step; None for an arm that draws none."""
+    if (alone := times.get(f"draws of {arm.name}")) is None:
+        return None
+    return {"seconds": timing.median(alone), "share": timing.ratio(alone, times[arm.name])}
+
+
+def _roofline(arm: Arm, step: Step, limits: roofline.Ceilings, seconds: float) -> dict[str, Any]:
+    if arm.engine != "eager":  # under a count it would run as it is written
+        return {"roofline": None}
+    needed = roofline.count(step)
+    bound, near = limits.bound(needed)
+    return {"roofline": {**needed._asdict(), "seconds": bound, "near": near, "reached": bound / seconds}}
+
+
+def _add_worth(
+    found: list[dict[str, Any]], arms: Sequence[Arm], steps: dict[Arm, Step], built: Built, method: Method, say: Callable[[str], None]
+) -> None:
+    """What a step of each arm is worth; arms of equal noise share one measurement."""
+
+    def of(model: torch.nn.Module) -> torch.Tensor:
+        return loss(model, built.images, built.labels)
+
+    twin = copy.deepcopy(built.model)
+    twin.zero_grad()
+    estimate_grad_(of, twin, Backprop())
+    exact = {name: p.grad for name, p in twin.named_parameters()}
+    known: dict[Estimator, worth_of_a_step.Worth | str] = {}
+    for record, arm in zip(found, arms, strict=True):
+        if arm.estimates is None or arm not in steps:
+            continue
+        one, averaged = worth_of_a_step.single(arm.estimates)
+        if one not in known:
+            say(f"    the noise of {arm.label}")
+            try:
+                known[one] = worth_of_a_step.worth(one, of, built.model, repeats=method.repeats, exact=exact, state=steps[arm].state)
+            except (RuntimeError, ValueError) as error:
+                known[one] = str(error).partition("\n")[0]
+        if isinstance(worth := known[one], str):
+            record["worth_failed"] = worth
+        else:
+            record["worth"] = worth_of_a_step.averaged(worth, averaged)
+            record["to_cosine"] = worth_of_a_step.costs(record["worth"], record["seconds"]["value"], method.cosines)

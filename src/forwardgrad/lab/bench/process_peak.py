@@ -1,0 +1,87 @@
+"""The tally of a step's memory checked against the operating system: the same step in a process of its own, and that process's peak.
+
+There, every tensor of 64 kB or more is a piece of memory that goes back to the system when it is freed, so the peak of the resident memory
+follows the tensors alive. It also sees what the tally cannot: scratch inside kernels, and pages that the allocator keeps. Linux only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forwardgrad.diagnostics import peak_bytes
+from forwardgrad.lab.bench.arms import NAMED, Arm, Step, arms
+from forwardgrad.lab.bench.cases import Built, Case, build
+from forwardgrad.lab.errors import UserError
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}  # of glibc
+TOLERANCE = (0.05, 1_000_000)
+"""How far the two may lie apart and still agree: a twentieth of the tally, and 1 MB for pages that are not tensors."""
+
+
+def tally(step: Step, built: Built) -> int:
+    """The most bytes that a step holds above parameters and input: its own tensors, gradients, and the estimator's memory."""
+    step.forget_gradients()
+    return peak_bytes(step, [built.images.device]) + step.state_bytes
+
+
+def within_tolerance(counted: int, process: int) -> bool:
+    share, fixed = TOLERANCE
+    return abs(counted - process) <= share * counted + fixed
+
+
+def process_peak(case: Case, arm: Arm) -> dict[str, int]:
+    """The tally and the process's peak of one step, both in bytes, from a fresh process with as many threads as this one.
+
+    Raises UserError where the system does not tell, or the process failed.
+    """
+    law = getattr(arm.estimator, "law", None) if arm.name in NAMED else None  # an estimator written out has its own
+    asked = {"case": dataclasses.asdict(case), "arm": arm.name, "law": law and law.name, "threads": torch.get_num_threads()}
+    command = [sys.executable, "-m", "forwardgrad.lab.bench.process_peak"]
+    done = subprocess.run(command, input=json.dumps(asked), env={**os.environ, **_ALLOCATOR}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"--verify-memory: the process that measures {arm.name} on {case.model} failed: {last}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measured(case: Case, arm: Arm) -> dict[str, int]:
+    torch.manual_seed(0)
+    built = build(case, torch.device("cpu"))
+    step = Step(arm, built)
+    for _ in range(2):  # code, tables and workspaces are there from the first step on
+        step()
+    counted = tally(step, built)
+    step.forget_gradients()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = _resident("VmRSS")
+    step()
+    return {"tally": counted, "process": _resident("VmHWM") - before + step.state_bytes}
+
+
+def _resident(which: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{which}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {which}")
+
+
+def main() -> None:
+    asked: dict[str, Any] = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    (arm,) = [arm for arm in arms(asked["arm"], asked["law"]) if arm.name == asked["arm"]]
+    print(json.dumps(_measured(Case(**asked["case"]), arm)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Estimators measured against the exact gradient of one batch of a network of the paper, into OUT/quality.json."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forwardgrad.diagnostics import LEAST, quality
+from forwardgrad.estimators import Backprop, Estimator, from_config, to_config
+from forwardgrad.gradient import estimate_grad_
+from forwardgrad.lab import data, environment
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.report.sections.quality import text
+from forwardgrad.lab.store import Store, check, read_json, write_json
+from forwardgrad.lab.studies import SCHEMA, format_estimator, stream
+from forwardgrad.lab.training import models
+
+LR = 1e-3  # of the warm-up's Adam
+SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where estimators are measured: after `warm_up` steps of Adam with backpropagation, on one batch of the training split.
+
+    Those that learn take `learn` steps first, with the weights held still, on other batches than the one of the measurement.
+    """
+
+    model: str
+    data: str
+    batch: int
+    repeats: int
+    warm_up: int
+    learn: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An estimator as it is measured, and how it is called whatever its K."""
+
+    label: str
+    tangents: int | None
+    estimator: Estimator
+
+
+def arms(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> list[Arm]:
+    """Every estimator with every K, once where it has no tangents; UserError for one that does not exist."""
+    found = []
+    for config in configs:
+        label = format_estimator({key: value for key, value in config.items() if key != "tangents"})
+        try:
+            one = from_config(config)
+            varied = "tangents" in to_config(one)
+            many = [Arm(label, k, from_config({**config, "tangents": k})) for k in counts] if varied else [Arm(label, None, one)]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the estimator {format_estimator(config)!r} cannot be used: {error}") from error
+        found += many
+    if len({(arm.label, arm.tangents) for arm in found}) < len(found):
+        raise UserError("the same estimator is there twice: every one is measured with every K of --tangents already")
+    return found
+
+
+def measure(
+    store: Store, setting: Setting, chosen: Sequence[Arm], *, device: str, data_dir: Path | None, say: Callable[[str], None]
+) -> str:
+    """Measure the estimators, store them beside other settings measured on the same machine, and return a text table."""
+    if setting.repeats < LEAST or setting.repeats % 2:
+        raise UserError(f"--repeats must be an even number of at least {LEAST}, not {setting.repeats}")
+    on = environment.device(device)
+    dataset = data.load(setting.data, setting.seed, on, data_dir)
+    if setting.batch > len(dataset.train):
+        raise UserError(f"a batch of {setting.batch:,} needs more than the {len(dataset.train):,} examples that {setting.data} trains with")
+    where = environment.describe(on)
+    with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
+        estimates = _estimates(setting, chosen, dataset, on, say)
+    new = {**dataclasses.asdict(setting), **estimates}
+    path = store.root / "quality.json"
+    with store.changing():
+        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, new), new]})
+    return text(new)
+
+
+def _kept(path: Path, where: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stored settings that were measured on the same machine and are not measured anew."""
+    if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
+        return []
+    check(path, stored, {"environment": dict, "settings": list})
+    if any(stored["environment"].get(key) != where.get(key) for key in SAME):
+        return []
+    place = [field.name for field in dataclasses.fields(Setting) if field.name not in ("repeats", "learn")]
+    return [s for s in stored["settings"] if any(check(path, s, dict.fromkeys(place, object))[key] != new[key] for key in place)]
+
+
+def _estimates(
+    setting: Setting, chosen: Sequence[Arm], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    torch.manual_seed(stream(setting.seed, "initialisation"))
+    model = models.build(setting.model, dataset.shape, dataset.classes).to(on)
+    batches = _batches(setting, dataset)
+    loss = next(batches)
+    optimizer = torch.optim.Adam(model.parameters(), LR)
+    for _ in range(setting.warm_up):
+        optimizer.zero_grad()
+        estimate_grad_(next(batches), model, Backprop())
+        optimizer.step()
+    optimizer.zero_grad()
+    exact = _gradient(loss, model)
+    found = []
+    for index, arm in enumerate(chosen):
+        say(f"[{index + 1}/{len(chosen)}] {arm.label}" + (f", K = {arm.tangents}" if arm.tangents else ""))
+        found.append(_estimate(setting, arm, model, loss, exact, dataset))
+    with torch.no_grad():
+        value = float(loss(model))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "loss": value, "estimates": found}
+
+
+def _estimate(
+    setting: Setting,
+    arm: Arm,
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    exact: dict[str, Tensor | None],
+    dataset: data.Dataset,
+) -> dict[str, Any]:
+    """One estimator; what keeps it from being measured is told in its place, and the others go on."""
+    on = next(model.parameters()).device
+    generator = torch.Generator(on).manual_seed(stream(setting.seed, f"directions of {arm.label}, {arm.tangents}"))
+    found, failed = None, None
+    try:
+        state = _learned(setting, arm.estimator, model, dataset, generator)
+        found = quality(loss, model, arm.estimator, generator=generator, state=state, repeats=setting.repeats, exact=exact).to_dict()
+    except (RuntimeError, ValueError) as error:
+        failed = str(error).partition("\n")[0]
+    return {"label": arm.label, "tangents": arm.tangents, "estimator": to_config(arm.estimator), "failed": failed, "quality": found}
+
+
+def _learned(
+    setting: Setting, estimator: Estimator, model: nn.Module, dataset: data.Dataset, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The memory of an estimator after some steps with still weights, on batches that are not the measured one."""
+    state: dict[str, Tensor] = {}
+    if estimator.stateful:
+        still, batches = copy.deepcopy(model), _batches(setting, dataset)
+        next(batches)
+        for _ in range(setting.learn):
+            estimate_grad_(next(batches), still, estimator, generator=generator, state=state)
+    return state
+
+
+def _gradient(loss: Callable[[nn.Module], Tensor], model: nn.Module) -> dict[str, Tensor | None]:
+    twin = copy.deepcopy(model)
+    estimate_grad_(loss, twin, Backprop())
+    return {name: p.grad for name, p in twin.named_parameters()}
+
+
+def _batches(setting: Setting, dataset: data.Dataset) -> Iterator[Callable[[nn.Module], Tensor]]:
+    """Losses of batches of the training split, shuffled anew in every epoch; the first is the one of the measurement."""
+    epoch = 0
+    while True:
+        shuffle = torch.Generator().manual_seed(stream(setting.seed, f"order of quality's epoch {epoch}"))
+        order = torch.randperm(len(dataset.train), generator=shuffle).to(dataset.train.labels.device)
+        for batch in order.split(setting.batch):
+            images, labels = dataset.pixels(dataset.train.images[batch]), dataset.train.labels[batch]
+            yield lambda model, images=images, labels=labels: F.cross_entropy(model(images), labels)  # type: ignore[misc]
+        epoch += 1

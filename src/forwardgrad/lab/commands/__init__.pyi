@@ -1,0 +1,9 @@
+from forwardgrad.lab.commands import checking as checking
+from forwardgrad.lab.commands import datasets as datasets
+from forwardgrad.lab.commands import measuring as measuring
+from forwardgrad.lab.commands import reading as reading
+from forwardgrad.lab.commands import studies as studies
+from forwardgrad.lab.commands import training as training
+from forwardgrad.lab.commands.ending import INTERRUPTED as INTERRUPTED
+from forwardgrad.lab.commands.ending import MISTAKE as MISTAKE
+from forwardgrad.lab.commands.ending import STATUSES as STATUSES

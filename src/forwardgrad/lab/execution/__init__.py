@@ -1,0 +1,8 @@
+"""Where runs are trained: this process, a pool of processes, or a Ray cluster.
+
+In: runs and a place. Out: their results; one that fails is a result with its reason.
+"""
+
+from forwardgrad._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,0 +1,123 @@
+"""One unit of work, a run or several as one program, in whatever process it is given to: what goes wrong in it comes back as a value."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.store import Busy, Store, failure
+from forwardgrad.lab.studies import Run
+from forwardgrad.lab.training import allocation
+
+Results = dict[str, dict[str, Any]]
+Unit = tuple[Run, ...]
+
+
+class Broken:
+    """What comes back of a unit of several runs that failed together: which of them it was is found by taking it apart."""
+
+
+class Died:
+    """What comes back of a unit whose worker ended without a word, and how; `counts` where that may have been the unit's own doing."""
+
+    def __init__(self, how: str, *, counts: bool = True) -> None:
+        self.how, self.counts = how, counts
+
+
+class Lost(UserError):
+    """After a run that failed, this process cannot use its GPU any more; another one can."""
+
+
+Outcome = Results | Broken | Died | UserError | OSError
+
+
+def attempt(unit: Unit, store: Store, place: Place) -> Outcome:
+    """Train a unit. A run that throws or exhausts the memory has a result that says so; mistakes of the user's and of the disk come back
+    as they are, and so does Busy where another process holds one of the runs."""
+    try:
+        with _at_home(place):
+            return _train(unit, store, place)
+    except (UserError, OSError) as error:
+        return error
+    except (Exception, SystemExit) as error:
+        details = traceback.format_exc()
+        outcome = give_up(unit[0], store, reason_of(error), details) if len(unit) == 1 else take_apart(unit, store)
+        if isinstance(outcome, Exception) or not _gpu_is_lost(place.device):
+            return outcome
+        return Lost(f"the GPU cannot be used any more after a run that failed ({reason_of(error)}): run the same command again to go on")
+
+
+def give_up(run: Run, store: Store, reason: str, details: str) -> Outcome:
+    """The result of a run that failed, or what keeps it from being written."""
+    try:
+        return {run.identity: failure.record(run, store, reason, details)}
+    except (UserError, OSError) as error:
+        return error
+
+
+def take_apart(unit: Unit, store: Store) -> Outcome:
+    """Forget how far several runs had come together; each of them is begun again, in smaller company."""
+    from forwardgrad.lab.training import batched
+
+    try:
+        batched.forget(unit, store)
+    except Busy as error:
+        return error
+    return Broken()
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"the memory was exhausted ({type(error).__name__})"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _gpu_is_lost(device: str) -> bool:
+    """Whether an error has left a process without its GPU, as a failed assertion in a kernel does: every later call fails there."""
+    import torch
+
+    if not device.startswith("cuda") or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _train(unit: Unit, store: Store, place: Place) -> Results:
+    options: Any = {"device": place.device, "data_dir": place.data_dir, "checkpoint_seconds": place.checkpoint_seconds}
+    options["tensorboard"] = store.root / "tensorboard" if place.tensorboard else None
+    if len(unit) > 1:
+        from forwardgrad.lab.training import batched
+
+        return batched.train(unit, store, **options)
+    from forwardgrad.lab.training import train
+
+    (run,) = unit
+    return {run.identity: train(run, store.folder(run.identity), **options)}
+
+
+@contextmanager
+def _at_home(place: Place) -> Iterator[None]:
+    """The threads and the modules that a run is given, and what was there before again after it."""
+    import torch
+
+    allocation.keep()
+    threads, path = torch.get_num_threads(), list(sys.path)
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
+    if place.path is not None:
+        sys.path.insert(0, str(place.path.resolve()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        sys.path[:] = path

@@ -1,0 +1,83 @@
+"""Where runs are executed, and how they share what is there; loads without torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies import check_choice
+
+ExecutorName = Literal["process", "ray"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs are executed: the device, the data folder, and how runs share processors and GPUs.
+
+    `jobs`: how many runs at a time share this machine's cores; with "process" they are in this process for 1, in a pool of processes else.
+    `batched`: whether runs that differ in seed and optimizer's numbers alone are trained as one program; None for on a GPU only.
+    `executor`: "ray" maps runs over a Ray cluster, joined at `address`, or started on this machine where that is None.
+    `threads`: of every run. None is cores // jobs, and in this process what torch takes by itself. The same number of threads gives the
+    same bits on the same hardware, whatever the executor. `gpus`: a run's part of a GPU on Ray; None for a whole one on cuda.
+    `path`: a folder whose modules every worker can import. `retry_failed`: failed results are deleted, each once, and run again.
+    `tensorboard`: whether every run also writes events for TensorBoard, in the store's folder of that name.
+    """
+
+    device: str = "cpu"
+    data_dir: Path | None = None
+    jobs: int = 1
+    batched: bool | None = None
+    executor: ExecutorName = "process"
+    address: str | None = None
+    gpus: float | None = None
+    threads: int | None = None
+    path: Path | None = None
+    retry_failed: bool = False
+    tensorboard: bool = False
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_choice(self.executor, ExecutorName, "executor")
+        if self.jobs < 1:
+            raise UserError(f"the number of jobs must be at least 1, not {self.jobs}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"the number of threads must be at least 1, not {self.threads}")
+        if self.executor == "ray":
+            self._check_ray()
+        elif self.address is not None or self.gpus is not None:
+            raise UserError("--address and --gpus belong to --executor ray: add that, or leave them out")
+
+    def _check_ray(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"Ray gives each run its GPU: with --executor ray the device is cpu or cuda, not {self.device!r}")
+        if self.gpus is not None and self.device == "cpu":
+            raise UserError("--gpus is for runs on a GPU: add --device cuda, or leave it out")
+        if self.gpus is not None and not (math.isfinite(self.gpus) and 0 < self.gpus <= 1):
+            raise UserError(f"a run takes a whole GPU or a part of one: --gpus must be above 0 and at most 1, not {self.gpus}")
+
+    @property
+    def share(self) -> int:
+        """The cores of a run that has others beside it."""
+        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+
+    def at_a_time(self, runs: int) -> int:
+        """How many of so many runs make progress at full speed: no more than there are jobs, nor than have cores here to themselves."""
+        fit = self.jobs if self.executor == "ray" else max(1, (os.cpu_count() or 1) // self.share)
+        return max(1, min(self.jobs, runs, fit))
+
+    @property
+    def crowded(self) -> str:
+        """What to say where runs get in one another's way, empty where each has its cores."""
+        if self.jobs == self.at_a_time(self.jobs):
+            return ""
+        each = f" of {self.share} threads each" if self.share > 1 else ""
+        return f"{self.jobs} runs at a time{each} are more than this machine's {os.cpu_count()} cores: they slow one another down"
+
+    @property
+    def gpu_share(self) -> float:
+        """The part of a GPU that Ray gives a run."""
+        return 0.0 if self.device == "cpu" else 1.0 if self.gpus is None else self.gpus

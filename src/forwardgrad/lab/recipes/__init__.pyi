@@ -1,0 +1,14 @@
+from forwardgrad.lab.recipes import beyond as beyond
+from forwardgrad.lab.recipes import noise as noise
+from forwardgrad.lab.recipes.beyond import NETWORKS as NETWORKS
+from forwardgrad.lab.recipes.campaigns import Budget as Budget
+from forwardgrad.lab.recipes.campaigns import everything as everything
+from forwardgrad.lab.recipes.noise import EXPLODED as EXPLODED
+from forwardgrad.lab.recipes.noise import LEFT as LEFT
+from forwardgrad.lab.recipes.noise import PAPER as PAPER
+from forwardgrad.lab.recipes.paper import LABELS as LABELS
+from forwardgrad.lab.recipes.paper import TABLE1 as TABLE1
+from forwardgrad.lab.recipes.paper import TITLES as TITLES
+from forwardgrad.lab.recipes.paper import baydin as baydin
+from forwardgrad.lab.recipes.paper import demo as demo
+from forwardgrad.lab.recipes.paper import table1 as table1

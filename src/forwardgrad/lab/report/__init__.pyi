@@ -1,0 +1,1 @@
+from forwardgrad.lab.report.document import write as write

@@ -1,0 +1,45 @@
+"""The paper's claims and those of Baydin et al., one by one, beside what was measured; none is decided beforehand. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from forwardgrad.lab.report.blocks import Judged, Section, count
+from forwardgrad.lab.report.claims.baydin import BY_BAYDIN
+from forwardgrad.lab.report.claims.evidence import CONFIRMED, OPEN, REFUTED, Evidence
+from forwardgrad.lab.report.claims.paper import PAPER
+from forwardgrad.lab.store import StudyResult
+
+ABOUT = ("table1", "baydin", "noise")  # studies that claims speak of
+NOTE = (
+    "Each claim has its rule, and nothing but the rule and the stored results decides it. Runs that diverged or failed count as infinitely "
+    "bad. What is missing, or of one seed where seeds matter, decides nothing, and the command that would is named. Which arm is lower can "
+    "be decided by runs that are shorter than the paper's in both arms alike: by how much is said with them."
+)
+
+
+def judge(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> tuple[Judged, ...]:
+    """Every claim, in the order of the papers' arguments."""
+    fullest = {study.family: study for study in sorted(studies, key=_weight)}  # where one is stored several times
+    evidence = Evidence(fullest, measured)
+    return tuple(decide(evidence) for decide in (*PAPER, *BY_BAYDIN))
+
+
+def _weight(study: StudyResult) -> tuple[int, int, bool]:
+    """How much a record says: arms at full length first, then arms that are complete; of two alike the first record."""
+    complete = [arm for arm in study.arms if arm.complete]
+    return sum(not arm.shortened for arm in complete), len(complete), not study.of
+
+
+def claims_section(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> Section | None:
+    """The claims as a part of the page; None for a store that holds nothing they speak of."""
+    if not (any(study.family in ABOUT for study in studies) or measured.keys() & {"bench.json", "functions.json", "quality.json"}):
+        return None
+    found = judge(studies, measured)
+    return Section("claims", f"The papers' {len(found)} claims, one by one", _counted(found), (NOTE, found))
+
+
+def _counted(found: Sequence[Judged]) -> str:
+    sums = {word: sum(claim.status == word for claim in found) for word in (CONFIRMED, REFUTED, OPEN)}
+    return f"Of {count(len(found), 'claim')}, {sums[CONFIRMED]} are {CONFIRMED}, {sums[REFUTED]} {REFUTED} and {sums[OPEN]} {OPEN}."

@@ -1,0 +1,34 @@
+"""Every run of a study that was lost, shown and not dropped. Loads without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forwardgrad.lab.report.blocks import Cell, Table, tables
+from forwardgrad.lab.store import ArmResult, StudyResult
+
+
+def lost_runs(study: StudyResult) -> Table | None:
+    """Every run that diverged or failed, trials too, with its reason; None where all went well."""
+    groups = []
+    for group, arms in study.groups.items():
+        rows = tuple(row for arm in arms for row in (*_lost_finals(arm), *_lost_trials(arm)))
+        groups += [(group, rows)] if rows else []
+    meaning = (
+        ("run", "a final run by its place among the seeds, or a trial of the search by its values; below it the folder under runs/"),
+    )
+    return Table(("arm", "run", "steps", "what happened"), tuple(groups), "Runs that diverged or failed", meaning) if groups else None
+
+
+def _lost_finals(arm: ArmResult) -> list[tuple[Cell, ...]]:
+    return [_lost_row(arm, f"seed {seed}", run.folder.name, run.result) for seed, run in sorted(arm.by_seed.items()) if tables.lost(run)]
+
+
+def _lost_trials(arm: ArmResult) -> list[tuple[Cell, ...]]:
+    tried = zip(arm.record["trials"], arm.trials, strict=True)
+    bad = [(trial, result) for trial, result in tried if result and result["status"] != "finished"]
+    return [_lost_row(arm, f"trial {tables.values_text(trial['values'])}", trial["run"], result) for trial, result in bad]
+
+
+def _lost_row(arm: ArmResult, run: str, identity: str, result: dict[str, Any]) -> tuple[Cell, ...]:
+    return (tables.arm_cell(arm), Cell(run, identity, "ids"), Cell(f"{result['steps']:,}"), Cell(tables.ended(result), tone="warn"))

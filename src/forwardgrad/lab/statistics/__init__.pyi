@@ -1,0 +1,13 @@
+from forwardgrad.lab.statistics import budget as budget
+from forwardgrad.lab.statistics import comparison as comparison
+from forwardgrad.lab.statistics import stats as stats
+from forwardgrad.lab.statistics import walk as walk
+from forwardgrad.lab.statistics.budget import TOLERANCE as TOLERANCE
+from forwardgrad.lab.statistics.budget import WITHIN as WITHIN
+from forwardgrad.lab.statistics.budget import BestOf as BestOf
+from forwardgrad.lab.statistics.budget import Profile as Profile
+from forwardgrad.lab.statistics.budget import Sensitivity as Sensitivity
+from forwardgrad.lab.statistics.comparison import LEVEL as LEVEL
+from forwardgrad.lab.statistics.comparison import Interval as Interval
+from forwardgrad.lab.statistics.comparison import Permutation as Permutation
+from forwardgrad.lab.statistics.stats import Curve as Curve

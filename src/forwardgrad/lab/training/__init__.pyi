@@ -1,0 +1,15 @@
+from forwardgrad.lab.training import allocation as allocation
+from forwardgrad.lab.training import batched as batched
+from forwardgrad.lab.training import functions as functions
+from forwardgrad.lab.training import models as models
+from forwardgrad.lab.training import parts as parts
+from forwardgrad.lab.training.batched import plan as plan
+from forwardgrad.lab.training.evaluation import losses_of as losses_of
+from forwardgrad.lab.training.loop import advance as advance
+from forwardgrad.lab.training.loop import evaluated_at as evaluated_at
+from forwardgrad.lab.training.loop import train as train
+from forwardgrad.lab.training.state import begin as begin
+from forwardgrad.lab.training.state import build_optimizer as build_optimizer
+from forwardgrad.lab.training.state import steps_per_epoch as steps_per_epoch
+from forwardgrad.lab.training.state import total_steps as total_steps
+from forwardgrad.lab.training.tensorboard import installed as installed

@@ -1,0 +1,76 @@
+"""How good a network is: loss and accuracy over a whole split, and what the paper read off instead."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forwardgrad.lab import data
+from forwardgrad.lab.studies import Precision, stream
+from forwardgrad.lab.training.parts import Loss
+from forwardgrad.lab.training.precision import arranged, computing
+
+PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
+
+
+@torch.no_grad()
+def losses_of(
+    model: nn.Module,
+    dataset: data.Dataset,
+    split: data.Split,
+    precision: Precision = "float32",
+    batch: int = 1000,
+    loss: Loss = F.cross_entropy,
+) -> tuple[Tensor, Tensor]:
+    """The loss of every example of a split (float64) and whether it was classified rightly.
+
+    Of a user's loss only means over batches are known: every example of a batch gets its mean. Where targets are no classes, whether they
+    were met is NaN.
+    """
+    training = model.training
+    model.eval()
+    losses, right = [], []
+    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
+        with computing(precision, images.device):
+            output = model(arranged(dataset.pixels(images), precision))
+            output = output.float() if isinstance(output, Tensor) else output
+            if loss is F.cross_entropy:
+                losses.append(F.cross_entropy(output, labels, reduction="none").double())
+            else:
+                losses.append(loss(output, labels).double().expand(len(labels)))
+        right.append(_right(output, labels, dataset.classes))
+    model.train(training)
+    return torch.cat(losses), torch.cat(right)
+
+
+def _right(output: object, labels: Tensor, classes: int) -> Tensor:
+    if classes and isinstance(output, Tensor) and output.dim() == 2:
+        return output.argmax(1) == labels
+    return torch.full((len(labels),), math.nan)
+
+
+def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    losses, right = measured
+    return float(losses.mean()), float(right.double().mean())
+
+
+def published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:
+    """The loss of one mini-batch of 16 shuffled test images, and the range of such readings of this same network.
+
+    The range runs from the 5th to the 95th percentile of 1,000 such mini-batches.
+    """
+    generator = torch.Generator().manual_seed(stream(seed, "published reading"))
+    losses = losses.cpu()
+    if len(losses) < PUBLISHED_READING:
+        return dict.fromkeys(("last16", "last16_low", "last16_high"))
+    draws = torch.stack([torch.randperm(len(losses), generator=generator)[-PUBLISHED_READING:] for _ in range(1000)])
+    readings = losses[draws].mean(1)
+    low, high = torch.quantile(readings, torch.tensor([0.05, 0.95], dtype=readings.dtype)).tolist()
+    return {"last16": finite(float(readings[0])), "last16_low": finite(low), "last16_high": finite(high)}
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,115 @@
+"""The parts of a run as objects: the laboratory's own, or a user's, each checked when it is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forwardgrad.estimators import Estimator, from_config
+from forwardgrad.lab import data
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies import Optimizer, Run, import_path, is_path
+from forwardgrad.lab.training import models
+
+Loss = Callable[[Any, Tensor], Tensor]
+HELD_OUT = 6  # where a user's data come without a validation split, one example of so many is held out for it
+
+
+class Given(data.Dataset):
+    """A user's data: inputs go to the model as they are."""
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return images
+
+
+def dataset(run: Run, device: torch.device, data_dir: Any = None) -> data.Dataset:
+    """The splits of a run.
+
+    A user's function takes the seed and returns {"train": (inputs, targets), "test": (inputs, targets)}, with "validation" or without: then
+    a sixth of the training examples is held out, chosen by the seed.
+    """
+    if not is_path(run.data):
+        return data.load(run.data, run.seed, device, data_dir)
+    found = import_path.find(run.data, "data")(run.seed)
+    splits = {name: _split(found, name, run.data, device) for name in ("train", "validation", "test")}
+    train, validation, test = splits["train"], splits["validation"], splits["test"]
+    if train is None or test is None:
+        raise UserError(f"the data {run.data!r} have no {'train' if train is None else 'test'!r} split: return one of inputs and targets")
+    if validation is None:
+        held = len(train) // HELD_OUT
+        train, validation = data.divide(train.images, train.labels, (len(train) - held, held), run.seed)
+    classes = int(train.labels.max()) + 1 if not train.labels.is_floating_point() and train.labels.dim() == 1 and len(train) else 0
+    for name, split in (("train", train), ("validation", validation), ("test", test)):
+        if not len(split):
+            raise UserError(f"the {name} split of the data {run.data!r} is empty")
+    return Given(run.data, classes, train, validation, test)
+
+
+def _split(found: Any, name: str, path: str, device: torch.device) -> data.Split | None:
+    if not isinstance(found, Mapping):
+        raise UserError(f"the data {path!r} return {type(found).__name__}: return a dict of splits, each a pair of tensors")
+    if name not in found:
+        return None
+    pair = found[name]
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+        raise UserError(f"the {name} split of the data {path!r} is no pair of tensors: return (inputs, targets)")
+    inputs, targets = pair
+    if len(inputs) != len(targets):
+        raise UserError(f"the {name} split of the data {path!r} has {len(inputs)} inputs and {len(targets)} targets")
+    return data.Split(inputs.to(device), targets.to(device))
+
+
+def model(run: Run, given: data.Dataset) -> nn.Module:
+    """The network of a run. A user's is called without arguments or, where it requires two, with the shape of an input and the classes."""
+    if not is_path(run.model):
+        return models.build(run.model, given.shape, given.classes)
+    build = import_path.find(run.model, "model")
+    made = build(tuple(given.train.images.shape[1:]), given.classes) if _required(build) == 2 else build()
+    if not isinstance(made, nn.Module):
+        raise UserError(f"the model {run.model!r} makes {type(made).__name__}: it has to be or return a torch.nn.Module")
+    if not any(p.requires_grad for p in made.parameters()):
+        raise UserError(f"the model {run.model!r} has no parameter to train")
+    return made
+
+
+def _required(build: Any) -> int:
+    """How many arguments a call needs."""
+    try:
+        found = inspect.signature(build).parameters.values()
+    except (ValueError, TypeError):
+        return 0
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found)
+
+
+def loss(run: Run) -> Loss:
+    """What a run minimises: cross-entropy, or the user's function of output and target, a mean over the batch."""
+    return F.cross_entropy if run.loss is None else import_path.find(run.loss, "loss")
+
+
+def estimator(run: Run) -> Estimator:
+    """The estimator of a run; a user's is a class whose fields are the options of the description."""
+    try:
+        if not is_path(name := run.estimator["name"]):
+            return from_config(run.estimator)
+        made = import_path.find(name, "estimator")(**{key: value for key, value in run.estimator.items() if key != "name"})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
+    if not isinstance(made, Estimator):
+        raise UserError(f"the estimator {name!r} makes {type(made).__name__}: it has to be a forwardgrad.estimators.Estimator")
+    return made
+
+
+def optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """A user's optimizer: called with the parameters, the learning rate and the options of the description."""
+    try:
+        made = import_path.find(options.name, "optimizer")(model.parameters(), lr=options.lr, **(options.options or {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the optimizer {options.name!r} cannot be made: {error}") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise UserError(f"the optimizer {options.name!r} makes {type(made).__name__}: it has to be a torch.optim.Optimizer")
+    return made

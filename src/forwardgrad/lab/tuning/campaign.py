@@ -1,0 +1,279 @@
+"""A study carried out: every arm tuned on validation data, each winner trained on fresh seeds, and a record of which run was what.
+
+Of training it knows two functions that it is given: one that executes runs, one that says what a step of a run costs. Loads without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.store import Store, records, write_json
+from forwardgrad.lab.studies import SCHEMA, Arm, Pace, Point, Run, Study, check, paced_alike, space, unpaced
+
+Results = dict[str, dict[str, Any]]
+Execute = Callable[[Sequence[Run]], Results]
+ASKED = 4  # points that Optuna is asked for at a time: a fixed number, so that the same study asks the same wherever it runs
+
+Trial = tuple[Point, Run]
+
+
+@dataclass
+class Standing:
+    """What is known of an arm so far. `no_winner` says why none of its points was chosen."""
+
+    arm: Arm
+    trials: list[Trial] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=lambda: {"values": {}, "validation_loss": None, "at_edge": []})
+    finals: list[Run] = field(default_factory=list)
+    no_winner: str = ""
+
+
+class Campaign:
+    """One study, its store, and how its runs are executed.
+
+    `examine` is given runs before a record names them, and raises UserError where they cannot even begin.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        store: Store,
+        execute: Execute,
+        command: str,
+        pace: Callable[[Run], Pace] = unpaced,
+        examine: Callable[[Sequence[Run]], None] = lambda runs: None,
+    ) -> None:
+        check(study)
+        self.study, self.store, self.execute, self.command = study, store, execute, command
+        self.record_name: str | None = None  # once there is a record
+        self.names: dict[str, str] = {}
+        self.arms = [Standing(arm) for arm in study.arms]
+        self.results: Results = {}
+        self._measure, self._examine, self._planned = pace, examine, False
+        self._good: set[str] = set()  # runs that were examined
+        self.paces = records.paces(store, study.name)
+
+    def plan(self) -> None:
+        """Plan every run that is known before the first one is trained; UserError where one of them cannot begin. Writes nothing."""
+        for state in self.arms:
+            self._plan(state, self.study.points(state.arm))
+            if not state.arm.space:
+                state.finals = self._finals(state)
+        self._check()
+        self._planned = True
+
+    def run(self) -> dict[str, Any]:
+        """Tune, train, and return the stored record. An arm without a single finished trial has no winner, and is trained no further."""
+        if not self._planned:
+            self.plan()
+        self._try()
+        if self.study.sampler == "optuna":
+            self._adapt()
+        for _ in range(self.study.widen):
+            if not self._widen():
+                break
+            self._try()
+        for state in self.arms:
+            if state.arm.space:
+                state.chosen = choose(state.arm, state.trials, self.results)
+                state.no_winner = without_winner(state.trials, self.results)
+                state.finals = [] if state.no_winner else self._finals(state)
+        self.record()  # before the long part: a report can be made of what is there
+        if finals := [run for state in self.arms for run in state.finals]:
+            self.results |= self.execute(finals)
+        return self.record()
+
+    def pace(self, run: Run) -> Pace:
+        """What a step costs, measured once for all runs whose steps cost the same, and stored."""
+        key = paced_alike(run)
+        if key not in self.paces:
+            self.paces[key] = dataclasses.asdict(self._measure(run))
+        return Pace(**self.paces[key])
+
+    def _plan(self, state: Standing, points: Sequence[Point]) -> None:
+        for point in points:
+            run = self.study.trial(state.arm, point, self.pace)
+            self.names[run.identity] = f"{state.arm.name} trial {_short(point)}"
+            state.trials.append((point, run))
+
+    def _finals(self, state: Standing) -> list[Run]:
+        runs = [self.study.final(state.arm, state.chosen["values"], seed, self.pace) for seed in range(self.study.seeds)]
+        self.names |= {run.identity: f"{state.arm.name} seed {seed}" for seed, run in enumerate(runs)}
+        return runs
+
+    def _check(self) -> None:
+        """Let what is to be trained be examined; a run that has a result needs nothing any more."""
+        named = {run.identity: run for state in self.arms for run in (*(run for _, run in state.trials), *state.finals)}
+        new = [run for key, run in named.items() if key not in self._good and self.store.result(key) is None]
+        if new:
+            self._examine(new)
+        self._good |= named.keys()
+
+    def _try(self) -> None:
+        """Execute every planned trial that has no result yet, those of all arms together."""
+        self.record()
+        waiting = [run for state in self.arms for _, run in state.trials if run.identity not in self.results]
+        if waiting:
+            self.results |= self.execute(waiting)
+
+    def _adapt(self) -> None:
+        """Ask Optuna for the points of every arm, a few at a time, and tell it what came of them."""
+        from forwardgrad.lab.tuning.adaptive import Asker
+
+        journal = self.store.root / "studies" / f"{self.record_name}.journal"
+        askers = [(state, Asker(self.study.name, state.arm, journal)) for state in self.arms if state.arm.space]
+        for start in range(0, self.study.trials or 0, ASKED):
+            count = min(ASKED, (self.study.trials or 0) - start)
+            for state, asker in askers:
+                self._plan(state, asker.ask(count))
+            self._try()
+            for state, asker in askers:
+                asker.tell([self.results[run.identity] for _, run in state.trials[start:]])
+
+    def _widen(self) -> bool:
+        """Plan further points for every tuned arm of a group in which a winner lies on an edge; whether there was one.
+
+        An arm of which every trial failed is left out: nothing is known of where to look on.
+        """
+        planned = False
+        best = {state.arm.name: choose(state.arm, state.trials, self.results, or_least=True) for state in self.arms}
+        for group in dict.fromkeys(arm.group for arm in self.study.arms):
+            tuned = [state for state in self.arms if state.arm.group == group and best[state.arm.name]["values"]]
+            if not any(best[state.arm.name]["at_edge"] for state in tuned):
+                continue
+            points = [self._further(state, best[state.arm.name]["values"]) for state in tuned]
+            equal = min(map(len, points))  # fewer where an arm's values are words: no arm gets more trials than another
+            for state, found in zip(tuned, points, strict=True):
+                self._plan(state, found[:equal])
+            planned = planned or equal > 0
+        return planned
+
+    def _further(self, state: Standing, best: Point) -> list[Point]:
+        tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
+        return space.further(state.arm.space, tried, best, possible)
+
+    def record(self) -> dict[str, Any]:
+        """Store the study. Arms that were run before and are not part of this call are kept, and so is every result (`records`)."""
+        self._check()
+        rows = [self._described(state) for state in self.arms]
+        with self.store.changing():
+            name, path, stored, arms = records.placed(self.store, self.study.name, rows, self.record_name)
+            self.record_name, further = name, name != self.study.name
+            title = self.study.title + (f" ({name.rpartition('-')[2]})" if further else "")
+            if stored is not None and (stored["title"], stored["arms"]) == (title, arms):
+                return stored
+            record = {
+                "schema": SCHEMA,
+                "name": name,
+                **({"of": self.study.name} if further else {}),
+                "title": title,
+                "seeds": self.study.seeds,
+                **({"paces": self.paces} if self.paces else {}),
+                "arms": arms,
+            }
+            write_json(path, record)
+        return record
+
+    def _described(self, state: Standing) -> dict[str, Any]:
+        arm, study = state.arm, self.study
+        return {
+            "name": arm.name,
+            "group": arm.group,
+            "kind": arm.kind,
+            "label": arm.label,
+            "command": self.command,
+            "published": dataclasses.asdict(arm.published) if arm.published else None,
+            "space": space.to_json(arm.space),
+            "tuning_epochs": (study.tuning.epochs or 0) if arm.space else 0,
+            "trials": [{"values": values, "run": run.identity} for values, run in state.trials],
+            "chosen": state.chosen,
+            "runs": [run.identity for run in state.finals],
+            **({"no_winner": state.no_winner} if state.no_winner else {}),
+            **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
+            **({"budget": self._budget(state), "sampler": study.sampler} if arm.space else {}),
+            **({"training": study.training.given} if study.training else {}),
+            **({"epochs": arm.run.epochs} if not study.training and arm.run.steps is None else {}),
+        }
+
+    def _budget(self, state: Standing) -> dict[str, Any]:
+        """What an arm may spend on tuning: planned trials, those of widening among them, and how long each is."""
+        return {"trials": max(self.study.budget(state.arm), len(state.trials)), **self.study.tuning.given}
+
+
+def run_study(
+    study: Study,
+    store: Store,
+    execute: Execute,
+    command: str,
+    names: dict[str, str] | None = None,
+    pace: Callable[[Run], Pace] = unpaced,
+) -> dict[str, Any]:
+    """Tune every arm on validation, train each winner on fresh seeds, and store which run was what. Returns the stored record.
+
+    `names`, if given, is filled with what to call each run on a display.
+    """
+    campaign = Campaign(study, store, execute, command, pace)
+    campaign.names = names if names is not None else {}
+    return campaign.run()
+
+
+def _possible(arm: Arm, point: Point) -> bool:
+    """Whether there is such a run: beyond an edge may lie what no optimizer and no estimator takes."""
+    from forwardgrad.lab.training import parts
+
+    try:
+        parts.estimator(arm.at(point))
+    except UserError:
+        return False
+    return True
+
+
+def _short(values: Point) -> str:
+    return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
+
+
+def without_winner(trials: Sequence[Trial], results: Results) -> str:
+    """Why no trial can be chosen, empty where one can: how many failed, and how many diverged."""
+    if not trials or _fit(trials, results):
+        return ""
+    statuses = [results[run.identity]["status"] for _, run in trials]
+    ended = {"failed": "failed", "diverged": "diverged", "finished": "ended without a validation loss"}
+    counted = [(statuses.count(status), words) for status, words in ended.items() if status in statuses]
+    if len(counted) == 1:
+        return f"all {len(trials)} trials {counted[0][1]}" if len(trials) > 1 else f"its only trial {counted[0][1]}"
+    return f"of {len(trials)} trials {' and '.join(f'{n} {words}' for n, words in counted)}"
+
+
+def choose(arm: Arm, trials: Sequence[Trial], results: Results, *, or_least: bool = False) -> dict[str, Any]:
+    """The trial with the least validation loss, and on which edges of its space it lies; no values where none finished.
+
+    With `or_least`, where none finished and some diverged, that of the least learning rate: below it lies the best place to look on.
+    """
+    tried = [values for values, _ in trials]
+    if fit := _fit(trials, results):
+        loss, values = min(fit, key=lambda pair: pair[0])
+        return {"values": values, "validation_loss": loss, "at_edge": list(space.edges(arm.space, tried, values))}
+    diverged = [values for values, run in trials if results[run.identity]["status"] == "diverged"]
+    if or_least and diverged:
+        values = min(diverged, key=lambda values: values.get("lr", 0.0))
+        return {
+            "values": values,
+            "validation_loss": None,
+            "at_edge": [name for name, values in arm.space.items() if space.size({name: values}) > 1],
+        }
+    return {"values": {}, "validation_loss": None, "at_edge": []}
+
+
+def _fit(trials: Sequence[Trial], results: Results) -> list[tuple[float, Point]]:
+    """Validation losses of the trials that finished, and their points."""
+    found = [(results[run.identity], values) for values, run in trials]
+    return [
+        (result["validation_loss"], values)
+        for result, values in found
+        if result["status"] == "finished" and result["validation_loss"] is not None
+    ]

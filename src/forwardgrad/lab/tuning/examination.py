@@ -1,0 +1,40 @@
+"""What runs are made of, made once before a record names them: data that is missing and parts that cannot be made are told then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from forwardgrad.lab.data import Dataset
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies import Run, paced_alike
+from forwardgrad.lab.training import build_optimizer, parts
+
+
+def examine(runs: Sequence[Run], data_dir: Path | None = None) -> None:
+    """Load the data and make model, loss, estimator and optimizer of every run, on the processor; nothing is trained or written.
+
+    Raises UserError for what a run could not begin with. Runs that differ in numbers alone share one model here.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(paced_alike(run), []).append(run)
+    datasets: dict[str, Dataset] = {}
+    with torch.random.fork_rng([]):
+        for first, *others in alike.values():
+            try:
+                if first.data not in datasets:
+                    datasets[first.data] = parts.dataset(first, torch.device("cpu"), data_dir)
+                model = parts.model(first, datasets[first.data])
+                parts.loss(first)
+                for run in (first, *others):
+                    parts.estimator(run)
+                    build_optimizer(run.optimizer, model)
+            except (UserError, OSError):
+                raise
+            except Exception as error:  # a user's own code can raise anything
+                why = " ".join(str(error).split()) or "no message"
+                said = f"{first.model} on {first.data} with {first.estimator['name']} cannot begin"
+                raise UserError(f"{said}, its parts stop with {type(error).__name__}: {why}") from error

@@ -1,0 +1,349 @@
+"""What every estimator promises of every model: list of methods × list of cases."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tests.support.cases import CASES, EXACT, Case, Loss, perceptron, regress, rows, seeded, trained, true_gradient
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+import forwardgrad as fg
+
+PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk; two evaluations a tangent of zeroth order
+    fg.Backprop(): 1,
+    fg.Backprop(checkpoint=True): 2,
+    fg.ForwardGradient(): 2,
+    fg.ForwardGradient(tangents=3): 4,
+    fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=1): 6,
+    fg.ForwardGradient(tangents=3, law=fg.Rademacher(), clip=0.5, chunk_size=2): 5,
+    fg.ForwardGradient(tangents=3, law=fg.Orthogonal(), chunk_size=2): 5,
+    fg.ForwardGradient(tangents=3, combine="projection"): 4,
+    fg.ForwardGradient(tangents=2, control_variate=0.9, chunk_size=1): 4,
+    fg.ForwardGradient(perturb=fg.LowRank()): 2,
+    fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=2, perturb=fg.LowRank(3)): 5,
+    fg.ForwardGradient(tangents=3, perturb=fg.LowRank(), combine="projection"): 4,
+    fg.ForwardGradient(perturb=fg.PerExample()): 2,
+    fg.ForwardGradient(tangents=3, law=fg.Rademacher(), chunk_size=2, clip=0.5, perturb=fg.PerExample(), control_variate=0.5): 5,
+    fg.ForwardGradient(perturb=fg.Activity()): 2,
+    fg.ForwardGradient(tangents=3, law=fg.Sphere(), chunk_size=2, perturb=fg.Activity(masked=False)): 5,
+    fg.ForwardGradient(tangents=2, law=fg.Rademacher(), perturb=fg.Activity(), exact_output=True): 3,
+    fg.ForwardGradient(perturb=fg.Cheapest()): 2,
+    fg.ForwardGradient(tangents=2, perturb=fg.Cheapest({"*bias": "dense", "0.*": "low-rank"}), exact_output=True): 3,
+    fg.LearnedFeedback(): 2,
+    fg.LearnedFeedback("average", use="control-variate", tangents=2, masked=False): 3,
+    fg.LocalLosses(): 2,
+    fg.LocalLosses(head="pooled", similarity=0.5, tangents=2, law=fg.Gaussian()): 3,
+    fg.LocalLosses(feedback=True): 2,
+    fg.FixedFeedback(): 1,
+    fg.Readout(): 1,
+    fg.ZerothOrder(epsilon=1e-4): 2,
+    fg.ZerothOrder(epsilon=1e-4, tangents=3, law=fg.Rademacher()): 6,
+    fg.Guess(): 3,
+    fg.Guess(momentum=0.5, law=fg.Sphere(), chunk_size=1): 4,
+    fg.Guess("given", complement=False): 2,
+}
+METHODS = list(PASSES)
+NO_BACKWARD = [method for method in METHODS if not isinstance(method, fg.Backprop)]
+
+
+LIMITS: dict[type[fg.Estimator], tuple[str, ...]] = {  # what they are tested on: the error of other losses is found, see test_feedback
+    fg.LearnedFeedback: ("labels", "reshaped"),
+    fg.FixedFeedback: ("labels", "reshaped"),
+    fg.LocalLosses: ("labels",),
+    fg.Readout: ("labels", "single"),
+}
+
+
+def applies(method: fg.Estimator, case: Case) -> bool:
+    """Whether the estimator is tested on the case: what it knows of the model's output."""
+    return type(method) not in LIMITS or case.output in LIMITS[type(method)]
+
+
+def learns(method: fg.Estimator, module: nn.Module, model: nn.Module) -> bool:
+    """Whether the parameters of a module get a gradient: not everything does where errors are sent by a matrix, or not at all."""
+    if isinstance(method, fg.Readout):
+        return module is [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    even = isinstance(module, nn.Conv2d) and module.kernel_size == (2, 2) and module.padding == "same"  # has no rule
+    ruled = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding) and not even
+    return ruled or not isinstance(method, fg.FixedFeedback)
+
+
+def short(method: fg.Estimator) -> str:
+    """The name, and the fields that are not what they are by default."""
+    fields = {field.name: (getattr(method, field.name), field.default) for field in dataclasses.fields(method)}
+    given = ",".join(f"{name}={value!r}" for name, (value, default) in fields.items() if value != default)
+    return f"{method.name}({given.replace(' ', '')})"
+
+
+PAIRS = [(method, case) for case in CASES for method in METHODS if applies(method, case)]
+OUTSIDE = [(method, case) for case in CASES for method in METHODS if isinstance(method, fg.LocalLosses) and not applies(method, case)]
+
+
+def named(which: list[tuple[fg.Estimator, Case]]) -> list[str]:
+    return [f"{case}-{short(method)}" for method, case in which]
+
+
+methods = pytest.mark.parametrize("method", METHODS, ids=short)
+no_backward = pytest.mark.parametrize("method", NO_BACKWARD, ids=short)
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+ROUGH = ("bfloat16", "autocast")
+
+
+def estimate(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> fg.Estimate:
+    torch.manual_seed(7)  # for dropout
+    if isinstance(method, fg.ZerothOrder) and next(model.parameters()).dtype == torch.bfloat16:
+        method = dataclasses.replace(method, epsilon=0.1)  # anything much smaller drowns in the rounding of the loss to 8 bits
+    return fg.estimate_grad_(loss, model, method, generator=seeded(seed), state={})
+
+
+def tolerance(method: fg.Estimator, exact: float) -> float:
+    """How far the loss and the buffers may be from those of an ordinary pass: the mean of two evaluations at ±ε is off by O(ε²)."""
+    return 1e3 * method.epsilon**2 if isinstance(method, fg.ZerothOrder) else exact
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+
+
+def packed(work: Callable[[], object]) -> tuple[int, int]:
+    """How many tensors were saved for a backward pass during the work, and how many bytes."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return len(sizes), sum(sizes)
+
+
+def test_every_estimator_and_every_perturbation_is_tested() -> None:
+    assert {type(method) for method in METHODS} == set(fg.ESTIMATORS)
+    assert {type(method.perturb) for method in METHODS if isinstance(method, fg.ForwardGradient)} == set(fg.PERTURBATIONS)
+
+
+@pytest.mark.parametrize(("method", "case"), OUTSIDE, ids=named(OUTSIDE))
+def test_a_loss_outside_the_limits_is_told_and_gives_no_gradient(method: fg.Estimator, case: Case) -> None:
+    model, loss = case.build()
+    with pytest.raises(ValueError, match=r"needs .*(F\.cross_entropy|the error at the model's output)"):
+        estimate(method, model, loss)
+    assert gradients(model) == {}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """An estimate of the gradient of a fresh model, and what it left."""
+
+    model: nn.Module
+    record: fg.Estimate
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random: Tensor  # the state of the global generator
+    saved: tuple[int, int]
+    kept: bool  # whether parameters and buffers are the objects that they were
+
+
+def take(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> Taken:
+    def objects() -> list[tuple[str, int]]:
+        return [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+
+    records, before = list[fg.Estimate](), objects()
+    saved = packed(lambda: records.append(estimate(method, model, loss, seed)))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return Taken(model, records[0], gradients(model), buffers, torch.get_rng_state(), saved, objects() == before)
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What the tests of a method and a case look at: the estimates take most of their time, and are made once for all of them."""
+
+    method: fg.Estimator
+    case: Case
+    first: Taken
+    same: Taken  # a fresh model, and the seed of the first
+    other: Taken  # a fresh model, another seed
+    added: Taken  # a fresh model, the seed of the first, and -3 times the first gradient in its .grad
+
+
+@pytest.fixture(scope="module")
+def promised(request: pytest.FixtureRequest) -> Promised:
+    method, case = request.param
+    assert torch.is_grad_enabled()
+    first, same, other = (take(method, *case.build(), seed) for seed in (0, 0, 1))
+    model, loss = case.build()
+    for name, g in first.gradients.items():
+        model.get_parameter(name).grad = -3 * g
+    return Promised(method, case, first, same, other, take(method, model, loss))
+
+
+every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indirect=True, scope="module")
+
+
+@every_pair
+def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
+    method, first = promised.method, promised.same
+    assert promised.first.kept
+    assert promised.added.kept
+    model = first.model
+    reached = {id(p) for module in model.modules() if learns(method, module, model) for p in module.parameters(recurse=False)}
+    for p in model.parameters():
+        assert isinstance(p, nn.Parameter)
+        if not p.requires_grad or id(p) not in reached:
+            assert p.grad is None
+            continue
+        assert (p.grad.dtype, p.grad.device, p.grad.shape) == (p.dtype, p.device, p.shape)
+        assert p.grad.isfinite().all()
+        assert type(p.grad) is Tensor
+        assert not p.grad.requires_grad
+        assert not p.grad.is_inference()
+    assert any(g.any() for g in first.gradients.values())
+    torch.testing.assert_close(promised.added.gradients, {name: -2 * g for name, g in promised.first.gradients.items()})
+
+
+@every_pair
+def test_same_seed_same_bits(promised: Promised) -> None:
+    first, same, other = (
+        [taken.record.loss, taken.record.derivatives, *taken.gradients.values()]
+        for taken in (promised.first, promised.same, promised.other)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    equal = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    if not isinstance(promised.method, fg.LocalLosses):  # its classifiers are zeros at first, and so are its estimates
+        assert equal == isinstance(promised.method, (fg.Backprop, fg.Readout))
+
+
+@every_pair
+def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Promised) -> None:
+    method, case, record = promised.method, promised.case, promised.first.record
+    model, loss = case.build()
+    torch.manual_seed(7)
+    start = torch.get_rng_state()
+    expected = loss(model).detach().mean()
+    after = torch.get_rng_state()
+    assert torch.equal(start, after) != case.random
+    assert torch.equal(promised.first.random, after)
+    close = tolerance(method, 1e-12) if case.exact else 0.2 if isinstance(method, fg.ZerothOrder) and case.name in ROUGH else None
+    torch.testing.assert_close(record.loss, expected, rtol=close, atol=close)
+    assert record.derivatives.shape == (getattr(method, "tangents", 1 + method.complement if isinstance(method, fg.Guess) else 0),)
+    assert record.forward_passes == PASSES[method]
+    assert not record.loss.requires_grad
+    assert not record.derivatives.requires_grad
+
+
+@every_pair
+def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Promised) -> None:
+    method, (model, loss), taken = promised.method, promised.case.build(), promised.first
+    close = tolerance(method, 1e-13)
+    for _ in range(2 if taken.buffers else 0):
+        torch.manual_seed(7)
+        loss(model)
+        torch.testing.assert_close(taken.buffers, dict(model.named_buffers()), rtol=close, atol=close / 10)
+        taken = take(method, taken.model, loss)
+        assert taken.kept
+
+
+@every_pair
+def test_nothing_is_saved_for_a_backward_pass(promised: Promised) -> None:
+    if promised.method in NO_BACKWARD:
+        assert promised.first.saved == promised.added.saved == (0, 0)
+    else:
+        assert promised.first.saved[1] > 0  # the counter counts
+
+
+def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_gradients_enabled() -> None:
+    model, loss = perceptron().double(), regress(rows(6, 4))
+    live = dict(model.named_parameters())
+    tangents = {name: torch.ones_like(p) for name, p in live.items()}
+    assert packed(lambda: jvp(lambda ps: (functional_call(model, ps, rows(6, 4)) - 0.5).square().mean(), (live,), (tangents,)))[1] > 0
+    assert packed(lambda: fg.estimate_grad_(loss, model, generator=seeded())) == (0, 0)
+
+
+@pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(2), fg.PerExample(), fg.Activity(), fg.Cheapest()], ids=lambda p: p.name)
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_chunks_make_no_difference_beyond_rounding(case: Case, perturb: fg.Perturbation) -> None:
+    found = []
+    for chunk_size in (None, 1, 2, 3, 4):
+        model, loss = case.build()
+        record = estimate(fg.ForwardGradient(tangents=3, clip=2.0, chunk_size=chunk_size, perturb=perturb), model, loss)
+        found.append((record.derivatives, gradients(model)))
+    for chunked in found[1:]:
+        torch.testing.assert_close(chunked, found[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=str)
+def test_estimate_is_the_mean_of_clipped_derivatives_times_tangents(case: Case) -> None:
+    model, loss = case.build()
+    exact, clip = true_gradient(model, loss), 0.3
+    tangents = fg.Gaussian().draw(trained(model), 3, seeded(5))
+    d = sum((exact[name] * v).reshape(3, -1).sum(dim=1) for name, v in tangents.items())
+    expected = {name: torch.tensordot(d.clamp(-clip, clip), v, dims=1) / 3 for name, v in tangents.items()}
+    record = estimate(fg.ForwardGradient(tangents=3, clip=clip), model, loss, seed=5)
+    torch.testing.assert_close(record.derivatives, d, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@cases
+def test_backprop_is_loss_backward(case: Case, checkpoint: bool) -> None:
+    model, loss = case.build()
+    plain = copy.deepcopy(model)
+    torch.manual_seed(7)
+    loss(plain).mean().backward()
+    estimate(fg.Backprop(checkpoint), model, loss)
+    torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
+
+
+@cases
+def test_estimators_can_take_turns(case: Case) -> None:
+    """None leaves anything behind that another, or plain torch, would trip over."""
+    (model, loss), (fresh, _) = case.build(), case.build()
+    for method in METHODS:
+        if applies(method, case):
+            estimate(method, model, loss)
+    model.zero_grad()
+    estimate(fg.Backprop(), model, loss)
+    estimate(fg.Backprop(), fresh, loss)
+    torch.testing.assert_close(gradients(model), gradients(fresh))
+    assert list(model.state_dict()) == list(copy.deepcopy(model).state_dict())
+
+
+@methods
+def test_what_is_remembered_is_in_the_state(method: fg.Estimator) -> None:
+    model, loss = CASES[0].build()
+    state: dict[str, Tensor] = {}
+    fg.estimate_grad_(loss, model, method, generator=seeded(), state=state)
+    assert all(type(value) is Tensor and not value.requires_grad for value in state.values())
+    if method.stateful:
+        with pytest.raises(ValueError, match="learns from step to step"):
+            fg.estimate_grad_(loss, model, method, generator=seeded())
+    else:
+        assert state == {}
+        fg.estimate_grad_(loss, model, method, generator=seeded())
+
+
+@methods
+@pytest.mark.parametrize("outer", ["no_grad", "enable_grad", "inference_mode"])
+def test_the_context_of_the_caller_makes_no_difference(method: fg.Estimator, outer: str) -> None:
+    (model, loss), (usual, _) = CASES[0].build(), CASES[0].build()
+    with getattr(torch, outer)():
+        record = estimate(method, model, loss)
+    estimate(method, usual, loss)
+    torch.testing.assert_close(gradients(model), gradients(usual), rtol=0, atol=0)
+    for p in (p for p in model.parameters() if p.grad is not None):
+        p.grad.mul_(0.5)  # as clip_grad_norm_ does: not allowed of a tensor that was made in inference mode
+    assert not record.loss.requires_grad
+
+
+@pytest.mark.parametrize("method", [m for m in NO_BACKWARD if type(m) not in LIMITS], ids=short)
+def test_live_parameters_outside_what_is_trained_are_not_recorded_either(method: fg.Estimator) -> None:
+    head, backbone = nn.Linear(3, 1).double(), perceptron().double()
+    assert packed(lambda: estimate(method, head, lambda m: m(backbone(rows(6, 4))).square().mean())) == (0, 0)
