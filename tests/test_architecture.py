@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: its table against the files and their imports, and the promises about what loads without what."""
+"""docs/architecture.md is true: its table of rooms against the imports, its picture against the table, and what loads without what."""
 
 from __future__ import annotations
 
@@ -8,100 +8,135 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "forwardgrad"
 DOCUMENT = ROOT / "docs" / "architecture.md"
-HEADER = "| file | what lives there | may import |"
+HEADER = "| room | what it is for | may import |"
+FENCE = "```text\n"
+WIDE = 118  # columns of the picture
+CROWDED = 15  # modules in a room
 IMPORTERS = ("import_module", "__import__", "need")  # functions that import what their first argument names
-NAMES_ELSEWHERE = {  # files that may import by a name that is no literal, and where those names can be read
-    "__init__.py": "its TYPE_CHECKING block",
-    "lab/data.py": "the calls of need()",
-    "lab/parts.py": "the import paths that a user writes",
-    "lab/studyfile.py": "the user's file",
+NAMES_ELSEWHERE = {  # modules that may import by a name that is no literal, and where those names can be read
+    "forwardgrad._lazy": "the stub of a room",
+    "forwardgrad.lab.data.datasets": "the calls of need()",
+    "forwardgrad.lab.studies.import_path": "the import paths that a user writes",
+    "forwardgrad.lab.studies.study_file": "the user's file",
 }
-OPTIONAL = {"lab/adaptive.py": {"optuna"}, "lab/cluster.py": {"ray"}, "lab/tensorboard.py": {"tensorboard"}}  # extras of their own
-TORCH_FREE = (
-    "run",
-    "study",
-    "tuning",
-    "studyfile",
-    "recipes",
-    "results",
-    "tables",
-    "findings",
-    "sections",
-    "bench_section",
-    "quality_section",
-    "comparison_section",
-    "claims",
-    "verdict",
-    "report",
-    "spec",
-    "watch",
-    "cli",
-)
 
 
-def in_lab(file: str) -> bool:
-    """Whether a file belongs to the laboratory: `python -m forwardgrad` is its command."""
-    return file.startswith("lab/") or file == "__main__.py"
+class Import(NamedTuple):
+    """`from module import name`, in a file; a name that is a module of its own is the module, and has no name."""
+
+    module: str
+    name: str | None
+    line: int
 
 
-def module_name(file: str) -> str:
+def module_of(path: Path) -> str:
     """The module that a file of the package is: estimators/__init__.py is forwardgrad.estimators."""
-    return ".".join(["forwardgrad", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+    return ".".join(["forwardgrad", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
-FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-FILE_OF = {module_name(file): file for file in FILES}
+PATHS = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in PATHS if name not in ("forwardgrad", "forwardgrad._lazy", "forwardgrad.__main__")]
+PACKAGES = {name for name, path in PATHS.items() if path.name == "__init__.py"}
 
 
-def read_table() -> dict[str, set[str]]:
-    """Every row of the table: the file and the files it may import; `library` and `lab` are all files of that layer above the row."""
+def room_of(module: str) -> str:
+    """Where a module belongs: the folder it lies in, or itself beside the two faces. Rules of forward mode belong to forward mode."""
+    inside = module if module in PACKAGES else module.rpartition(".")[0]
+    found = module if inside in ("forwardgrad", "forwardgrad.lab") else inside
+    return found.removeprefix("forwardgrad.").removesuffix(".rules")
+
+
+def in_lab(module: str) -> bool:
+    return f"{module}.".startswith("forwardgrad.lab.") or module == "forwardgrad.__main__"
+
+
+@cache
+def imports(module: str) -> tuple[Import, ...]:
+    """Everything a module imports: at the top, inside functions, under TYPE_CHECKING, through import_module."""
+    return tuple(_imports(module))
+
+
+def _imports(module: str) -> Iterator[Import]:
+    path = PATHS[module]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, None, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno} imports relatively"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield Import(whole, None, node.lineno) if whole in PATHS else Import(str(node.module), alias.name, node.lineno)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORTERS:
+            if isinstance(node.args[0], ast.Constant):
+                yield Import(str(node.args[0].value), None, node.lineno)
+            else:
+                assert module in NAMES_ELSEWHERE, f"{path}:{node.lineno} imports a name that cannot be read"
+
+
+@cache
+def face(package: str) -> dict[str, str]:
+    """The public names of a room and the modules that they come from."""
+    stub = PATHS[package].with_suffix(".pyi")
+    found = ast.parse(stub.read_text(encoding="utf-8")).body if stub.exists() else []
+    return {alias.name: str(node.module) for node in found if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def rooms_imported(module: str) -> set[str]:
+    """The rooms that a module imports from, other than its own."""
+    named = [one for one in imports(module) if one.module.startswith("forwardgrad.") and one.module != "forwardgrad._lazy"]
+    homes = [face(one.module).get(str(one.name), one.module) if one.module in PACKAGES else one.module for one in named]
+    return {room_of(home) for home in homes if home in PATHS and home != "forwardgrad.lab"} - {room_of(module)}
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """Every room and the rooms that it imports from."""
+    found: dict[str, set[str]] = {}
+    for module in MODULES:
+        if module != "forwardgrad.lab":
+            found.setdefault(room_of(module), set()).update(rooms_imported(module))
+    return found
+
+
+def table() -> dict[str, set[str]]:
+    """Every row of the document: a room, and the rooms it may import; `library` stands for all rooms of that layer above the row."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     assert lines.count(HEADER) == 1, f"{DOCUMENT.name} holds one table, headed {HEADER}"
-    table: dict[str, set[str]] = {}
+    rows: dict[str, set[str]] = {}
     for line in lines[lines.index(HEADER) + 2 :]:
         if not line.startswith("|"):
             break
-        (file,), admitted = (re.findall(r"`([^`]+)`", line.split("|")[column]) for column in (1, 3))
-        assert file not in table, f"{file} has two rows"
-        above = set(table)
-        spelled_out = {"library": {f for f in above if not in_lab(f)}, "lab": {f for f in above if in_lab(f)}}
-        table[file] = set().union(*(spelled_out.get(name, {name}) for name in admitted))
-        assert table[file] <= above, f"{file} may import only files of the rows above it, not {sorted(table[file] - above)}"
-    return table
+        (room,), admitted = (re.findall(r"`([^`]+)`", line.split("|")[column]) for column in (1, 3))
+        assert room not in rows, f"{room} has two rows"
+        library = {name for name in rows if not name.startswith("lab.")}
+        rows[room] = set().union(*(library if name == "library" else {name} for name in admitted))
+        assert rows[room] <= set(rows), f"{room} may import only rooms of the rows above it, not {sorted(rows[room] - set(rows))}"
+    return rows
 
 
-def imported_names(file: str) -> Iterator[str]:
-    """The dotted name of everything a file imports: at the top, inside functions, under TYPE_CHECKING, through import_module."""
-    for node in ast.walk(ast.parse((PACKAGE / file).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file}:{node.lineno} imports relatively"
-            source = str(node.module)
-            submodules = [f"{source}.{alias.name}" for alias in node.names]
-            yield from (name if name in FILE_OF else source for name in submodules)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORTERS:
-            if isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value)
-            else:
-                assert file in NAMES_ELSEWHERE, f"{file}:{node.lineno} imports a name that cannot be read"
-
-
-def own_imports(file: str) -> set[str]:
-    return {FILE_OF[name] for name in imported_names(file) if name in FILE_OF}
-
-
-def outside_imports(file: str) -> set[str]:
-    """Top-level packages that are neither forwardgrad nor the standard library."""
-    return {name.split(".")[0] for name in imported_names(file)} - {"forwardgrad"} - sys.stdlib_module_names
+def picture(rows: dict[str, set[str]]) -> str:
+    """The rooms by how high they stand: each line imports from lines below it alone."""
+    heights: dict[str, int] = {}
+    for room, below in rows.items():
+        heights[room] = 1 + max((heights[name] for name in below if name.startswith("lab.") == room.startswith("lab.")), default=0)
+    lines: list[str] = []
+    for title, lab in (("LABORATORY (forwardgrad.lab)", True), ("LIBRARY (forwardgrad)", False)):
+        lines += [f" {title}"]
+        mine = {room: height for room, height in heights.items() if room.startswith("lab.") == lab}
+        for height in range(max(mine.values()), 0, -1):
+            names = [room.removeprefix("lab.") for room, at in mine.items() if at == height]
+            lines += [f" {height:>2} │ {'   '.join(names)}"]
+    assert max(map(len, lines)) <= WIDE
+    return "\n".join(lines) + "\n"
 
 
 def distributions(group: str | None = None) -> set[str]:
@@ -112,37 +147,84 @@ def distributions(group: str | None = None) -> set[str]:
     return {{"scikit-learn": "sklearn"}.get(name, name) for name in names}
 
 
+def outside(module: str) -> set[str]:
+    """Top-level packages that are neither forwardgrad nor the standard library."""
+    return {one.module.split(".")[0] for one in imports(module)} - {"forwardgrad"} - sys.stdlib_module_names
+
+
 def python(*arguments: str) -> None:
     """Run a fresh interpreter; its complaint is the assertion's."""
     result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
-def test_every_file_has_a_row_and_every_row_a_file() -> None:
-    assert sorted(read_table()) == FILES
+def test_every_room_has_a_row_and_every_row_a_room() -> None:
+    assert sorted(table()) == sorted(imported_rooms())
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_only_what_its_row_admits(file: str) -> None:
-    assert own_imports(file) <= read_table().get(file, set())
+def test_a_room_imports_only_what_its_row_admits_and_a_row_admits_only_what_is_imported() -> None:
+    rows, found = table(), imported_rooms()
+    library = {room for room in rows if not room.startswith("lab.")}
+    for room, admitted in rows.items():
+        whole = library <= admitted  # 'library' is said as one word
+        assert found[room] <= admitted, f"{room} imports {sorted(found[room] - admitted)}"
+        assert whole or admitted <= found[room], f"{room} does not import {sorted(admitted - found[room])}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not in_lab(file)])
-def test_the_library_stands_alone(file: str) -> None:
-    assert not {name for name in imported_names(file) if name.startswith("forwardgrad.lab")}
-    assert outside_imports(file) <= {"torch", "jaxtyping"} == distributions()
+def test_the_picture_is_that_of_the_table() -> None:
+    drawn = DOCUMENT.read_text(encoding="utf-8").partition(FENCE)[2].partition("```")[0]
+    assert drawn == picture(table())
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if in_lab(file)])
-def test_the_lab_imports_only_what_its_extra_installs(file: str) -> None:
-    assert outside_imports(file) <= distributions() | distributions("lab") | OPTIONAL.get(file, set())
+@pytest.mark.parametrize("layer", ["library", "laboratory"])
+def test_other_rooms_are_asked_at_their_face(layer: str) -> None:
+    """`from forwardgrad.lab.store import Store`, not the module inside: so files can move within a room."""
+    for module in (name for name in MODULES if in_lab(name) == (layer == "laboratory")):
+        for one in imports(module):
+            home = room_of(one.module) if one.module in PATHS else None
+            if home is None or home == room_of(module) or one.module in PACKAGES or home == one.module.removeprefix("forwardgrad."):
+                continue
+            named = face(one.module.rpartition(".")[0]).get(one.module.rpartition(".")[2]) if one.name is None else None
+            assert named, f"{PATHS[module]}:{one.line} imports {one.module}: ask its room, and list the name in the room's __init__.pyi"
 
 
-def test_imports_have_no_cycle() -> None:
-    try:
-        TopologicalSorter({file: own_imports(file) for file in FILES}).prepare()
-    except CycleError as error:
-        pytest.fail(" imports ".join(reversed(error.args[1])))
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_a_face_is_whole(package: str) -> None:
+    """Every name of a stub is there, none is called like a module of the room that it is not, and the docstring says what for."""
+    room = import_module(package)
+    assert room.__doc__
+    for name, home in face(package).items():
+        value = getattr(room, name)
+        is_module = f"{package}.{name}" in PATHS
+        assert is_module == (home == package), f"{package}: {name} is the name of a module, too"
+        assert is_module or value is getattr(import_module(home), name)
+    assert set(face(package)) <= set(dir(room)) or not face(package)
+
+
+def test_rooms_are_not_crowded() -> None:
+    for package in PACKAGES - {"forwardgrad", "forwardgrad.lab"}:
+        inside = [path.name for path in PATHS[package].parent.glob("*.py") if path.name != "__init__.py"]
+        assert len(inside) <= CROWDED, f"{package} holds {len(inside)} modules: make a room of some"
+
+
+@pytest.mark.parametrize("path", list(PATHS.values()), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_library_stands_alone() -> None:
+    for module in (name for name in PATHS if not in_lab(name)):
+        assert not [one for one in imports(module) if one.module.startswith("forwardgrad.lab")], module
+        assert outside(module) <= {"torch", "jaxtyping"} == distributions(), module
+
+
+OPTIONAL = {"forwardgrad.lab.tuning": {"optuna"}, "forwardgrad.lab.execution": {"ray"}, "forwardgrad.lab.training": {"tensorboard"}}
+
+
+def test_the_lab_imports_only_what_its_extras_install() -> None:
+    for module in (name for name in PATHS if in_lab(name)):
+        optional = OPTIONAL.get(module.rpartition(".")[0], set())
+        assert outside(module) <= distributions() | distributions("lab") | optional, module
 
 
 LIBRARY_ALONE = """
@@ -185,6 +267,15 @@ for name in sys.argv[1:]:
 """
 
 
-def test_load_without_torch() -> None:
-    """One process for all: what the first has loaded has not loaded torch either."""
-    python("-c", WITHOUT_TORCH, "forwardgrad", *(f"forwardgrad.lab.{name}" for name in TORCH_FREE))
+def test_rooms_that_say_so_load_without_torch() -> None:
+    """Every module of a room whose docstring says that it loads without torch, the command line and both faces; in one process for all."""
+    saying = {package for package in PACKAGES - {"forwardgrad.lab"} if "oads without torch" in PATHS[package].read_text(encoding="utf-8")}
+    assert {"forwardgrad.lab.studies", "forwardgrad.lab.store", "forwardgrad.lab.report"} <= saying
+    free = [name for name in PATHS if name.rpartition(".")[0] in saying]
+    python("-c", WITHOUT_TORCH, "forwardgrad", "forwardgrad.lab.cli", "forwardgrad.lab.tuning.campaign", *free)
+
+
+if __name__ == "__main__":  # writes the picture anew
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(FENCE)
+    DOCUMENT.write_text(f"{before}{FENCE}{picture(table())}```{rest.partition('```')[2]}", encoding="utf-8")
