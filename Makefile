@@ -8,14 +8,23 @@ TORCH := 2.13.0# what `make lock` pins: raised on purpose only, since a newer to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types wheel lock clean
+.PHONY: demo test test-all test-full lint types wheel lock clean
 
 demo: $(READY)
 	$(BIN)/forwardgrad demo --out demo
 
 # Each worker gets whole files as far as can be, so what the tests of a file share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Every behaviour once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not full"
+
+# And the rest: full products of cases, kills, faults, compiled variants.
+test-all: test test-full
+
+test-full: $(READY)
+	$(PYTEST) -m full
 
 lint: $(READY)
 	$(BIN)/ruff check .

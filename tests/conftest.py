@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,27 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.load_profile("reproducible")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+EACH = 3
+"""How many cases of a product each value of each parameter is met in by `make test`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; the rest is marked `full`."""
+    met: Counter[tuple[str, str, str]] = Counter()
+    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
+        if item.get_closest_marker("product") and isinstance(item, pytest.Function):
+            values = [(item.nodeid.partition("[")[0], name, _named(value)) for name, value in item.callspec.params.items()]
+            if all(met[value] >= EACH for value in values):
+                item.add_marker("full")
+            met.update(values)
+
+
+def _named(value: object) -> str:
+    """The same in every process: no address in memory."""
+    return str(getattr(value, "__name__", value)).partition(" at 0x")[0]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -148,6 +148,7 @@ def one(rank: int) -> Any:
     return {"found": found, "refused": refused}
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:FSDP")
 def test_one_process_trains_a_wrapped_module_as_the_module_and_no_sharded_one(tmp_path: Path) -> None:
     (found,) = in_processes(1, tmp_path, one)

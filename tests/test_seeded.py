@@ -124,7 +124,7 @@ def test_the_same_seed_gives_the_same_bits_as_ever(name: str) -> None:
     check(name)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in names() if name.startswith("compile")])
 def test_the_same_seed_gives_the_same_bits_as_ever_in_a_compiled_step(name: str) -> None:
     check(name)

@@ -145,6 +145,7 @@ SOME = [CASES[i] for i in (0, 1, 3, 6, 10, 13)]  # mlp, cnn, tied, batch norm, a
 PAIRS = [(method, case) for case in SOME for method in METHODS if applies(method, case)]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("method", "case"), PAIRS, ids=[f"{case}-{short(method)}" for method, case in PAIRS])
 def test_every_estimator_of_the_library_passes_and_leaves_the_model_as_it_was(method: fg.Estimator, case: Any) -> None:
     """60 estimates each: enough for every test but that of bias, which `test_quality` has for many more."""
@@ -343,7 +344,7 @@ def test_plain_tensors_are_checked_and_compile_is_only_for_modules() -> None:
     assert check.findings[-1].found == "only the step of a module is compiled"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_step_compiles_or_the_finding_says_why_not() -> None:
     model, loss = deep()
     last = fg.check(loss, model, fg.ForwardGradient(), repeats=10, compile=True).findings[-1]

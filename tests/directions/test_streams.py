@@ -118,6 +118,7 @@ def test_numbers_are_standard_normal_and_independent(dtype: torch.dtype) -> None
     assert min(found) > ALARM / len(found)
 
 
+@pytest.mark.full
 def test_the_bits_of_words_are_fair_coins() -> None:
     start, gamma = streams._begun_together(torch.arange(1000))
     words = mixed(torch.arange(1, 1001) * gamma.unsqueeze(1) + start.unsqueeze(1))

@@ -21,7 +21,7 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 3))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("feedback", [True, False], ids=["feedback", "derivative"])
 def test_local_losses_are_compiled_as_they_are_written(feedback: bool, optimizer: str) -> None:

@@ -26,7 +26,7 @@ class Masked(nn.Module):
         return self.b(h * mask)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("perturb", [fg.Activity(), fg.PerExample()], ids=lambda p: p.name)
 def test_a_model_that_knows_that_it_is_compiled_gets_a_graph(perturb: fg.Perturbation) -> None:
     x, y = rows(6, 4), torch.arange(6) % 3

@@ -115,6 +115,7 @@ def test_every_estimator_takes_the_same_steps_in_a_graph(method: fg.Estimator) -
     by_case(next(case for case in CASES if case.name == "shared module"), method)
 
 
+@pytest.mark.product
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1], ids=short)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in READS | DRAWS], ids=str)
@@ -349,7 +350,7 @@ def whole(step: fg.TrainingStep) -> list[fg.Estimate]:
     return scheduled(step, [(X, Y)] * 4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "graphs"),
     [(fg.Backprop(), 2), (RANK_1, 2), (fg.ForwardGradient(tangents=2), 1), (fg.ZerothOrder(), 1), (fg.LocalLosses(), 1)],
@@ -361,12 +362,10 @@ def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator, grap
     compare(lambda: network(dropout), method, run=whole if graphs == 1 else scheduled, graphs=graphs, close=close)
 
 
-@pytest.mark.slow
 def test_a_compiled_step_hands_its_gradient_to_an_optimizer_that_looks_ahead() -> None:
     compare(network, RANK_1, OPTIMIZERS["nesterov"], run=whole, graphs=1)
 
 
-@pytest.mark.slow
 def test_a_compiled_step_under_autocast() -> None:
     def halved(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -71,7 +71,7 @@ def test_a_kind_of_step_whose_compiler_is_late_stays_eager(monkeypatch: pytest.M
     torch.testing.assert_close(found, outcome(eager := steps(), batches(eager)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_compiler_that_was_stopped_compiles_the_next_step(caplog: pytest.LogCaptureFixture) -> None:
     import torch._inductor.config as config
 

@@ -80,7 +80,6 @@ def test_a_product_that_is_scaled_and_added_keeps_its_factor(first: bool) -> Non
     torch.testing.assert_close(found.graph(a, b, c)[0], function(a, b, c))
 
 
-@pytest.mark.slow
 def test_the_compiler_keeps_the_factor_of_a_product_that_is_added() -> None:
     a, b, c = rows(64, 64, dtype=torch.float32), rows(64, 32, dtype=torch.float32), rows(32, 64, dtype=torch.float32) + 1
     with warnings.catch_warnings():

@@ -188,6 +188,7 @@ def promised(request: pytest.FixtureRequest) -> Promised:
 every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indirect=True, scope="module")
 
 
+@pytest.mark.product
 @every_pair
 def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
     method, first = promised.method, promised.same
@@ -221,6 +222,7 @@ def test_same_seed_same_bits(promised: Promised) -> None:
         assert equal == isinstance(promised.method, (fg.Backprop, fg.Readout))
 
 
+@pytest.mark.product
 @every_pair
 def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Promised) -> None:
     method, case, record = promised.method, promised.case, promised.first.record
@@ -239,6 +241,7 @@ def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pas
     assert not record.derivatives.requires_grad
 
 
+@pytest.mark.product
 @every_pair
 def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Promised) -> None:
     method, (model, loss), taken = promised.method, promised.case.build(), promised.first
@@ -267,6 +270,7 @@ def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_
     assert packed(lambda: fg.estimate_grad_(loss, model, generator=seeded())) == (0, 0)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(2), fg.PerExample(), fg.Activity(), fg.Cheapest()], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_chunks_make_no_difference_beyond_rounding(case: Case, perturb: fg.Perturbation) -> None:

@@ -57,6 +57,7 @@ def same(one: Any, other: Any, rtol: float = 1e-9) -> None:
         torch.testing.assert_close(b, c)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("method", "case"), PAIRS, ids=[f"{case}-{short(method)}" for method, case in PAIRS])
 def test_both_ways_are_equal(method: fg.Estimator, case: Case) -> None:
     model, loss = case.build()
@@ -319,6 +320,7 @@ def test_parts_add_up_to_the_estimate(method: fg.Estimator, case: Case) -> None:
         torch.testing.assert_close(gradient, whole[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("method", [m for m in FORWARD if isinstance(m, fg.ForwardGradient)], ids=short)
 @pytest.mark.parametrize("name", ["cnn", "cnn channels_last", "tied"])
 def test_plain_descent_by_parts_is_sgd(name: str, method: fg.Estimator) -> None:

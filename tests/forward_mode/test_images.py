@@ -133,6 +133,7 @@ def stepped(kind: str, method: fg.Estimator, close: float, dtype: torch.dtype = 
     compare(lambda: network(**options).to(dtype), method, sgd, run=take, graphs=1, close=close)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(("kind", "method"), PAIRS, ids=[f"{kind}-{short(method)}" for kind, method in PAIRS])
 def test_convolutions_take_the_same_steps_in_a_graph(kind: str, method: fg.Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "compiled", lambda traced, inputs: traced.graph)
@@ -141,7 +142,7 @@ def test_convolutions_take_the_same_steps_in_a_graph(kind: str, method: fg.Estim
         stepped(kind, method, 2e-4, torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "method"), [("", METHODS[2]), ("", METHODS[4]), ("contiguous", METHODS[3])], ids=["dense", "rank 1", "contiguous"]
 )
@@ -149,6 +150,7 @@ def test_convolutions_take_the_same_steps_compiled(kind: str, method: fg.Estimat
     stepped(kind, method, 1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", ["input", "weight"])
 def test_what_is_not_a_number_stays_so(where: str) -> None:
     def run(engine: str) -> tuple[Tensor, Tensor, bool]:

@@ -76,6 +76,7 @@ def against_backpropagation(model: nn.Module, loss: Loss, method: fg.Estimator, 
     return moments.parts()
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
 def test_unbiased(name: str, perturb: fg.Perturbation) -> None:

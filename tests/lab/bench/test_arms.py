@@ -103,7 +103,7 @@ def test_an_arm_of_the_library_moves_as_its_estimator_says() -> None:
         assert torch.equal(p.grad, other.grad)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["backprop", "low-rank"])
 def test_the_compiled_arm_takes_the_eager_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_arms, "LR", 0.1)

@@ -237,7 +237,6 @@ def test_tune_trains_the_best_point_and_reports(
     assert (tmp_path / "report.md").exists()
 
 
-@pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(monkeypatch, capsys, "demo", "--epochs", 2, "--seeds", 1, "--jobs", 1, "--out", tmp_path)
     assert status == 0
@@ -247,7 +246,6 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "<svg" in page
 
 
-@pytest.mark.slow
 def test_reproduce_runs_rows_shortened_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_dir: Path
 ) -> None:
@@ -376,8 +374,7 @@ def test_data_verify_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
     assert "forwardgrad data fetch" in err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.full)])
 def test_ctrl_c_keeps_finished_work_and_the_same_command_goes_on(tmp_path: Path, jobs: str) -> None:
     command = [sys.executable, "-m", "forwardgrad", "demo", "--epochs", "60", "--seeds", "1", "--jobs", jobs, "--out", str(tmp_path)]
     process = subprocess.Popen(

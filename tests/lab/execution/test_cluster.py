@@ -38,7 +38,6 @@ def test_ray_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         cluster.Cluster(Place(executor="ray"))
 
 
-@pytest.mark.slow
 def test_ray_on_this_machine_gives_the_same_bits_and_failures_as_results(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store, serial = Store(tmp_path / "out"), Store(tmp_path / "serial")
     fine, fails = [*seeded(0, DIES_ONCE), LEAVES], seeded(THROWS, ALWAYS_DIES)
@@ -75,7 +74,7 @@ def nodes() -> Iterator[Any]:
     nodes.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_lost_node_costs_its_unfinished_steps_alone(tmp_path: Path, nodes: Any) -> None:
     runs, store, serial = seeded(0, 1), Store(tmp_path / "out"), Store(tmp_path / "serial")
     lost = nodes.add_node(num_cpus=1, object_store_memory=cluster.OBJECT_STORE)
@@ -98,7 +97,6 @@ def test_a_lost_node_costs_its_unfinished_steps_alone(tmp_path: Path, nodes: Any
     tidy(store)
 
 
-@pytest.mark.slow
 def test_what_is_wrong_with_all_runs_ends_the_command(tmp_path: Path, nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(threads=1, executor="ray", address=nodes.address, data_dir=tmp_path / "empty")
     run = Run("mnist", "nn", {"name": "backprop"}, Optimizer("sgd", 0.1), 1)
@@ -128,7 +126,7 @@ def test_no_cluster_at_an_address_is_one_sentence() -> None:
             cluster.Cluster(Place(executor="ray", address=address))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("executor", ["process", "ray"])
 def test_ctrl_c_ends_a_command_with_all_its_processes(tmp_path: Path, executor: str) -> None:
     words = ["tune", "--data", "digits", "--model", "logistic", "--lr", "0.01,0.02", "--epochs", "5000", "--tuning-epochs", "5000"]

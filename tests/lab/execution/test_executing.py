@@ -93,7 +93,7 @@ print(json.dumps(execute(seeded(*range(5)), Store(out), Place(threads=1), Progre
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_commands_share_the_runs_of_one_store(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWO, str(tmp_path / "out"), str(tmp_path / "log")]
     root = Path(__file__).parents[3]
@@ -251,7 +251,7 @@ def test_workers_are_kept_between_calls(tmp_path: Path) -> None:
         assert new is not workers
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     words = ["demo", "--epochs", "5000", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
     parent = subprocess.Popen([sys.executable, "-m", "forwardgrad", *words], stderr=subprocess.DEVNULL, start_new_session=True)

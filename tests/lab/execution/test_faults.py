@@ -95,7 +95,7 @@ def recover(tree: dict[Path, bytes | None], root: Path, wanted: dict[str, Any]) 
     shutil.rmtree(root)
 
 
-@pytest.mark.parametrize("share", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [12, pytest.param(120, marks=pytest.mark.full)])
 def test_a_power_cut_after_any_operation_costs_steps_and_no_result(tmp_path: Path, undisturbed: dict[str, Any], share: int) -> None:
     """Evenly sampled from the different states that the disk can be in; of about 400 operations there are several hundred."""
     count, trees = what_cuts_leave(tmp_path)
@@ -117,8 +117,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     return int(ended.value.code or 0), "".join(told)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("stays", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stays: bool
 ) -> None:
@@ -148,8 +147,10 @@ def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
         shutil.rmtree(root)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "kills"), [(1, 60), (2, 40)])
+LONG = [pytest.param(1, 60, marks=pytest.mark.full), pytest.param(2, 40, marks=pytest.mark.full)]
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(1, 6), *LONG])
 def test_kills_at_random_moments_cost_steps_and_no_result(tmp_path: Path, workers: int, kills: int) -> None:
     """A study of eight runs, killed twenty times before it may end, then begun again elsewhere; of two processes any or both are killed.
 

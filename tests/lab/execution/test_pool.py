@@ -39,7 +39,7 @@ def test_a_pool_gives_the_same_bits_as_one_process(tmp_path: Path) -> None:
     tidy(pooled)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_whatever_befalls_a_worker_costs_its_own_run_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, serial, fine = Store(tmp_path / "out"), Store(tmp_path / "serial"), seeded(0, 1, DIES_ONCE)
     fails = seeded(THROWS, ALWAYS_DIES, EXHAUSTS, EXITS)
@@ -78,6 +78,7 @@ def test_a_full_disk_is_told_with_its_number_and_file(tmp_path: Path) -> None:
     assert store.result(seeded(FULL)[0].identity) is None
 
 
+@pytest.mark.full
 def test_a_pool_goes_on_after_a_worker_was_killed_with_nothing_to_do(tmp_path: Path) -> None:
     store, place = Store(tmp_path), Place(jobs=2, threads=1)
     with ready(place) as workers:
@@ -94,6 +95,7 @@ def processes(pool: Pool) -> int:
     return 0 if pool._pool is None else len(pool._pool._pool_manager.worker_manager.workers)
 
 
+@pytest.mark.full
 def test_there_are_never_more_processes_than_runs(tmp_path: Path) -> None:
     store, place = Store(tmp_path), Place(jobs=99, threads=1)
     with ready(place) as workers:

@@ -274,6 +274,7 @@ def test_a_study_with_parts_missing_is_one_sentence(table1: Store) -> None:
         document.write(table1)
 
 
+@pytest.mark.full
 def test_figures_leave_matplotlib_as_it_was(table1: Store) -> None:
     code = f"""
 import pathlib, sys

@@ -172,7 +172,7 @@ def table(out: str) -> dict[str, list[str]]:
     return {row[0]: row for row in rows if len(row) == len(head)}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_200_damaged_stores_change_no_number(kept: Store, call: Call) -> None:
     """Refused, or the same numbers; what is gone is missing and said to be unfinished, never something else."""
     assert call("report", kept.root)[0] == 0
@@ -217,7 +217,7 @@ def set_in(value: Any, path: tuple[Any, ...], new: Any) -> None:
     value[path[-1]] = new
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_100_stores_of_wrong_types_with_right_digests_are_told(kept: Store, call: Call) -> None:
     """As another program might write them: whatever stands in any field, a command ends in a sentence or in a page."""
     there = [path for path in files(kept) if path.suffix == ".json"]
@@ -367,7 +367,6 @@ def mine(seeds: int = 1) -> Study:
 """
 
 
-@pytest.mark.slow
 def test_60_damaged_study_files_end_in_a_sentence_or_an_answer(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Characters are dropped, doubled, swapped or replaced, words exchanged; whatever Python makes of that is told, not thrown."""
     luck, ends = random.Random(11), {0: 0, 2: 0}

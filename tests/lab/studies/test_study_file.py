@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, name: str, words: str) -
         load(str(tmp_path / name), {})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--set", "trials=2", "--set", "seeds=1", "--set", "passes=2400", "--out", tmp_path)
     status, out, _ = run(monkeypatch, capsys, "study", EXAMPLE, *few, "--budget")

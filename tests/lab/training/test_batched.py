@@ -213,6 +213,7 @@ def test_a_plan_batches_what_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(map(len, batched.plan([*runs, trial], here))) == [1, 2, 2]
 
 
+@pytest.mark.full
 def test_execution_batches_on_request_alone_or_in_a_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = grid(dataclasses.replace(RUN, model="logistic", epochs=1))
     plain = execute(runs, Store(tmp_path / "plain"), Place(), QUIET)

@@ -117,7 +117,7 @@ train.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_run_killed_and_resumed_has_every_step_once(tmp_path: Path) -> None:
     from forwardgrad.lab.studies.run import to_json
 
