@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.engines import Batch, Pieces
+from forwardgrad.engines import Batch, EagerStep
 from forwardgrad.estimators import Backprop, Estimate, Estimator
 from forwardgrad.processes import check_processes
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EngineName = Literal["eager", "compile", "graph"]
 
 
-class TrainingStep(Pieces):
+class TrainingStep(EagerStep):
     """One call a step: `zero_grad`, `estimate_grad_` and `optimizer.step` together, on request as one compiled or captured graph.
 
     Formula, bias and variance: those of the estimator. Cost: its forward passes and the optimizer's move.
@@ -45,8 +45,9 @@ class TrainingStep(Pieces):
     eager step: their norms have to agree to 1e-4 in float32, 1e-8 in float64 and 5e-2 where anything is computed in half precision (with
     `ZerothOrder` plus the rounding of its differences). Where there is no graph to be had, or it differs, one warning says why and
     steps are eager.
-    `torch.optim.SGD` without momentum or weight decay moves inside the graph, and `.grad` is empty after the step; other optimizers are
-    handed the gradient (with "graph" they too are captured where they are `capturable` and their learning rate is a tensor).
+    With plain `torch.optim.SGD` (no momentum, `maximize`, `differentiable` or hooks; weight decay may be), every engine moves parameters
+    as the estimate is made, and `.grad` is empty after the step. Other optimizers are handed the gradient (with "graph" they too are
+    captured where they are `capturable` and their learning rate is a tensor).
 
     Raises ValueError for an unknown engine or a limit that is no time, and in a step what `estimate_grad_` raises.
 
@@ -75,7 +76,7 @@ class TrainingStep(Pieces):
             raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(EngineName))}")
         super().__init__(loss, model, optimizer, estimator, generator, {} if state is None else state)
         self.engine = engine
-        self._take: Callable[[Batch], Estimate] = self.plainly if engine == "eager" else _engine(self, engine, compile_limit).take
+        self._take: Callable[[Batch], Estimate] = self.eagerly if engine == "eager" else _engine(self, engine, compile_limit).take
 
     def __call__(self, *batch: Any, **named: Any) -> Estimate:
         """Take one step on a batch; the loss is called as `loss(model, *batch, **named)`."""
@@ -83,8 +84,8 @@ class TrainingStep(Pieces):
         return self._take(Batch(batch, named))
 
 
-def _engine(pieces: Pieces, name: EngineName, limit: float | None) -> Engine:
+def _engine(step: EagerStep, name: EngineName, limit: float | None) -> Engine:
     """Loaded here, since tracing takes a second to load that an eager step need not wait for."""
     from forwardgrad.engines import Captured, Compiled
 
-    return Compiled(pieces, limit) if name == "compile" else Captured(pieces, limit)
+    return Compiled(step, limit) if name == "compile" else Captured(step, limit)

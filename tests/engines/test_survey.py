@@ -15,7 +15,7 @@ from torch import nn
 import forwardgrad as fg
 from forwardgrad.engines import compiled
 from forwardgrad.engines.batch import Batch
-from forwardgrad.engines.pieces import Survey
+from forwardgrad.engines.survey import StepSurvey
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "mode": lambda m: m.eval(),
@@ -37,13 +37,13 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 def test_a_survey_takes_over_what_holds_still_and_nothing_else(change: Callable[[nn.Module], object]) -> None:
     model = nn.Sequential(*network(0.3), nn.Linear(3, 1))
     step = fg.TrainingStep(loss, model, sgd(model), RANK_1, generator=seeded())
-    first = Survey(step, Batch((X, Y)))
-    same = Survey(step, Batch((X[:7], Y[:7])), first.model)
+    first = StepSurvey(step, Batch((X, Y)))
+    same = StepSurvey(step, Batch((X[:7], Y[:7])), first.model)
     assert same.model is first.model
-    assert same.key == Survey(step, Batch((X[:7], Y[:7]))).key
+    assert same.key == StepSurvey(step, Batch((X[:7], Y[:7]))).key
     assert same.key != first.key
     change(model)
-    now, fresh = Survey(step, Batch((X, Y)), first.model), Survey(step, Batch((X, Y)))
+    now, fresh = StepSurvey(step, Batch((X, Y)), first.model), StepSurvey(step, Batch((X, Y)))
     assert now.model is not first.model
     assert (now.key, now.hooked, now.given) == (fresh.key, fresh.hooked, fresh.given)
     assert [id(t) for t in (*now.tensors, *now.trained)] == [id(t) for t in (*fresh.tensors, *fresh.trained)]

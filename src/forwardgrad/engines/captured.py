@@ -12,8 +12,8 @@ from forwardgrad.directions import Plan
 from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.compiled import Compiled, Function
 from forwardgrad.engines.graphs import Run
-from forwardgrad.engines.pieces import Survey
 from forwardgrad.engines.reads import Untraceable
+from forwardgrad.engines.survey import StepSurvey
 from forwardgrad.engines.trace import Traced
 
 
@@ -27,14 +27,14 @@ class Captured(Compiled):
 
     name: ClassVar[str] = "graph"
 
-    def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
+    def _build(self, survey: StepSurvey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
         devices = {p.device.type for p in survey.model.tensors}
         if devices != {"cuda"}:
             others = ", ".join(sorted(devices - {"cuda"}))
             raise Untraceable(f"a CUDA graph needs all parameters and buffers on a GPU, and there are some on {others}")
         return super()._build(survey, batch, plan, moves)
 
-    def _pinned(self, survey: Survey, moves: bool) -> Hashable:
+    def _pinned(self, survey: StepSurvey, moves: bool) -> Hashable:
         """The graph reads and writes memory, whatever tensor it belongs to."""
         return super()._pinned(survey, moves), tuple(tensor.data_ptr() for tensor in survey.tensors[: survey.given])
 

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from forwardgrad.directions import Plan, planned
 from forwardgrad.engines.batch import Batch, Opaque
+from forwardgrad.engines.eager import EagerStep
 from forwardgrad.engines.limit import Late
-from forwardgrad.engines.pieces import ModelSurvey, Pieces, Snapshot, Survey
 from forwardgrad.engines.reads import Untraceable
+from forwardgrad.engines.snapshot import Snapshot
+from forwardgrad.engines.survey import ModelSurvey, StepSurvey
 from forwardgrad.estimators import Estimate
 
 MOST = 8  # graphs that a step may have: one for every shape of batch and setting of the model
 TRIES = 3  # steps in which a graph is compared with the eager step before it is given up: d may be near zero by chance
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-Run = Callable[[Survey], Estimate]
+Run = Callable[[StepSurvey], Estimate]
 
 
 class Engine(ABC):
@@ -36,8 +38,8 @@ class Engine(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, pieces: Pieces, limit: float | None = None) -> None:
-        self.pieces, self.limit = pieces, limit
+    def __init__(self, step: EagerStep, limit: float | None = None) -> None:
+        self.step, self.limit = step, limit
         self._runs: dict[Hashable, Run] = {}
         self._tries: dict[Hashable, int] = {}
         self._model: ModelSurvey | None = None
@@ -46,7 +48,7 @@ class Engine(ABC):
         self._given_up = self._warned = False
 
     @abstractmethod
-    def _build(self, survey: Survey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
+    def _build(self, survey: StepSurvey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
         """The graph of a step, with the optimizer's move if `moves`, and the least precise type in it."""
 
     @abstractmethod
@@ -56,14 +58,14 @@ class Engine(ABC):
     def take(self, batch: Batch) -> Estimate:
         """A whole step."""
         if self._given_up:
-            return self.pieces.plainly(batch)
+            return self.step.eagerly(batch)
         if self._moves():  # asked anew at every step: an optimizer's settings may change
-            return self._part(batch, self.pieces.plainly, moves=True)
-        return self.pieces.plainly(batch, lambda batch: self._part(batch, self.pieces.gradient, moves=False))
+            return self._part(batch, self.step.eagerly, moves=True)
+        return self.step.eagerly(batch, lambda batch: self._part(batch, self.step.gradient, moves=False))
 
     def _part(self, batch: Batch, eager: Callable[[Batch], Estimate], *, moves: bool) -> Estimate:
         try:
-            survey = Survey(self.pieces, batch, self._model)
+            survey = StepSurvey(self.step, batch, self._model)
         except Opaque as reason:
             self._give_up(str(reason))
             return eager(batch)
@@ -89,17 +91,17 @@ class Engine(ABC):
             self._again = None if run is None else (key, run)
         return None if self._again is None else self._again[1]
 
-    def _pinned(self, survey: Survey, moves: bool) -> Hashable:
+    def _pinned(self, survey: StepSurvey, moves: bool) -> Hashable:
         """What a graph depends on besides the key of a survey."""
         return None
 
-    def _first(self, key: Hashable, survey: Survey, batch: Batch, eager: Callable[[Batch], Estimate], moves: bool) -> Estimate:
+    def _first(self, key: Hashable, survey: StepSurvey, batch: Batch, eager: Callable[[Batch], Estimate], moves: bool) -> Estimate:
         """Take the step eagerly, make a graph of it, and take it once more with the graph; where that fails the eager step counts."""
         before = Snapshot(survey)
         with planned() as plan:
             record = eager(batch)
         before.keep_state()
-        later = Survey(self.pieces, batch)
+        later = StepSurvey(self.step, batch)
         after, kept = Snapshot(later), False
         try:
             now = moves, later.key, self._pinned(later, moves)
@@ -129,10 +131,10 @@ class Engine(ABC):
 
     def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, tolerance: float) -> None:
         """Raise Different where what the graph just did is not what the eager step did."""
-        now = Snapshot(Survey(self.pieces, Batch()))
+        now = Snapshot(StepSurvey(self.step, Batch()))
         precision = torch.finfo(record.loss.dtype).eps
         # a difference of losses over a small step has their rounding in it, many times over
-        blown = precision * float(record.loss.abs()) / getattr(self.pieces.estimator, "epsilon", math.inf)
+        blown = precision * float(record.loss.abs()) / getattr(self.step.estimator, "epsilon", math.inf)
         _close("the losses", [found.loss], [record.loss], tolerance, tolerance)
         _close("the derivatives", [found.derivatives], [record.derivatives], tolerance, 8 * blown)
         scale = float(torch.linalg.vector_norm(record.derivatives.double())) if record.derivatives.numel() else 0.0
@@ -150,7 +152,7 @@ class Engine(ABC):
             rounding = 2 * torch.finfo(value.dtype).eps * _norm([value])
             what = "the parameters" if isinstance(now.tensors[index], torch.nn.Parameter) else "the buffers or the state"
             _close(what, [got.to(wide) - start.to(wide)], [value.to(wide) - start.to(wide)], relative, rounding)
-        if self.pieces.generator is not None and not torch.equal(after.generator, now.generator):  # type: ignore[arg-type]
+        if self.step.generator is not None and not torch.equal(after.generator, now.generator):  # type: ignore[arg-type]
             raise Different("the generator is in another state than after the eager step")
 
     def _try(self, key: Hashable, reason: Exception) -> None:

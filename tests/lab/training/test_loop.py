@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from forwardgrad.engines import pieces
+from forwardgrad.engines import eager
 from forwardgrad.estimators import Backprop, Estimate, Estimator, configuration
 from forwardgrad.lab.data import datasets as data
 from forwardgrad.lab.errors import UserError
@@ -233,8 +233,8 @@ def test_the_relative_step_is_the_root_mean_square_of_those_looked_at(tmp_path: 
 
 def test_the_derivative_of_every_step_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = []
-    estimate = pieces.estimate_grad_
-    monkeypatch.setattr(pieces, "estimate_grad_", lambda *a, **k: records.append(r := estimate(*a, **k)) or r)
+    estimate = eager.estimate_grad_
+    monkeypatch.setattr(eager, "estimate_grad_", lambda *a, **k: records.append(r := estimate(*a, **k)) or r)
     loop.train(dataclasses.replace(RUN, estimator={"name": "forward", "tangents": 3, "clip": 0.1}), tmp_path)
     wanted = [math.sqrt(float(record.derivatives.square().mean())) for record in records]
     assert store.read_table(tmp_path / "losses.csv.gz")["derivative"] == pytest.approx(wanted, rel=1e-5)
