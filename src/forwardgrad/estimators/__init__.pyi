@@ -1,3 +1,6 @@
+from forwardgrad.estimators.assembly import add as add
+from forwardgrad.estimators.assembly import add_exact as add_exact
+from forwardgrad.estimators.assembly import add_parts as add_parts
 from forwardgrad.estimators.backprop import Backprop as Backprop
 from forwardgrad.estimators.base import Estimate as Estimate
 from forwardgrad.estimators.base import Estimator as Estimator
@@ -11,9 +14,6 @@ from forwardgrad.estimators.feedback import LearnedFeedback as LearnedFeedback
 from forwardgrad.estimators.fixed_feedback import FixedFeedback as FixedFeedback
 from forwardgrad.estimators.fixed_feedback import Readout as Readout
 from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
-from forwardgrad.estimators.forward import add as add
-from forwardgrad.estimators.forward import add_exact as add_exact
-from forwardgrad.estimators.forward import add_parts as add_parts
 from forwardgrad.estimators.guess import Guess as Guess
 from forwardgrad.estimators.local import LocalLosses as LocalLosses
 from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 
 from forwardgrad.calls import Pass, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
+from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
-from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Entered, Point
 

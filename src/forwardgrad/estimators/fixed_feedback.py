@@ -10,9 +10,9 @@ from torch import Generator, Tensor
 
 from forwardgrad.calls import perturbed_pass
 from forwardgrad.directions import Rademacher
+from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, needed
 from forwardgrad.estimators.feedback import matrix, output_of, places_of, warn_of_penalty
-from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity
 

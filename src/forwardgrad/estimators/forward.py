@@ -12,8 +12,9 @@ from torch import Generator, Tensor
 
 from forwardgrad.calls import Pass, perturbed_pass
 from forwardgrad.directions import Gaussian, Law, fork
+from forwardgrad.estimators.assembly import add, add_exact, add_parts, exact_parts_of, parts_of
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
-from forwardgrad.factored import Gradient, dense
+from forwardgrad.factored import Gradient
 from forwardgrad.forward_mode import directional_derivatives
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, DenseUse, Perturbation, Sown
@@ -140,14 +141,9 @@ class ForwardGradient(Estimator):
         return Estimate(found.loss, found.derivatives, self.tangents + 1), self._parts_of(found)
 
     def _parts_of(self, found: Pass) -> Iterator[tuple[str, Gradient]]:
-        exact = found.exact
         with torch.autocast(found.loss.device.type, enabled=False):
-            weights = self.weights_of(found, {})
-            for entered, weight in zip(found.entered, weights, strict=True):
-                if entered not in exact:
-                    yield from entered.gradient(weight).items()
-            for point in exact:
-                yield from point.from_error(found.error_of(point)).items()
+            yield from parts_of(found, self.weights_of(found, {}))
+            yield from exact_parts_of(found)
 
     def _passes(self, objective: Objective, generator: Generator) -> Iterator[Pass]:
         """One pass a chunk of tangents; the last one leaves its buffers and random state behind."""
@@ -198,22 +194,3 @@ class ForwardGradient(Estimator):
 def _uses(found: Pass) -> Counter[str]:
     """How often each weight moved itself."""
     return Counter(name for entered in found.entered if isinstance(entered, Sown) for name in entered.names)
-
-
-def add_parts(gradients: dict[str, Tensor | None], found: Pass, weights: list[Tensor]) -> None:
-    """Add Σ weights · directions of every place that moved."""
-    for entered, weight in zip(found.entered, weights, strict=True):
-        if entered not in found.exact:
-            add(gradients, entered.gradient(weight))
-
-
-def add_exact(gradients: dict[str, Tensor | None], found: Pass) -> None:
-    """Add the exact gradient of the layers whose output is the model's own."""
-    for point in found.exact:
-        add(gradients, point.from_error(found.error_of(point)))
-
-
-def add(gradients: dict[str, Tensor | None], parts: Mapping[str, Gradient]) -> None:
-    for name, part in parts.items():
-        so_far = gradients.get(name)
-        gradients[name] = dense(part) if so_far is None else so_far.add_(dense(part))

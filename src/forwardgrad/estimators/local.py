@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from forwardgrad.calls import Pass, Scaled, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
+from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.estimators.feedback import LearnedFeedback, output_of
-from forwardgrad.estimators.forward import add, add_exact
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Entered, Point
