@@ -17,7 +17,7 @@ import forwardgrad as fg
 from forwardgrad.diagnostics.memory import peak_bytes
 from forwardgrad.factored import dense
 from forwardgrad.forward_mode import arbitration
-from forwardgrad.forward_mode.derivative import plainly
+from forwardgrad.forward_mode.arbitration import plainly
 from forwardgrad.objective import Objective
 
 FORWARD = [m for m in METHODS if not isinstance(m, (fg.Backprop, fg.ZerothOrder, fg.FixedFeedback, fg.Readout))]

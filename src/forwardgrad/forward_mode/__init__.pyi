@@ -1,11 +1,8 @@
 from forwardgrad.forward_mode import levels as levels
 from forwardgrad.forward_mode import notes as notes
-from forwardgrad.forward_mode.derivative import Evaluation as Evaluation
-from forwardgrad.forward_mode.derivative import RandomState as RandomState
-from forwardgrad.forward_mode.derivative import Redo as Redo
-from forwardgrad.forward_mode.derivative import derivatives_under as derivatives_under
+from forwardgrad.forward_mode.arbitration import Redo as Redo
+from forwardgrad.forward_mode.arbitration import plainly as plainly
 from forwardgrad.forward_mode.derivative import directional_derivatives as directional_derivatives
-from forwardgrad.forward_mode.derivative import plainly as plainly
 from forwardgrad.forward_mode.explicit import DROPS as DROPS
 from forwardgrad.forward_mode.explicit import READS as READS
 from forwardgrad.forward_mode.explicit import Explicit as Explicit
@@ -17,3 +14,6 @@ from forwardgrad.forward_mode.notes import asking as asking
 from forwardgrad.forward_mode.refusals import Said as Said
 from forwardgrad.forward_mode.refusals import place_of as place_of
 from forwardgrad.forward_mode.refusals import refusal as refusal
+from forwardgrad.forward_mode.watching import Evaluation as Evaluation
+from forwardgrad.forward_mode.watching import derivatives_under as derivatives_under
+from forwardgrad.forward_mode.workarounds import RandomState as RandomState

@@ -24,14 +24,11 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad.forward_mode import rules
 from forwardgrad.forward_mode.guard import Guard, Unfollowed, memory
 from forwardgrad.forward_mode.levels import level, unwrapped
 from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
-from forwardgrad.forward_mode.rules import Rule, Track, dropout, elementwise, views
+from forwardgrad.forward_mode.rules import ALL_RULES, Track, dropout
 from forwardgrad.forward_mode.structure import exchanged, leaves, named, rebuilt
-
-RULES: dict[Callable[..., Any], Rule] = {**rules.RULES, **elementwise.RULES, **views.RULES, **dropout.RULES}
 
 
 def _reads(name: str) -> Callable[..., Any]:
@@ -179,7 +176,7 @@ class Explicit(TorchFunctionMode):
             self._guard.add(tensor)
         return tensor
 
-    # What stands in for torch's own forward mode: see `derivative.Plain`.
+    # What stands in for torch's own forward mode: see `dual_numbers.Plain`.
 
     def carries(self, tensor: Tensor) -> bool:
         return self.track(tensor) is not None
@@ -242,7 +239,7 @@ class Explicit(TorchFunctionMode):
         if dropout.holds_dropout(func, args, kwargs):
             with _Within(self):
                 return dropout.attention(*args, **kwargs)
-        if (rule := RULES.get(func)) is not None:
+        if (rule := ALL_RULES.get(func)) is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
                 self._note(func, "rule")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forwardgrad.forward_mode.levels import unwrapped
-from forwardgrad.forward_mode.rules import Evaluation
+from forwardgrad.forward_mode.rules import Tracking
 from forwardgrad.forward_mode.structure import leaves
 
 
@@ -50,7 +50,7 @@ class Guard(TorchDispatchMode):
         if (place := memory(tensor)) not in self._parameters:
             self._memories[place] = ref(tensor.untyped_storage())
 
-    def look(self, evaluation: Evaluation, values: Any) -> None:
+    def look(self, evaluation: Tracking, values: Any) -> None:
         """Raise Unfollowed where a tensor among these got its memory unseen."""
         for tensor in leaves(values):
             if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:

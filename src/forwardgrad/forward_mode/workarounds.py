@@ -1,4 +1,28 @@
-"""The settings under which torch's forward mode works on ordinary models, and the state of the global generators."""
+"""The settings under which torch's forward mode works on ordinary models, and the state of the global generators.
+
+What torch needs to be worked around for, each in one place, and to go when torch no longer needs it:
+
+here
+- Attention runs on the MATH backend with the fused inference path off: the others have no forward-mode rule.
+- CPU LSTM and GRU run without oneDNN, whose recurrent kernels have no forward-mode rule.
+- Embeddings hold their padding row still themselves: torch's forward-mode rule would train it.
+- Random layers see one state of the global generator a step, however many evaluations the step makes (`RandomState`).
+
+in `arbitration`
+- `no_grad` is enforced: with live Parameters outside it, `torch.func.jvp` would also record a graph for reverse mode.
+- Buffers (BatchNorm's statistics) are written to the model once a step, from the evaluation that counts.
+
+in `objective`
+- Buffers are cloned inside each evaluation that goes through `functional_call`.
+- `functional_call` is told every place of a tied weight: its own handling spoils a module that is reached under two names.
+
+in `dual_numbers` and `rules.dropout`
+- `requires_grad_()` inside a model, with which some prepare for checkpoints, is passed over: `torch.func` refuses it.
+- Dropout draws its mask outside of `torch.func`, which would draw another one from the same seed.
+
+in `derivative` and `watching`
+- A loss whose tangent was dropped on the way (detach, .item(), numpy) is an error: torch itself would answer zero.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@ from forwardgrad.forward_mode.rules import dropout as dropout
 from forwardgrad.forward_mode.rules import elementwise as elementwise
 from forwardgrad.forward_mode.rules import losses as losses
 from forwardgrad.forward_mode.rules import views as views
-from forwardgrad.forward_mode.rules.base import RULES as RULES
-from forwardgrad.forward_mode.rules.base import Evaluation as Evaluation
 from forwardgrad.forward_mode.rules.base import Rule as Rule
 from forwardgrad.forward_mode.rules.base import Track as Track
+from forwardgrad.forward_mode.rules.base import Tracking as Tracking
 from forwardgrad.forward_mode.rules.images import shifted as shifted
 from forwardgrad.forward_mode.rules.losses import Output as Output
+from forwardgrad.forward_mode.rules.registry import ALL_RULES as ALL_RULES

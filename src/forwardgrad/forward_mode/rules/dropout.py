@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forwardgrad.forward_mode.rules.base import Call, Evaluation, Rule, owned
+from forwardgrad.forward_mode.rules.base import Call, Rule, Tracking, owned
 
 DROPOUTS: dict[Callable[..., Any], Callable[..., Any]] = {  # each with its form out of place
     **{getattr(torch, name): getattr(torch, name) for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")},
@@ -126,7 +126,7 @@ def masked(function: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> 
     return x.copy_(out) if function in _IN_PLACE else out
 
 
-def _dropout(e: Evaluation, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _dropout(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
     x, p, on = bound(args, kwargs)
     track = e.track(x)
     if track is None:
