@@ -14,14 +14,14 @@ from forwardgrad.forward_mode import Redo, plainly
 from forwardgrad.objective import Objective
 
 T = TypeVar("T")
-Call = Callable[[Estimator, dict[str, Tensor]], tuple[Estimate, T]]
+Estimation = Callable[[Estimator, dict[str, Tensor]], tuple[Estimate, T]]
 
 
 class _NoExamples(Redo):
     """The model was called without examples."""
 
 
-def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tensor], call: Call[T]) -> tuple[Estimate, T]:
+def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tensor], call: Estimation[T]) -> tuple[Estimate, T]:
     """`call(estimator, state)`; where the model is given no examples, the same by a method that needs none, the state left alone.
 
     Terms of the loss that are sums over examples are zero then, and so is their gradient; a penalty on weights has the gradient it has.

@@ -28,7 +28,7 @@ _RANDOM = (
 )
 
 
-class Part(NamedTuple):
+class ReplicasEstimate(NamedTuple):
     """What one evaluation found out of some replicas, each tensor with their dimension in front."""
 
     replicas: slice
@@ -87,7 +87,7 @@ class Ensemble:
 
     def estimates(
         self, loss: Loss, batch: Sequence[Tensor], estimator: Estimator, generators: Sequence[Generator] | None = None
-    ) -> Iterator[Part]:
+    ) -> Iterator[ReplicasEstimate]:
         """An estimate of every replica's gradient, `chunk_size` replicas at a time; their buffers move on. See `estimate_grads_`."""
         if (why := unbatched(estimator)) is not None:
             raise ValueError(f"{estimator!r} has no batched form: {why}; train its replicas one after another")
@@ -103,9 +103,9 @@ class Ensemble:
             replicas = slice(start, min(start + self.chunk_size, len(self)))
             program = _Program(self, replicas, loss, [t[replicas] for t in batch])
             if isinstance(estimator, ForwardGradient):
-                yield Part(replicas, *program.forward(estimator, own[replicas]))
+                yield ReplicasEstimate(replicas, *program.forward(estimator, own[replicas]))
             else:
-                yield Part(replicas, *program.backprop())
+                yield ReplicasEstimate(replicas, *program.backprop())
         if not all(map(torch.equal, before, self._random_states())):
             raise RuntimeError(_RANDOM)
 
@@ -260,7 +260,7 @@ class _Program:
             add(gradients, found.gradients)
             derivatives.append(found.derivatives)
         self._commit(found.left)
-        return Estimate(found.loss, torch.cat(derivatives, 1), estimator.tangents + len(counts)), _plain(gradients)
+        return Estimate(found.loss, torch.cat(derivatives, 1), estimator.tangents + len(counts)), _given(gradients)
 
     def _dense(self, estimator: ForwardGradient, size: int, generators: list[Generator]) -> Iterator[_Found]:
         """Whole weights: directions are drawn as each replica would alone, and handed in."""
@@ -297,13 +297,13 @@ class _Program:
                 if first:  # every pass knows the same exact gradient
                     add_exact(exact, found)
                 own = {"derivative": found.derivatives[0], **_combined(estimator, found)}
-                return ({"loss": found.loss}, objective.left, _plain(exact)), own
+                return ({"loss": found.loss}, objective.left, _given(exact)), own
 
             (scalar, left, exact), own = _sharing_a_pass(along, {"index": torch.arange(count, device=replica.device)})
             d = own.pop("derivative")
             gradients: dict[str, Tensor | None] = {name: part.sum(0) for name, part in own.items()}
             add(gradients, exact)
-            return _Found(scalar["loss"], d, _plain(gradients), left)
+            return _Found(scalar["loss"], d, _given(gradients), left)
 
         replicas = torch.arange(len(generators), device=self.batch[0].device)
         for _ in range(ATTEMPTS):
@@ -358,8 +358,8 @@ def _combined(estimator: ForwardGradient, found: Pass) -> Named:
     gradients: dict[str, Tensor | None] = {}
     with torch.autocast(found.loss.device.type, enabled=False):
         add_parts(gradients, found, estimator.weights_of(found, {}))
-    return _plain(gradients)
+    return _given(gradients)
 
 
-def _plain(gradients: Mapping[str, Tensor | None]) -> Named:
+def _given(gradients: Mapping[str, Tensor | None]) -> Named:
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}

@@ -14,7 +14,7 @@ Point = nn.Module | Tensor | Sequence[Tensor]
 """Where a loss is evaluated: a module, one tensor, or several tensors."""
 
 
-class _Evaluation(nn.Module):
+class _LossModule(nn.Module):
     """The loss of a model as a module, so that `functional_call` can exchange the model's parameters under any loss function."""
 
     def __init__(self, loss: Callable[..., Tensor], model: nn.Module) -> None:
@@ -59,7 +59,7 @@ class Objective:
                 f"the loss must be a function of the model, such as `lambda model: loss_fn(model(x), y)`, not a {type(loss).__name__}"
             )
         self.loss, self.at = loss, at
-        self._module = _Evaluation(loss, at) if isinstance(at, nn.Module) else None
+        self._module = _LossModule(loss, at) if isinstance(at, nn.Module) else None
         self._tensors = {} if self._module else _named(at)
         named = dict(at.named_parameters(prefix="model")) if isinstance(at, nn.Module) else self._tensors
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
@@ -128,11 +128,11 @@ def _named(at: object) -> dict[str, Tensor]:
 
 
 def scalar(loss: Any) -> Tensor:
-    each = per_example(loss)
+    each = loss_by_example(loss)
     return each.mean() if each.dim() else each  # a loss of whole numbers has no mean, and its own error
 
 
-def per_example(loss: Any) -> Tensor:
+def loss_by_example(loss: Any) -> Tensor:
     """The loss as one number, or one number an example."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss must return a tensor, not {type(loss).__name__}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import forwardgrad as fg
 from forwardgrad.directions import evaluation
 from forwardgrad.directions.evaluation import Directions
-from forwardgrad.directions.laws import Seeds, fork
+from forwardgrad.directions.laws import StreamSeeds, fork
 from forwardgrad.directions.plan import drawn, planned
 from forwardgrad.engines import captured
 
@@ -210,7 +210,7 @@ def test_on_a_gpu_places_are_drawn_from_running_streams_in_the_order_they_are_as
     monkeypatch.setattr(evaluation, "Generator", Running)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     like = torch.zeros(())
-    seeds = Seeds([1000, 2000])
+    seeds = StreamSeeds([1000, 2000])
 
     def begun() -> list[Callable[[], Tensor]]:
         found = Directions(Counting(), [], torch.device("cpu"))

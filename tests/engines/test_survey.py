@@ -15,7 +15,7 @@ from torch import nn
 import forwardgrad as fg
 from forwardgrad.engines import compiled
 from forwardgrad.engines.batch import Batch
-from forwardgrad.engines.survey import StepSurvey
+from forwardgrad.engines.step_survey import StepSurvey
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "mode": lambda m: m.eval(),

@@ -17,7 +17,7 @@ from forwardgrad.directions.laws import fork
 from forwardgrad.factored import dense
 from forwardgrad.forward_mode.rules import losses
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations.activity import Point
+from forwardgrad.perturbations.activity import ActivityUse
 from forwardgrad.perturbations.base import Entered
 from forwardgrad.perturbations.dense import DenseUse
 from forwardgrad.perturbations.low_rank import LowRankUse
@@ -270,10 +270,16 @@ def kinds(model: nn.Module, loss: Loss, overrides: dict[str, str]) -> dict[str, 
 def test_the_cheapest_is_weights_where_there_are_fewer_than_active_units() -> None:
     wide = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))  # 18 weights or 16 units; 96 weights or 1.5
     image = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))  # 18 or 36 units
-    expected = {"0.weight": Point, "0.bias": Point, "3.weight": Point, "3.bias": Point}
+    expected = {"0.weight": ActivityUse, "0.bias": ActivityUse, "3.weight": ActivityUse, "3.bias": ActivityUse}
     assert kinds(wide, classify(rows(3, 1, 6, 6)), {}) == expected
-    expected = {"0.weight": PerExampleUse, "0.bias": PerExampleUse, "1.weight": PerExampleNorm, "1.bias": PerExampleNorm, "4.weight": Point}
-    assert kinds(image, classify(rows(3, 1, 8, 8)), {}) == {**expected, "4.bias": Point}
+    expected = {
+        "0.weight": PerExampleUse,
+        "0.bias": PerExampleUse,
+        "1.weight": PerExampleNorm,
+        "1.bias": PerExampleNorm,
+        "4.weight": ActivityUse,
+    }
+    assert kinds(image, classify(rows(3, 1, 8, 8)), {}) == {**expected, "4.bias": ActivityUse}
 
 
 def test_overrides_count_in_their_order_and_by_the_names_of_weights() -> None:

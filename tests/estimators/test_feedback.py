@@ -20,7 +20,7 @@ from forwardgrad.calls.passes import Pass, perturbed_pass
 from forwardgrad.diagnostics.moments import Moments, Part
 from forwardgrad.directions.laws import fork
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations.activity import Activity, Point
+from forwardgrad.perturbations.activity import Activity, ActivityUse
 
 State = dict[str, Tensor]
 X, LABELS = rows(6, 4), torch.arange(6) % 3
@@ -44,7 +44,7 @@ def a_pass(model: nn.Module, seed: int, tangents: int = 1) -> tuple[Pass, Tensor
         found = perturbed_pass(
             Objective(classify(X), model), Activity(), fg.Rademacher(), fork(seeded(seed), tangents), torch.device("cpu"), exact_output=True
         )
-    places = [point for point in found.entered if isinstance(point, Point) and not point.exact]
+    places = [point for point in found.entered if isinstance(point, ActivityUse) and not point.exact]
     h = model[0](X).detach().relu()
     (u,) = [point.moves(len(X)) for point in places]
     return found, (u * (h > 0)) @ model[2].weight.detach().T

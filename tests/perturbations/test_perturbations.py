@@ -42,7 +42,7 @@ from forwardgrad.directions import evaluation as streams_of_directions
 from forwardgrad.directions.laws import fork
 from forwardgrad.factored import dense
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations.activity import Point
+from forwardgrad.perturbations.activity import ActivityUse
 from forwardgrad.perturbations.base import Entered
 
 CPU = torch.device("cpu")
@@ -266,7 +266,7 @@ def test_activities_follow_the_errors_of_backpropagation_and_move_where_they_mat
     model, x = examples(name)
     found = evaluate(classify(x), model, fg.Activity(masked), fork(seeded(), 3))
     owners = {id(p): i for i, module in enumerate(model) for p in module.parameters()}
-    points = [point for point in found.entered if isinstance(point, Point)]
+    points = [point for point in found.entered if isinstance(point, ActivityUse)]
     assert len(points) == {"overlapping pools": 2}.get(name, len([m for m in model if list(m.parameters())]))  # of three; one has no rule
     outs = [x]
     for module in model:

@@ -18,7 +18,7 @@ from forwardgrad.directions import Directions, Law
 from forwardgrad.forward_mode import RandomState, derivatives_under
 from forwardgrad.forward_mode import notes as ways
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import WHOLE, Entered, Perturbation, Point, Reading, Rows
+from forwardgrad.perturbations import WHOLE, ActivityUse, Entered, Perturbation, Reading, Rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pass:
     parts: tuple[Scaled, ...] = ()
     replay: tuple[Callable[..., Tensor], Mapping[Slot, Tensor]] | None = None
     blocks: tuple[int, ...] = ()
-    ended: tuple[tuple[Point, Tensor, Tensor | None], ...] = ()
+    ended: tuple[tuple[ActivityUse, Tensor, Tensor | None], ...] = ()
 
     @cached_property
     def errors(self) -> list[Tensor]:
@@ -76,7 +76,7 @@ class Pass:
     def scored(self, entered: Entered) -> ways.Scored:
         """Which part of the loss scores a place, in words."""
         place, layer = entered.place, ", ".join(name.removeprefix("model.") for name in entered.names)
-        if isinstance(entered, Point) and entered.exact:
+        if isinstance(entered, ActivityUse) and entered.exact:
             return ways.Scored(layer, "nothing", "exactly", "the error at the output is known")
         if place.apart and self.count > 1 and place.rows is not None:
             return ways.Scored(
@@ -118,10 +118,10 @@ class Pass:
         return [entered for entered, number in zip(self.entered, self.blocks, strict=True) if number == block and entered not in exact]
 
     @property
-    def exact(self) -> list[Point]:
-        return [entered for entered in self.entered if isinstance(entered, Point) and entered.exact]
+    def exact(self) -> list[ActivityUse]:
+        return [entered for entered in self.entered if isinstance(entered, ActivityUse) and entered.exact]
 
-    def error_of(self, point: Point) -> Tensor:
+    def error_of(self, point: ActivityUse) -> Tensor:
         """The error at a place whose gradient is exact."""
         assert point.read_at is not None
         return self.errors[point.read_at]
@@ -137,7 +137,7 @@ def perturbed_pass(
     who: str = "",
     exact_output: bool = False,
     commit: bool = True,
-    ends: Callable[[Point], bool] = lambda _: False,
+    ends: Callable[[ActivityUse], bool] = lambda _: False,
     still_ends: bool = False,
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.

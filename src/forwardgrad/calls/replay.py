@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from forwardgrad.calls.paths import writes
 
-MOST = 2048  # numbers of the outputs: as many forward derivatives of the loss alone are taken at every step
+MOST_NUMBERS = 2048  # numbers of the outputs: as many forward derivatives of the loss alone are taken at every step
 AT_ONCE = 512
 
 Slot = tuple[int, int]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Call = Callable[..., Any]
+from forwardgrad.perturbations import Caller
 
 
-def call(make: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Mapping[int, Tensor]) -> Any:
+def call(make: Caller, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counts: Mapping[int, Tensor]) -> Any:
     """The result of a call. `counts`: what `torch.arange` returned; picking by it picks every example itself.
 
     A source that holds NaN is spoiled along the dimensions that are picked from, a result along those that are written to.
@@ -46,7 +46,7 @@ _WRITES = {
 }
 
 
-def _kept(make: Call, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _kept(make: Caller, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result with NaN wherever one went in."""
     if name in ("nansum", "nanmean"):
         return make(getattr(torch, name.removeprefix("nan")), *args, **kwargs)

@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.calls import spread
-from forwardgrad.calls.replay import MOST, Slot, errors
+from forwardgrad.calls.replay import MOST_NUMBERS, Slot, errors
 from forwardgrad.calls.trials import Option, Trials
 from forwardgrad.calls.watch import Mark, ModelWatch
 from forwardgrad.directions import Still
 from forwardgrad.forward_mode import Evaluation, Redo, derivatives_under
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import WHOLE, DenseUse, Entered, Memory, Perturbation, Pick, Place, Point, Reading, Rows
+from forwardgrad.perturbations import WHOLE, ActivityUse, DenseUse, Entered, Memory, Perturbation, Pick, Place, Reading, Rows
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Survey:
     def _ends_in_layers(self, way: Reading) -> bool:
         """Whether all that loss functions were given is what layers returned, whose gradient is then exact."""
         seen = self._pass(way, exact=True)
-        return len(seen.read) == sum(isinstance(entered, Point) and entered.exact for entered in seen.watch.entered)
+        return len(seen.read) == sum(isinstance(entered, ActivityUse) and entered.exact for entered in seen.watch.entered)
 
     def _closed(self, marked: _SurveyWatch) -> Reading | None:
         """The loss as a sum of losses with a closed-form error, if nothing but the outputs in it follows from what moves."""
@@ -243,8 +243,8 @@ class Survey:
         cut, numbers = tuple(sorted(marked.following)), sum(marked.following.values())
         if not cut:
             return "it does not follow from any layer where examples move"
-        if numbers > MOST:
-            return f"it is one number of {numbers:,} outputs, whose derivative takes as many forward derivatives (at most {MOST:,})"
+        if numbers > MOST_NUMBERS:
+            return f"it is one number of {numbers:,} outputs, whose derivative takes as many forward derivatives (at most {MOST_NUMBERS:,})"
         reading = Reading(None, "replay", beyond=True, since=since, cut=cut)
         try:
             seen = self._pass(reading, exact=self._exact)

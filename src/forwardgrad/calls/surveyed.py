@@ -16,7 +16,7 @@ from forwardgrad.calls.kept import kept
 from forwardgrad.calls.survey import Survey
 from forwardgrad.forward_mode import notes
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import MOST, WHOLE, Memory, Perturbation, Reading
+from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading
 
 ATTEMPTS = 64  # evaluations of one step that may have to be made again while a model is still being learned
 UNSTEADY = "the model takes other calls at every evaluation, although it is given the same random numbers: it cannot be followed"
@@ -84,10 +84,10 @@ class Surveyed:
         known = self.memory.readings.get(path)
         if known is not None and known is not self.memory.last:
             self.memory.last = known
-        elif path is not None and len(self.memory.readings) < MOST:
+        elif path is not None and len(self.memory.readings) < MOST_PATHS:
             self.memory.last = None  # the next reading is found out
         else:
-            many = f"the model took more than {MOST} different paths through its calls"
+            many = f"the model took more than {MOST_PATHS} different paths through its calls"
             self.memory.last = replace(WHOLE, why="the calls behind its last layer cannot be made again" if path is None else many)
             self.memory.tell(_cost(self.memory.last, 0))
 

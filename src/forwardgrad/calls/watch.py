@@ -21,7 +21,7 @@ from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
 from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Redo, Unfollowed, levels
 from forwardgrad.forward_mode.rules import losses
-from forwardgrad.perturbations import LAYERS, WHOLE, DenseUse, Entered, Layer, Norm, Perturbation, Point, Reading, Sown
+from forwardgrad.perturbations import LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
 
 class UsedAgain(Redo):
@@ -78,7 +78,7 @@ class ModelWatch(TorchFunctionMode):
         exact_output: bool = False,
         at_once: frozenset[int] = frozenset(),
         whole: frozenset[str] = frozenset(),
-        ends: Callable[[Point], bool] = lambda _: False,
+        ends: Callable[[ActivityUse], bool] = lambda _: False,
         still_ends: bool = False,
         mark: Mark | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class ModelWatch(TorchFunctionMode):
         self.mark = mark
         self.whole = whole
         self.blocks: list[int] = []
-        self.ending: list[Point] = []
+        self.ending: list[ActivityUse] = []
         self.unmoved: dict[str, Tensor] = {}
         self.entered: list[Entered] = []
         self.parts: tuple[Scaled, ...] = ()
@@ -100,8 +100,8 @@ class ModelWatch(TorchFunctionMode):
         self._evaluation = evaluation
         self._names = {id(p): name for name, p in parameters.items()}
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
-        self._waiting: dict[int, tuple[Tensor, Point]] = {}  # outputs whose place is not fixed yet
-        self._passed: dict[int, tuple[weakref.ref[Tensor], Point]] = {}  # and those that a ReLU, pooling or loss has had
+        self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
+        self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended: dict[str, Tensor] = {}
         self._calls = paths.Calls(self._names)
         self.last_layer = 0  # the number of the call
@@ -126,7 +126,7 @@ class ModelWatch(TorchFunctionMode):
 
     @property
     def silent(self) -> bool:
-        return bool(self._ended) or any(isinstance(entered, Point) and entered.exact for entered in self.entered)
+        return bool(self._ended) or any(isinstance(entered, ActivityUse) and entered.exact for entered in self.entered)
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._missed:
@@ -140,7 +140,7 @@ class ModelWatch(TorchFunctionMode):
         read = self._read(loss)
         self._fit([tensor.shape for tensor in read] or [loss.shape])
         for index, entered in enumerate(self.entered):
-            if isinstance(entered, Point) and entered.exact:
+            if isinstance(entered, ActivityUse) and entered.exact:
                 entered.read_at = next((place for place, tensor in enumerate(read) if self._had(tensor) is entered), None)
                 if entered.read_at is None:
                     raise UsedAgain(index)
@@ -229,12 +229,12 @@ class ModelWatch(TorchFunctionMode):
         """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
         if self.recording is not None:
             self.recording.flaw = "a transform of torch.func is at work"
-        reached = levels.memories((args, kwargs))
+        reached = levels.storages((args, kwargs))
         for passed, index in self._put_off:
-            if (tensor := passed()) is not None and levels.memory(tensor) in reached:
+            if (tensor := passed()) is not None and levels.storage(tensor) in reached:
                 raise UsedAgain(index)
         if len(self.directions) and reached:
-            self._missed |= {name for name, p in self._parameters.items() if levels.memory(p) in reached} - self.whole
+            self._missed |= {name for name, p in self._parameters.items() if levels.storage(p) in reached} - self.whole
         return self._call(func, *args, **kwargs)
 
     def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -261,11 +261,11 @@ class ModelWatch(TorchFunctionMode):
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
-    def _had(self, tensor: Tensor) -> Point | None:
+    def _had(self, tensor: Tensor) -> ActivityUse | None:
         found = self._passed.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
-    def _waits(self, value: Any) -> Point | None:
+    def _waits(self, value: Any) -> ActivityUse | None:
         found = self._waiting.get(id(value))
         return found[1] if found is not None else None
 
@@ -299,13 +299,13 @@ class ModelWatch(TorchFunctionMode):
             return self._whole(layer, given, x)
         if isinstance(entered, Sown):
             return self._sow(entered, out)
-        assert isinstance(entered, Point)
+        assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
         self._waiting[id(out)] = (out, entered)
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
 
-    def _wait(self, out: Tensor, point: Point) -> Tensor:
+    def _wait(self, out: Tensor, point: ActivityUse) -> Tensor:
         self._waiting[id(out)] = (out, point)
         self._put_off.append((weakref.ref(out), self.entered.index(point)))
         return out
@@ -318,7 +318,7 @@ class ModelWatch(TorchFunctionMode):
         out: Tensor = self._call(layer.function, **call, input=given)
         return out
 
-    def _pass(self, point: Point, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _pass(self, point: ActivityUse, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         before = args[0]
         del self._waiting[id(before)]
         out = point.advance(function, args, kwargs, self._call)
@@ -326,7 +326,7 @@ class ModelWatch(TorchFunctionMode):
             self._passed[id(before)] = (weakref.ref(before), point)
         return self._wait(out, point)
 
-    def _move(self, tensor: Tensor, point: Point) -> Tensor:
+    def _move(self, tensor: Tensor, point: ActivityUse) -> Tensor:
         del self._waiting[id(tensor)]
         point.place_at(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)
@@ -341,7 +341,7 @@ class ModelWatch(TorchFunctionMode):
             moved = self._evaluation.primal(moved)
         return self._stand(tensor, moved)
 
-    def _settle(self, tensor: Tensor, point: Point) -> Tensor:
+    def _settle(self, tensor: Tensor, point: ActivityUse) -> Tensor:
         """Leave the place behind a last layer unmoved: the gradient there is exact."""
         del self._waiting[id(tensor)]
         point.place_at(self._evaluation.primal(tensor))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.directions.laws import Law, Seeds
+from forwardgrad.directions.laws import Law, StreamSeeds
 from forwardgrad.directions.plan import drawn
 from forwardgrad.directions.streams import sown
 
@@ -81,7 +81,7 @@ class _Running:
     @classmethod
     def of(cls, seeds: list[int], device: torch.device) -> _Running:
         found: _Running = getattr(seeds, "running", None) or cls(seeds, device)
-        if isinstance(seeds, Seeds):
+        if isinstance(seeds, StreamSeeds):
             seeds.running = found
         drawn(found._begin, once=(id(seeds), None), on=found.generators)
         return found

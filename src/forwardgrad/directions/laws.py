@@ -207,15 +207,15 @@ class Orthogonal(Law):
         return n
 
 
-class Seeds(list[int]):
+class StreamSeeds(list[int]):
     """Seeds of streams, with the generators on a GPU that were begun from them, if there are any."""
 
     running: Any = None
 
 
-def fork(generator: Generator, count: int) -> Seeds:
+def fork(generator: Generator, count: int) -> StreamSeeds:
     """Seeds of `count` streams that follow from the generator's state, which moves on; a generator on a GPU is not waited for."""
-    return drawn(lambda: Seeds(_seeds(generator, count)), on=[generator])
+    return drawn(lambda: StreamSeeds(_seeds(generator, count)), on=[generator])
 
 
 def _seeds(generator: Generator, count: int) -> list[int]:

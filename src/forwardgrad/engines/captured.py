@@ -13,7 +13,7 @@ from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.compiled import Compiled, Function
 from forwardgrad.engines.graphs import Run
 from forwardgrad.engines.reads import Untraceable
-from forwardgrad.engines.survey import StepSurvey
+from forwardgrad.engines.step_survey import StepSurvey
 from forwardgrad.engines.trace import Traced
 
 

@@ -19,7 +19,7 @@ from forwardgrad.engines.limit import within
 from forwardgrad.engines.plain_sgd import HeldRates, Rate, descend, has_step_hooks, is_plain_sgd, rates_of, tensors_of
 from forwardgrad.engines.reads import Untraceable
 from forwardgrad.engines.snapshot import slots
-from forwardgrad.engines.survey import StepSurvey
+from forwardgrad.engines.step_survey import StepSurvey
 from forwardgrad.engines.trace import Traced, as_compiling, trace, without_autocast
 from forwardgrad.estimators import Estimate
 
@@ -56,7 +56,7 @@ class Compiled(Engine):
 
     def _function(self, traced: Traced, given: list[Tensor], numbers: list[Tensor], plan: Plan, batch: range) -> Function:
         """What computes the graph from what it is given, and draws for it; only the batch is other tensors at every step."""
-        function = self._compiled(traced, [*given, *numbers, *_plain(traced.constants)])
+        function = self._compiled(traced, [*given, *numbers, *_detached(traced.constants)])
         return lambda *given: function(*given, *plan.again(), *traced.constants)
 
     def _compiled(self, traced: Traced, inputs: list[Tensor]) -> Function:
@@ -105,7 +105,7 @@ class Compiled(Engine):
         changing, taught, passes = range(survey.given, len(survey.tensors)), step.taught, step.passes  # nothing is kept of the first batch
         descends = rates is not None
         with without_autocast():
-            function = self._function(traced, _plain([*survey.tensors, *held]), numbers, plan, changing)
+            function = self._function(traced, _detached([*survey.tensors, *held]), numbers, plan, changing)
 
         def run(survey: StepSurvey) -> Estimate:
             with without_autocast():
@@ -148,7 +148,7 @@ class _TracedStep:
         return [record.loss, record.derivatives, *gradients.values()]
 
 
-def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same memory, without a parameter's claim to a gradient."""
     return [tensor.detach() for tensor in tensors]
 

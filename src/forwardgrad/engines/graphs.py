@@ -18,12 +18,12 @@ from forwardgrad.engines.eager import EagerStep
 from forwardgrad.engines.limit import Late
 from forwardgrad.engines.reads import Untraceable
 from forwardgrad.engines.snapshot import Snapshot
-from forwardgrad.engines.survey import ModelSurvey, StepSurvey
+from forwardgrad.engines.step_survey import ModelSurvey, StepSurvey
 from forwardgrad.estimators import Estimate
 
-MOST = 8  # graphs that a step may have: one for every shape of batch and setting of the model
+MOST_GRAPHS = 8  # graphs that a step may have: one for every shape of batch and setting of the model
 TRIES = 3  # steps in which a graph is compared with the eager step before it is given up: d may be near zero by chance
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+GRAPH_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 Run = Callable[[StepSurvey], Estimate]
 
@@ -32,7 +32,8 @@ class Engine(ABC):
     """Takes the first step with a new kind of batch eagerly, makes a graph of it, and lets the graph take the following ones.
 
     The graph is compared with the eager step on the same numbers before it is used: the loss, the derivatives, all of the gradient or of
-    the parameters' moves, the buffers and the state, each by its norm, have to agree to TOLERANCE of the least precise type computed in.
+    the parameters' moves, the buffers and the state, each by its norm, have to agree to GRAPH_TOLERANCE of the least precise type that is
+    computed in.
     Where there is no graph to be had, one warning says why, and steps are eager.
     """
 
@@ -74,12 +75,12 @@ class Engine(ABC):
         if survey.hooked:
             self._give_up("a module has hooks, which a graph would not call")
         elif (run := self._found(key)) is not None:
-            with _plain():
+            with _without_recording():
                 return run(survey)
         elif key in self._late:
             pass
-        elif len(self._runs) >= MOST:
-            self._warn(f"there are {MOST} graphs already, and this batch or setting of the model is another kind")
+        elif len(self._runs) >= MOST_GRAPHS:
+            self._warn(f"there are {MOST_GRAPHS} graphs already, and this batch or setting of the model is another kind")
         else:
             return self._first(key, survey, batch, eager, moves)
         return eager(batch)
@@ -108,12 +109,12 @@ class Engine(ABC):
             if now != key:  # a state was filled, or a buffer took another form: the next step will do
                 raise Different("the state of the estimator or the model has another form after every step")
             before.restore()
-            with warnings.catch_warnings(), _plain():
+            with warnings.catch_warnings(), _without_recording():
                 warnings.simplefilter("ignore")
                 run, lowest = self._build(survey, batch, plan, moves)
                 before.restore()
                 found = run(survey)
-            self._compare(record, found, before, after, moves, TOLERANCE.get(lowest, 1e-4))
+            self._compare(record, found, before, after, moves, GRAPH_TOLERANCE.get(lowest, 1e-4))
             self._runs[key], kept = run, True
         except Different as reason:
             self._try(key, reason)
@@ -187,7 +188,7 @@ def _close(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor], relativ
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
+def _without_recording() -> Iterator[None]:
     """Nothing is recorded for a backward pass, and no autocast beyond what is written into a graph."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():

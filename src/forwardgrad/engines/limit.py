@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Any, TypeVar
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 class Late(Exception):
@@ -19,7 +19,7 @@ class _Stop(BaseException):
     """Ends a thread: no `except Exception` on the way may keep it."""
 
 
-def within(seconds: float, make: Callable[[], Made]) -> Made:
+def within(seconds: float, make: Callable[[], T]) -> T:
     """What `make` returns, made in a thread of its own, which ends before this returns.
 
     Raises Late after so many seconds, or a little later: a thread is stopped between two steps of Python, not in a call of other code.
@@ -27,7 +27,7 @@ def within(seconds: float, make: Callable[[], Made]) -> Made:
     """
     if seconds <= 0:
         raise Late
-    found: list[Made] = []
+    found: list[T] = []
     errors: list[BaseException] = []
     context = contextvars.copy_context()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forwardgrad.engines.survey import StepSurvey, described
+from forwardgrad.engines.step_survey import StepSurvey, described
 
 
 def slots(optimizer: torch.optim.Optimizer) -> list[Tensor]:

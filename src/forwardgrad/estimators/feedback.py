@@ -15,7 +15,7 @@ from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Activity, Entered, Point
+from forwardgrad.perturbations import Activity, ActivityUse, Entered
 
 STEP = "step"
 
@@ -143,7 +143,7 @@ class LearnedFeedback(Estimator):
         gradients: dict[str, Tensor | None],
         found: Pass,
         entered: list[Entered],
-        feedback: dict[Point, Tensor],
+        feedback: dict[ActivityUse, Tensor],
         error: Tensor,
         rows: Tensor,
         beyond: Tensor | None,
@@ -158,7 +158,7 @@ class LearnedFeedback(Estimator):
             if place not in feedback:
                 add(gradients, place.gradient(found.share(rows, place, beyond)))
 
-    def _learn(self, found: Pass, places: list[Point], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
+    def _learn(self, found: Pass, places: list[ActivityUse], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
         moving = [point.moving(found.count) for point in places]
         units = sum((m.sum() / found.count for m in moving), torch.zeros((), device=signal.device)) / len(signal)
         for point, b, moved in zip(places, feedback, moving, strict=True):
@@ -214,13 +214,13 @@ def warn_of_penalty(found: Pass, who: str) -> None:
         )
 
 
-def places_of(found: Pass, entered: list[Entered]) -> list[Point]:
+def places_of(found: Pass, entered: list[Entered]) -> list[ActivityUse]:
     """The places that a feedback matrix can be learned for: those where each example of the batch has numbers of its own."""
-    points = [place for place in entered if isinstance(place, Point) and not place.exact and place.moved]
+    points = [place for place in entered if isinstance(place, ActivityUse) and not place.exact and place.moved]
     return [point for point in points if point.place.rows is not None or found.count == 1]
 
 
-def matrix(state: dict[str, Tensor], found: Pass, point: Point, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
+def matrix(state: dict[str, Tensor], found: Pass, point: ActivityUse, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
     """The feedback matrix of one place: zeros at first, or random numbers of variance 1/C where a generator is given."""
     key = f"feedback.{found.entered.index(point)}.{point.names[0]}"
     outputs = error.shape[1]

@@ -104,7 +104,7 @@ class Guess(Estimator):
         >>> state
         {'guess.weight': tensor([[1., 0.]])}
         """
-        trained = {_plain(name): p for name, p in Objective(_nothing, at).parameters.items()}
+        trained = {_name_in_model(name): p for name, p in Objective(_nothing, at).parameters.items()}
         if not isinstance(direction, Mapping):
             tensors = [direction] if isinstance(direction, Tensor) else list(direction)
             if len(tensors) != len(trained):
@@ -138,9 +138,9 @@ class Guess(Estimator):
                     gradients[name].add_(part * d.to(part.dtype))
         if self.source == "previous":
             for name, gradient in gradients.items():
-                before = state.get(f"guess.{_plain(name)}") if self.momentum else None
+                before = state.get(f"guess.{_name_in_model(name)}") if self.momentum else None
                 w = gradient.clone() if before is None else before.to(gradient).mul_(self.momentum).add_(gradient)
-                state[f"guess.{_plain(name)}"] = w
+                state[f"guess.{_name_in_model(name)}"] = w
         return Estimate(loss, torch.cat(derivatives), len(directions) + math.ceil(len(directions) / size)), dict(gradients)
 
     def _directions(self, objective: Objective, generator: Generator, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -149,8 +149,8 @@ class Guess(Estimator):
         v = {name: drawn[0] for name, drawn in self.law.draw(parameters, 1, generator).items()}
         w = {}
         for name, p in parameters.items():
-            guess = state.get(f"guess.{_plain(name)}", torch.zeros_like(p))
-            _check_shape(_plain(name), guess, p)
+            guess = state.get(f"guess.{_name_in_model(name)}", torch.zeros_like(p))
+            _check_shape(_name_in_model(name), guess, p)
             w[name] = guess.to(p.device, p.dtype)
         groups = [[name] for name in parameters] if self.per_parameter else [list(parameters)]
         directions = [_unit({name: w[name] for name in group}, None if self.complement else v) for group in groups]
@@ -167,7 +167,7 @@ def _nothing(*_: object) -> Tensor:
     raise AssertionError("an objective that is asked for its parameters alone has no loss")
 
 
-def _plain(name: str) -> str:
+def _name_in_model(name: str) -> str:
     """The name that a parameter has in its model."""
     return name.removeprefix("model.")
 

@@ -16,7 +16,7 @@ from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_
 from forwardgrad.estimators.feedback import LearnedFeedback, output_of
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Activity, Entered, Point
+from forwardgrad.perturbations import Activity, ActivityUse, Entered
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class LocalLosses(Estimator):
         d.append((error * moved).sum((1, 2)))
         return Estimate(found.loss, torch.stack(d).sum(0), self.tangents + 1), gradients
 
-    def _ends(self, point: Point) -> bool:
+    def _ends(self, point: ActivityUse) -> bool:
         """Whether a block ends at a place: it has to have numbers of each example."""
         names = [name.removeprefix("model.") for name in point.names]
         named = self.ends is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.ends)
@@ -198,7 +198,7 @@ def _labelled(found: Pass) -> Scaled:
     return labelled[0]
 
 
-def _in_front(t: Tensor, end: Point, count: int, lead: int = 0) -> Tensor:
+def _in_front(t: Tensor, end: ActivityUse, count: int, lead: int = 0) -> Tensor:
     """What lies at the end of a block with examples as its first dimension."""
     rows = end.place.rows
     if rows is None or end.shape[rows.dim] == count:
@@ -206,7 +206,7 @@ def _in_front(t: Tensor, end: Point, count: int, lead: int = 0) -> Tensor:
     return rows.gather(t, count, lead)
 
 
-def _put_back(t: Tensor, end: Point) -> Tensor:
+def _put_back(t: Tensor, end: ActivityUse) -> Tensor:
     rows = end.place.rows
     if rows is None or end.shape[rows.dim] == len(t):
         return t.movedim(0, 0 if rows is None else rows.dim)

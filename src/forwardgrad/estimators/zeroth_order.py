@@ -177,13 +177,13 @@ class _Moved(TorchFunctionMode):
         self.names = {id(p): name for name, p in objective.parameters.items()}
         self.live = {name: p.detach() for name, p in objective.parameters.items()}
         self.moved, self.used = moved, set[str]()
-        self.level, self.memories = levels.level(), {levels.memory(p) for p in self.live.values()}
+        self.level, self.storages = levels.level(), {levels.storage(p) for p in self.live.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         describes = func in _DESCRIBING or (getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ not in _VALUES)
         if not describes and levels.level() != self.level:
-            if self.memories & levels.memories((args, kwargs)):
+            if self.storages & levels.storages((args, kwargs)):
                 raise _Transformed
         elif not describes:
             made: dict[str, Tensor] = {}  # a parameter handed over twice is still one tensor

@@ -7,7 +7,7 @@ from forwardgrad.forward_mode.explicit import DROPS as DROPS
 from forwardgrad.forward_mode.explicit import READS as READS
 from forwardgrad.forward_mode.explicit import Explicit as Explicit
 from forwardgrad.forward_mode.guard import Unfollowed as Unfollowed
-from forwardgrad.forward_mode.guard import memory as memory
+from forwardgrad.forward_mode.guard import address as address
 from forwardgrad.forward_mode.notes import Kind as Kind
 from forwardgrad.forward_mode.notes import Notes as Notes
 from forwardgrad.forward_mode.notes import asking as asking

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from forwardgrad.forward_mode.guard import Guard, Unfollowed, memory
+from forwardgrad.forward_mode.guard import Guard, Unfollowed, address
 from forwardgrad.forward_mode.levels import level, unwrapped
 from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
 from forwardgrad.forward_mode.rules import ALL_RULES, Track, dropout
@@ -302,12 +302,12 @@ class Explicit(TorchFunctionMode):
 
     def _seen(self, found: dict[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
         """The memory of what went into a call, and whose it is."""
-        return {memory(part): value for value, tangents in found.values() for part in (value, tangents)}
+        return {address(part): value for value, tangents in found.values() for part in (value, tangents)}
 
     def _apart(self, out: Tensor, tangents: Tensor, seen: dict[int, Tensor]) -> Tensor:
         """A result, which nothing else sees unless it is a view of what went in."""
         fresh = True
-        for place in (memory(out), memory(tangents)):
+        for place in (address(out), address(tangents)):
             if place in seen:
                 fresh = False
                 if (track := self.track(seen[place])) is not None:
@@ -329,7 +329,7 @@ class Explicit(TorchFunctionMode):
         """Dual numbers as values and tangents apart."""
         if isinstance(value, Tensor):
             primal, tangent = forward_ad.unpack_dual(value)
-            return primal if tangent is None else self._apart(primal, _plain(tangent).unsqueeze(0), seen)
+            return primal if tangent is None else self._apart(primal, _written_out(tangent).unsqueeze(0), seen)
         if isinstance(value, (tuple, list)):
             items = [self._taken(item, seen) for item in value]
             return type(value)(items) if type(value) in (tuple, list) else named(value, items)
@@ -358,5 +358,5 @@ class _Within(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if func in READS else self._evaluation.call(func, args, kwargs or {})
 
 
-def _plain(tangent: Tensor) -> Tensor:
+def _written_out(tangent: Tensor) -> Tensor:
     return tangent if not tangent._is_zerotensor() else torch.zeros_like(tangent)

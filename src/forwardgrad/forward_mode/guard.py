@@ -19,7 +19,7 @@ class Unfollowed(Exception):
     """The explicit way does not know how tangents go on from here; the plain way does."""
 
 
-def memory(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
     except NotImplementedError as error:  # a wrapper has no memory of its own
@@ -36,7 +36,7 @@ class Guard(TorchDispatchMode):
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._full = 0
-        self._parameters = {memory(p) for p in parameters}  # which may be used as they are, and moving, one after the other
+        self._parameters = {address(p) for p in parameters}  # which may be used as they are, and moving, one after the other
         self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
 
     def begin(self) -> None:
@@ -47,7 +47,7 @@ class Guard(TorchDispatchMode):
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def add(self, tensor: Tensor) -> None:
-        if (place := memory(tensor)) not in self._parameters:
+        if (place := address(tensor)) not in self._parameters:
             self._memories[place] = ref(tensor.untyped_storage())
 
     def look(self, evaluation: Tracking, values: Any) -> None:
@@ -59,7 +59,7 @@ class Guard(TorchDispatchMode):
     def _shares(self, tensor: Tensor) -> bool:
         try:
             tensor = unwrapped(tensor)
-            known = self._memories.get(memory(tensor))
+            known = self._memories.get(address(tensor))
         except (RuntimeError, Unfollowed):  # it has no memory of its own
             return False
         return known is not None and known() is tensor.untyped_storage()

@@ -24,7 +24,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def memory(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
     """A name for the memory of a tensor, which its views and wrappers share; 0 where it has none."""
     try:
         found: int = unwrapped(tensor).untyped_storage()._cdata
@@ -33,6 +33,6 @@ def memory(tensor: Tensor) -> int:
     return found
 
 
-def memories(values: Any) -> set[int]:
+def storages(values: Any) -> set[int]:
     """Those of all tensors among some arguments."""
-    return {memory(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)} - {0}
+    return {storage(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)} - {0}

@@ -14,7 +14,7 @@ from forwardgrad.forward_mode.arbitration import Derived, Outcome, either
 from forwardgrad.forward_mode.derivative import DROPPED, evaluated, standing
 from forwardgrad.forward_mode.dual_numbers import Alike, Plain
 from forwardgrad.forward_mode.explicit import Explicit
-from forwardgrad.objective import Objective, per_example
+from forwardgrad.objective import Objective, loss_by_example
 
 
 class Evaluation(Protocol):
@@ -65,9 +65,9 @@ def derivatives_under(objective: Objective, watch: Callable[[], V], count: int, 
 
     def closed(stands: V, evaluation: Evaluation, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         outputs, kept = stands.close(loss)
-        finished = per_example(objective.precise(loss))
+        finished = loss_by_example(objective.precise(loss))
         done = loss.dim() == 0 and loss.dtype == finished.dtype
-        outputs = {"loss": loss if done else evaluation.call(lambda loss: per_example(objective.precise(loss)), (loss,), {}), **outputs}
+        outputs = {"loss": loss if done else evaluation.call(lambda loss: loss_by_example(objective.precise(loss)), (loss,), {}), **outputs}
         if count and not stands.silent and not evaluation.carries(outputs["loss"]):
             raise RuntimeError(DROPPED)
         return outputs, kept

@@ -1,5 +1,5 @@
 from forwardgrad.perturbations.activity import Activity as Activity
-from forwardgrad.perturbations.activity import Point as Point
+from forwardgrad.perturbations.activity import ActivityUse as ActivityUse
 from forwardgrad.perturbations.base import Entered as Entered
 from forwardgrad.perturbations.base import Perturbation as Perturbation
 from forwardgrad.perturbations.base import Pick as Pick
@@ -7,7 +7,7 @@ from forwardgrad.perturbations.base import Sown as Sown
 from forwardgrad.perturbations.cheapest import Cheapest as Cheapest
 from forwardgrad.perturbations.dense import Dense as Dense
 from forwardgrad.perturbations.dense import DenseUse as DenseUse
-from forwardgrad.perturbations.examples import MOST as MOST
+from forwardgrad.perturbations.examples import MOST_PATHS as MOST_PATHS
 from forwardgrad.perturbations.examples import WHOLE as WHOLE
 from forwardgrad.perturbations.examples import Memory as Memory
 from forwardgrad.perturbations.examples import Place as Place
@@ -17,6 +17,7 @@ from forwardgrad.perturbations.examples import codes as codes
 from forwardgrad.perturbations.examples import halves as halves
 from forwardgrad.perturbations.kinds import PERTURBATIONS as PERTURBATIONS
 from forwardgrad.perturbations.layers import LAYERS as LAYERS
+from forwardgrad.perturbations.layers import Caller as Caller
 from forwardgrad.perturbations.layers import Layer as Layer
 from forwardgrad.perturbations.layers import Norm as Norm
 from forwardgrad.perturbations.low_rank import LowRank as LowRank

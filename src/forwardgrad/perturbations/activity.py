@@ -14,7 +14,7 @@ from torch import Tensor
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick
-from forwardgrad.perturbations.layers import Calls, Embedding, Layer, Norm
+from forwardgrad.perturbations.layers import Caller, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
 
 
@@ -53,10 +53,10 @@ class Activity(Perturbation):
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
         if isinstance(layer, Norm):
             return PerExampleNorm(layer, x, out, directions)
-        return Point(layer, x.to(out.dtype) if x.is_floating_point() else x, directions, masked=self.masked)  # as autocast sees it
+        return ActivityUse(layer, x.to(out.dtype) if x.is_floating_point() else x, directions, masked=self.masked)  # as autocast sees it
 
 
-class Point(Entered):
+class ActivityUse(Entered):
     """The place behind a layer where activities move: its output, or what ReLU and max-pooling directly behind it make of that.
 
     Moving the result of a ReLU or of max-pooling where it is active is the same as moving the layer's output there, so the place is
@@ -80,7 +80,7 @@ class Point(Entered):
         known = function in RECTIFIERS or (function in POOLS and not kwargs.get("return_indices") and len(args) < RETURN_INDICES)
         return self.masked and known
 
-    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], calls: Calls) -> Tensor:
+    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], calls: Caller) -> Tensor:
         """Let a ReLU or max-pooling pass, and put the place behind it."""
         if function in RECTIFIERS:
             self.rectified = True

@@ -79,7 +79,7 @@ class Place:
     why: str = ""
 
 
-Way = Literal["outputs", "replay", "examples", "whole"]
+ReadingKind = Literal["outputs", "replay", "examples", "whole"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Reading:
     """
 
     path: Hashable
-    way: Way
+    way: ReadingKind
     places: tuple[Place, ...] = ()
     read: tuple[Rows, ...] = ()
     count: tuple[Literal["read", "place"], int, int] | None = None
@@ -165,7 +165,7 @@ class Memory:
         self.readings, self.last = {}, None
 
 
-MOST = 32  # paths of calls; a model that takes ever new ones is read as a whole
+MOST_PATHS = 32  # paths of calls; a model that takes ever new ones is read as a whole
 
 
 def codes(count: int) -> list[Tensor]:

@@ -19,7 +19,7 @@ from forwardgrad.factored import Factored
 from forwardgrad.forward_mode.rules import shifted
 from forwardgrad.perturbations.outer import outer, scaled
 
-Calls = Callable[..., Any]
+Caller = Callable[..., Any]
 """Makes a call: the function, and its arguments."""
 
 
@@ -56,7 +56,7 @@ class Layer(ABC):
     def holds(call: Mapping[str, Any]) -> bool:
         return True
 
-    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         """The output, by a function that makes the calls, and the input as the rules want to see it."""
         out: Tensor = calls(self.function, **{**self.call, "input": x})
         return out, x
@@ -114,7 +114,7 @@ class Linear(Layer):
 
     arguments = ("input", "weight", "bias")
 
-    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         self.lie(x, x.dim() - 1)
         return super().run(x, calls)
 
@@ -150,7 +150,7 @@ class Convolution(Layer):
         odd = all(size % 2 for size in weight.shape[2:])
         return padding != "same" or odd  # an even kernel pads one side more: no single number says that
 
-    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         spatial = len(self.weight_shape) - 2
         self.groups = int(self.call.get("groups", 1))
         self.dilation = _each(self.call.get("dilation", 1), spatial)
@@ -248,7 +248,7 @@ class Embedding(Layer):
     def holds(call: Mapping[str, Any]) -> bool:
         return call.get("max_norm") is None and not call.get("scale_grad_by_freq") and not call.get("sparse")
 
-    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         self.lie(x, x.dim())
         padding = self.call.get("padding_idx")
         self.padding = None if padding is None else padding % self.weight_shape[0]
@@ -278,7 +278,7 @@ class Norm(Layer):
     matrix = False
     arguments: ClassVar[tuple[str, ...]] = ()
 
-    def run(self, x: Tensor, calls: Calls) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         weight, bias = self.call.get("weight"), self.call.get("bias")
         plain = {**self.call, "input": x, "weight": None}
         if "bias" in self.arguments:
@@ -288,7 +288,7 @@ class Norm(Layer):
         self.inner = self.inside(x)
         return self.scaled(normal, weight, bias, calls), normal
 
-    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Calls) -> Tensor:
+    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Caller) -> Tensor:
         """The output with this gain and bias, in the precision that the normalisation gives."""
         out = normal if weight is None else calls(torch.mul, normal, calls(self._spread, weight))
         out = out if bias is None else calls(torch.add, out, calls(self._spread, bias))

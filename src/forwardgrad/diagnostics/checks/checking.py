@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from forwardgrad.diagnostics import LEAST, Moments, Part, exact_gradient
 from forwardgrad.diagnostics.checks.bias import bias
-from forwardgrad.diagnostics.checks.directions import Directions
+from forwardgrad.diagnostics.checks.directions import DirectionTests
 from forwardgrad.diagnostics.checks.findings import Check, Finding
 from forwardgrad.diagnostics.checks.promises import promises
 from forwardgrad.diagnostics.checks.refusals import refused
@@ -22,7 +22,7 @@ from forwardgrad.estimators import Estimator, check_count, check_number
 from forwardgrad.forward_mode import asking
 from forwardgrad.objective import Point
 
-MOST = 5000  # estimates: what more of them would show is less than what matters in training
+MOST_ESTIMATES = 5000  # estimates: what more of them would show is less than what matters in training
 WARM_UP = 20
 
 
@@ -140,11 +140,11 @@ class _Work:
         except Exception as error:  # a model that has no backward pass can still be trained without one
             reason = " ".join(str(error).split())[:200]
             yield Finding("exact gradient", "note", f"there is none to compare with ({reason}): bias cannot be told")
-        directions = Directions(subject, exact)
+        directions = DirectionTests(subject, exact)
         moments = None if exact is None else Moments([subject.name(name) for name in exact], [g for g in exact.values() if g is not None])
         until = time.perf_counter() + seconds
         try:
-            while self.repeats < (repeats or LEAST) or (repeats is None and self.repeats < MOST and time.perf_counter() < until):
+            while self.repeats < (repeats or LEAST) or (repeats is None and self.repeats < MOST_ESTIMATES and time.perf_counter() < until):
                 pair = [subject.again() for _ in range(2)]
                 for record, estimate in pair:
                     directions.add(record.derivatives, estimate)

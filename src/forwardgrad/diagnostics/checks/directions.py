@@ -37,7 +37,7 @@ _OUTSIDE = 0.1  # the part of a gradient that no estimate can reach, relative to
 _REDRAWN = "draw new numbers for every parameter, tangent and step from the one generator that is given"
 
 
-class Directions:
+class DirectionTests:
     """What is kept of the first estimates to tell how their directions depend on one another."""
 
     def __init__(self, subject: Subject, exact: Gradients | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forwardgrad.forward_mode.rules import images
 
-Call = tuple[Any, ...]
+Args = tuple[Any, ...]
 
 
 class Track:
@@ -68,7 +68,7 @@ class Tracking(Protocol):
     def follow(self, tensor: Tensor, behind: Tensor) -> Tensor: ...
 
 
-Rule = Callable[[Tracking, Callable[..., Any], Call, dict[str, Any]], Any]
+Rule = Callable[[Tracking, Callable[..., Any], Args, dict[str, Any]], Any]
 
 
 def owned(track: Track) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forwardgrad.forward_mode.rules.base import Call, Rule, Tracking, owned
+from forwardgrad.forward_mode.rules.base import Args, Rule, Tracking, owned
 
 DROPOUTS: dict[Callable[..., Any], Callable[..., Any]] = {  # each with its form out of place
     **{getattr(torch, name): getattr(torch, name) for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")},
@@ -46,13 +46,13 @@ def _never(*_: Any) -> bool:
     return False
 
 
-def bound(args: Call, kwargs: dict[str, Any]) -> tuple[Tensor, float, bool]:
+def bound(args: Args, kwargs: dict[str, Any]) -> tuple[Tensor, float, bool]:
     """Input, p and whether dropout is on, of a call of a function in `DROPOUTS`."""
     call = {**dict(zip(("input", "p", "train"), args, strict=False)), **kwargs}
     return call["input"], call["p"], call["train"] and call["p"] > 0 and call["input"].numel() > 0
 
 
-def drawn(kind: Callable[..., Any], x: Tensor, p: float, *, fused: bool = True) -> tuple[Tensor, Tensor]:
+def with_mask(kind: Callable[..., Any], x: Tensor, p: float, *, fused: bool = True) -> tuple[Tensor, Tensor]:
     """What an ordinary call gives, and the factor [broadcast to x] that its tangents have. `fused` says that it may use a GPU's own kernel.
 
     Follows torch's `aten/src/ATen/native/Dropout.cpp` operation by operation, so that the numbers are the same to the bit.
@@ -81,7 +81,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, kind: Callable[..., Any], p: float, fused: bool) -> tuple[Tensor, Tensor]:
-        return drawn(kind, x, p, fused=fused)
+        return with_mask(kind, x, p, fused=fused)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -117,7 +117,7 @@ def _shifted(kind: Any, x: Tensor, factor: Tensor, p: float) -> Tensor:
     return x * factor + ((factor / scale - 1) * (_ALPHA * scale) + _ALPHA * scale * p)
 
 
-def masked(function: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def masked(function: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """A call of a function in `DROPOUTS` under torch's own forward mode, with the mask of an ordinary pass."""
     x, p, on = bound(args, kwargs)
     if not on:
@@ -126,7 +126,7 @@ def masked(function: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> 
     return x.copy_(out) if function in _IN_PLACE else out
 
 
-def _dropout(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _dropout(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     x, p, on = bound(args, kwargs)
     track = e.track(x)
     if track is None:
@@ -136,14 +136,14 @@ def _dropout(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str
     in_place = func in _IN_PLACE
     if in_place and not owned(track):
         return NotImplemented
-    out, factor = drawn(DROPOUTS[func], x, p, fused=not in_place)
+    out, factor = with_mask(DROPOUTS[func], x, p, fused=not in_place)
     return e.attach(x.copy_(out) if in_place else out, track.of(x) * factor, fresh=True)
 
 
 RULES: dict[Callable[..., Any], Rule] = dict.fromkeys(DROPOUTS, _dropout)
 
 
-def holds_dropout(function: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> bool:
+def holds_dropout(function: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> bool:
     """Whether a call is one of attention with dropout, which `attention` makes in smaller calls."""
     return function is F.scaled_dot_product_attention and bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 

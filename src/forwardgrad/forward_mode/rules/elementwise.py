@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forwardgrad.forward_mode.rules.base import Call, Rule, Tracking, owned
+from forwardgrad.forward_mode.rules.base import Args, Rule, Tracking, owned
 
 _aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def _unit(unit: _Unit, writes: bool) -> Rule:
     names = ("input", *(name for name, _ in unit.options), "inplace")
     defaults = dict(unit.options)
 
-    def rule(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+    def rule(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         x, in_place = call.pop("input", None), bool(call.pop("inplace", False)) or writes
         track = e.track(x) if isinstance(x, Tensor) else None
@@ -98,7 +98,7 @@ def _wide(t: Tensor, dims: int) -> Tensor:
 def _arithmetic(derivative: Callable[[Tensor, Any, Tensor | None, Tensor | None], Tensor], in_place: bool) -> Rule:
     """The rule of a function of two, from x, y and their tangents, of which one may be None."""
 
-    def rule(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+    def rule(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
         if len(args) != 2 or kwargs or not isinstance(args[0], Tensor) or not isinstance(args[1], (Tensor, int, float)):
             return NotImplemented
         x, y = args
@@ -134,7 +134,7 @@ def _difference(x: Any, y: Any, here: Tensor | None, there: Tensor | None) -> Te
     return -there if here is None else here - there
 
 
-def _softmax(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _softmax(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
     x, dim, known = call["input"], call.get("dim"), {"input", "dim", "_stacklevel"}
     if len(args) > 2 or not isinstance(dim, int) or any(call[key] is not None for key in call.keys() - known) or not x.dim():
@@ -150,7 +150,7 @@ def _softmax(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str
 _LOGS: set[Callable[..., Any]] = {torch.log_softmax, Tensor.log_softmax, F.log_softmax}
 
 
-def _layer_norm(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _layer_norm(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """With x̂ the normalised input and 1/s its scale: ẋ̂ = (ẋ − mean ẋ − x̂ mean(x̂ ẋ)) / s, then as a gain and a shift move it."""
     call: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
     call |= {**dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)), **kwargs}
@@ -178,7 +178,7 @@ def _gained(e: Tracking, moved: Tensor | None, normal: Tensor, weight: Any, bias
     return moved
 
 
-def _batch_norm(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _batch_norm(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """With statistics that stand still a batch norm is a scale and a shift."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     call = {"weight": None, "bias": None, "training": False, "eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.forward_mode.rules import images
-from forwardgrad.forward_mode.rules.base import Call, Rule, Tracking, owned, rectified
+from forwardgrad.forward_mode.rules.base import Args, Rule, Tracking, owned, rectified
 from forwardgrad.forward_mode.rules.losses import bind
 
 
-def _bound(names: tuple[str, ...], args: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound(names: tuple[str, ...], args: Args, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _linear(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _linear(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = _bound(("input", "weight", "bias"), args, kwargs)
     x, weight, bias = call["input"], call["weight"], call.get("bias")
     if x.dim() < 2:
@@ -66,7 +66,7 @@ def _added(moved: Tensor | None, x: Tensor, v: Tensor, shift: Tensor | None) -> 
     return along if moved is None else moved.add_(along)
 
 
-def _convolution(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _convolution(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = _bound(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, kwargs)
     x, weight, bias = call.pop("input"), call.pop("weight"), call.pop("bias", None)
     if x.dim() != weight.dim():
@@ -90,7 +90,7 @@ def _convolution(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict
     return e.attach(out, moved, fresh=True)
 
 
-def _relu(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _relu(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     track = e.track(x)
     assert track is not None
@@ -110,7 +110,7 @@ def _relu(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, A
 _RELUS_IN_PLACE = {torch.relu_, Tensor.relu_, F.relu_}
 
 
-def _max_pool(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _max_pool(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = _bound(("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"), args, kwargs)
     x, both = call["input"], call.pop("return_indices", False) or func is F.max_pool2d_with_indices
     if x.dim() != 4:
@@ -136,7 +136,7 @@ def _at(t: Tensor, winners: Tensor) -> Tensor:
     return last.flatten(1, 2).gather(1, places.flatten(1, 2)).view(places.shape).permute(0, 3, 1, 2)
 
 
-def _shape(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _shape(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     x = args[0] if args else kwargs["input"]
     track = e.track(x)
     if track is None:
@@ -149,7 +149,7 @@ def _shape(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, 
     return e.attach(out, moved, track.stack if out.shape == x.shape else None)
 
 
-def _add(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _add(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs or not isinstance(args[0], Tensor):
         return NotImplemented
     x, y = args
@@ -161,7 +161,7 @@ def _add(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, An
     return e.attach(out, moved.to(out.dtype), fresh=True)
 
 
-def _add_in_place(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _add_in_place(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
     x, y = args
@@ -175,7 +175,7 @@ def _add_in_place(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dic
     return x
 
 
-def _loss(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _loss(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     output = bind(func, args, kwargs)
     if output is None or any(isinstance(value, Tensor) and e.track(value) for key, value in output.call.items() if key != "input"):
         return NotImplemented

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forwardgrad.forward_mode import memory
-from forwardgrad.forward_mode.rules.base import Call, Rule, Track, Tracking
+from forwardgrad.forward_mode import address
+from forwardgrad.forward_mode.rules.base import Args, Rule, Track, Tracking
 
 
 def _looks(e: Tracking, x: Tensor, track: Track, out: Tensor, moved: Tensor) -> Tensor:
     """A result that may be a view of what it was made of: then neither may be written to from now on."""
-    fresh = memory(out) != memory(x) and memory(moved) != memory(track.of(x))
+    fresh = address(out) != address(x) and address(moved) != address(track.of(x))
     track.fresh = track.fresh and fresh
     return e.attach(out, moved, fresh=fresh)
 
@@ -26,7 +26,7 @@ def _looks(e: Tracking, x: Tensor, track: Track, out: Tensor, moved: Tensor) -> 
 def _turned(default: tuple[int, ...] | None, *, grows: int = 0) -> Rule:
     """Of a function of dimensions; `default`: those it takes if none are given; `grows`: how many dimensions the result has more."""
 
-    def rule(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+    def rule(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
         dims = args[1:] or default
         if kwargs or not isinstance(args[0], Tensor) or dims is None or not all(type(dim) is int for dim in dims):
             return NotImplemented
@@ -40,7 +40,7 @@ def _turned(default: tuple[int, ...] | None, *, grows: int = 0) -> Rule:
     return rule
 
 
-def _permuted(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _permuted(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     x, dims = args[0], args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
     track = e.track(x) if isinstance(x, Tensor) else None
     if kwargs or track is None or not all(type(dim) is int for dim in dims):
@@ -48,7 +48,7 @@ def _permuted(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[st
     return _looks(e, x, track, x.permute(*dims), track.of(x).permute(0, *(dim % x.dim() + 1 for dim in dims)))
 
 
-def _alike(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _alike(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """Of a function that takes no dimension, or the same for every shape: contiguous(), clone(), .mT."""
     x = args[0]
     track = e.track(x)
@@ -57,7 +57,7 @@ def _alike(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, 
     return _looks(e, x, track, func(x), func(track.of(x)))
 
 
-def _transposed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _transposed(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """A matrix turned around: t() and .T."""
     x = args[0]
     track = e.track(x)
@@ -66,7 +66,7 @@ def _transposed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[
     return _looks(e, x, track, x.mT, track.of(x).mT)
 
 
-def _indexed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _indexed(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """x[...] by numbers, slices and None, or by one tensor of whole numbers along the first dimension."""
     x, index = args
     track = e.track(x) if isinstance(x, Tensor) else None
@@ -79,7 +79,7 @@ def _indexed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str
     return _looks(e, x, track, x[index], track.of(x)[(slice(None), *parts)])
 
 
-def _parted(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _parted(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """chunk and split, into several views."""
     call = {**dict(zip(("input", "size", "dim"), args, strict=False)), **kwargs}
     x, dim = call.pop("input", None), call.pop("dim", 0)
@@ -91,7 +91,7 @@ def _parted(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str,
     return type(outs)(_looks(e, x, track, out, t) for out, t in zip(outs, moved, strict=True))
 
 
-def _unbound(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _unbound(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
     x, dim = call["input"], call.get("dim", 0)
     track = e.track(x)
@@ -100,7 +100,7 @@ def _unbound(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str
     return tuple(_looks(e, x, track, out, t) for out, t in zip(x.unbind(dim), track.of(x).unbind(dim % x.dim() - x.dim()), strict=True))
 
 
-def _joined(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _joined(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     call = {**dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}
     tensors, dim = call.pop("tensors"), call.pop("dim", 0)
     if call or not isinstance(tensors, (tuple, list)) or type(dim) is not int or len({x.dtype for x in tensors}) > 1:
@@ -113,7 +113,7 @@ def _joined(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str,
     return e.attach(out, func(whole, dim % out.dim() - out.dim()), fresh=True)
 
 
-def _summed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _summed(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """sum and mean, over all or some dimensions."""
     call = {**dict(zip(("input", "dim", "keepdim"), args, strict=False)), **kwargs}
     x, dim, keep = call.pop("input"), call.pop("dim", None), call.pop("keepdim", False)
@@ -127,7 +127,7 @@ def _summed(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str,
     return e.attach(out, func(track.of(x), [one % x.dim() - x.dim() for one in dims], keep), fresh=True)
 
 
-def _matrix_product(e: Tracking, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]) -> Any:
+def _matrix_product(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
     """(A B)˙ = Ȧ B + A Ḃ, of matrices or batches of them."""
     if len(args) != 2 or kwargs or min(args[0].dim(), args[1].dim()) < 2 or torch.is_autocast_enabled(args[0].device.type):
         return NotImplemented
