@@ -122,6 +122,8 @@ class Survey:
     def _evaluated(self, reading: Reading, watch: Callable[[], _SurveyWatch], count: int) -> tuple[_Seen, dict[str, Tensor]]:
         """One pass that leaves nothing behind, with `count` tangents: what was seen, and derivatives by name."""
         self.runs += 1
+        # Without a key what moves is followed by torch's own forward mode: the explicit way is trusted for paths that it was compared on.
+        # Without a commit buffers, such as running statistics, never see the NaN.
         stands, (values, derivatives) = derivatives_under(self._objective, watch, count, None, commit=False)
         read = [values[f"output {index}"] for index in range(sum(name.startswith("output ") for name in values))]
         return _Seen(stands, read if reading.way != "examples" else [values["loss"]], values["loss"]), derivatives
@@ -171,7 +173,7 @@ class Survey:
                 continue
             if best is None or _apart(found) > _apart(best):
                 best = found
-            if not self._unsettled(found.places):
+            if not self._unsettled(found.places):  # every place is told apart: no other way of reading can do better
                 break
         if best is not None:
             return best
@@ -195,7 +197,7 @@ class Survey:
         except Exception as error:
             yield f"the model does not run with numbers that are not finite ({type(error).__name__}: {_first_line(error)})"
             return
-        if everything.seen_path != self._path:
+        if everything.seen_path != self._path:  # it looks at its numbers: with NaN it is another model
             yield _BRANCHES
             return
         self._add_what_moves(everything, watch.last_layer)

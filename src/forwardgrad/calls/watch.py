@@ -203,7 +203,7 @@ class ModelWatch(TorchFunctionMode):
             return self._inside(func, args, kwargs)
         if self.recording is None and self.reading.since is not None and self._calls.count > self.reading.since:
             self.recording = Recording()
-        known = self.sums.before(args) if self.sums else []
+        known = self.sums.before(args) if self.sums else []  # before the call, which may write to its arguments
         result = self._made(func, args, kwargs)
         if follow:
             self._calls.end(func, args, kwargs, result)
@@ -214,6 +214,9 @@ class ModelWatch(TorchFunctionMode):
         return result
 
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The order counts. A ReLU behind a layer is asked first whether the layer's place moves behind it: as any other function it would
+        # make the output move in front of it, where half of the units cannot matter. A loss comes before the layers, since its input may
+        # stay unmoved. What is left is a function without a rule: all that it is given starts to move here, so nothing trained is missed.
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
         if (found := losses.bind(func, args, kwargs)) is not None:
@@ -229,6 +232,7 @@ class ModelWatch(TorchFunctionMode):
         """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
         if self.recording is not None:
             self.recording.flaw = "a transform of torch.func is at work"
+        # The transform wrapped its inputs before any call, so they are other objects than those known here: memory is what tells them.
         reached = levels.storages((args, kwargs))
         for passed, index in self._put_off:
             if (tensor := passed()) is not None and levels.storage(tensor) in reached:
@@ -253,6 +257,8 @@ class ModelWatch(TorchFunctionMode):
                 if self.recording is not None and self.exact_output:  # whose error will be found
                     return self._settle(tensor, point)
                 return self._move(tensor, point)
+            # What moves for this layer was put behind its ReLU, and now somebody reads what stands in front of it (a residual connection).
+            # That should have moved, too, and it is too late for it: the evaluation is made again, with this place not put off.
             if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
                 raise UsedAgain(self.entered.index(passed))
             return value
@@ -262,7 +268,7 @@ class ModelWatch(TorchFunctionMode):
         return value
 
     def _had(self, tensor: Tensor) -> ActivityUse | None:
-        found = self._passed.get(id(tensor))
+        found = self._passed.get(id(tensor))  # an id is given again once its tensor is gone, which the weak reference tells
         return found[1] if found is not None and found[0]() is tensor else None
 
     def _waits(self, value: Any) -> ActivityUse | None:

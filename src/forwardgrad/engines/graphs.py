@@ -98,6 +98,8 @@ class Engine(ABC):
 
     def _first(self, key: Hashable, survey: StepSurvey, batch: Batch, eager: Callable[[Batch], Estimate], moves: bool) -> Estimate:
         """Take the step eagerly, make a graph of it, and take it once more with the graph; where that fails the eager step counts."""
+        # The step is taken twice from the same start, so all that it changes is kept, put back between the two, and put back to what the
+        # eager step left where the graph is not used: otherwise a step that was compared would count twice.
         before = Snapshot(survey)
         with planned() as plan:
             record = eager(batch)

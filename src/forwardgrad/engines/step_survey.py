@@ -34,7 +34,7 @@ class StepSurvey:
 
     def _state(self) -> Iterator[Hashable]:
         yield tuple((name, self._place(tensor)) for name, tensor in self.step.state.items())
-        self.given = len(self.tensors)  # where the batch begins
+        self.given = len(self.tensors)  # where the batch begins: the key is made in order, and the batch has its place after the state
 
     def number_of(self, tensor: Tensor) -> int | None:
         """Where a tensor stands among those of the step."""
@@ -52,6 +52,7 @@ class ModelSurvey:
         self.tensors: list[Tensor] = []
         self.trained: list[Tensor] = []
         self.hooked = False
+        # `vars` of a module hold its options, its mode and what users set on it. Copies are kept, since they are changed in place.
         self._root, self._seen = model, [(vars(module), vars(module).copy()) for module in model.modules()]
         held = [d for module in model.modules() for d in _inside(module)]
         self._empty = [d for d in held if not d]
@@ -61,6 +62,8 @@ class ModelSurvey:
         self._described = [described(tensor) for tensor in self.tensors]
 
     def _parts(self, module: nn.Module) -> Iterator[Hashable]:
+        # What a graph was made with is written into it. An option that is missing here, such as p of a dropout, would go on at its old
+        # value when it is changed; objects other than these are taken to stay what they are.
         yield tuple((name, value) for name, value in vars(module).items() if type(value) in _SIMPLE and _hashable(value))
         self.hooked |= any(getattr(module, kind) for kind in _HOOKS)
         before = len(self.tensors)
@@ -89,6 +92,8 @@ def described(tensor: Tensor) -> Hashable:
 
 def _placed(tensor: Tensor, numbers: dict[int, int], tensors: list[Tensor]) -> Hashable:
     """What a tensor is like, or its number if it was there before."""
+    # By number and not by id: a model of the same kind then has the same key. A tensor in two places (tied weights, one batch given twice)
+    # has one number, and a graph that was made for two tensors is not used for it.
     if (number := numbers.get(id(tensor))) is not None:
         return number
     numbers[id(tensor)] = len(tensors)

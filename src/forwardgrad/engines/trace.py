@@ -174,7 +174,7 @@ def _simplify(graph: GraphModule) -> None:
             else:
                 _write_out_factor(graph, node)
         elif node.target is aten.mm.default and (left := _value(node.args[0])) is not None and left.shape[1] == 1:
-            node.target = aten.mul.Tensor
+            node.target = aten.mul.Tensor  # [m, 1] times [1, n] broadcasts to the product
     graph.graph.eliminate_dead_code()
     graph.recompile()
 

@@ -56,6 +56,7 @@ class _Known:
     reason: str = ""
 
 
+# by model, so that it goes with the model, and then by the code of the loss and what moves
 _known: WeakKeyDictionary[nn.Module, dict[tuple[Hashable, Hashable], _Known]] = WeakKeyDictionary()
 _only_plain: ContextVar[bool] = ContextVar("only plain", default=False)
 
@@ -107,13 +108,14 @@ def _code(objective: Objective) -> Hashable:
 
 
 def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain: Callable[[], Outcome[W]], known: _Known) -> Outcome[W]:
+    # Before every further evaluation the global generators go back: with other dropout masks the two ways would never agree.
     random = RandomState(objective)
     try:
         first = not known.paths
         found = explicit(first)
         if found.path in known.paths:
             return found
-        if not first:
+        if not first:  # this path is new, and nobody guarded it: what passed by unseen would not even show in its calls
             random.restore()
             found = explicit(True)
     except Redo:
@@ -125,7 +127,7 @@ def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain
         return other
     random.restore()
     other = plain()
-    known.paths.add(found.path)
+    known.paths.add(found.path)  # once a path: to compare at every step would cost more than the explicit way saves
     if (apart := _disagreement(found.derived, other.derived, found.low)) is None:
         return found
     _give_up(known, objective, apart)

@@ -195,7 +195,7 @@ class Explicit(TorchFunctionMode):
         track = self.track(tensor)
         if track is None:
             return self.attach(tensor.detach(), source.tangents(self.count).to(tensor.dtype), fresh=True)
-        if track.fresh and not track.lent:
+        if track.fresh and not track.lent:  # else somebody's tangents would change who only shares the memory
             source.add_to_(track.of(tensor))
             return tensor
         return self.attach(tensor.detach(), track.of(tensor) + source.tangents(self.count).to(tensor.dtype), fresh=True)
@@ -204,6 +204,7 @@ class Explicit(TorchFunctionMode):
         """The result of a call, moving as its arguments make it."""
         if self._guard is not None:
             self._guard.look(self, (*args, *kwargs.values()))
+        # a transform of the loss's own wraps what it is given: a rule would move the wrapper, and the transform not know of it
         if level() != self._outside and any(self.track(unwrapped(leaf)) is not None for leaf in leaves((args, kwargs))):
             raise Unfollowed("a transform of torch.func was handed something that moves")
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
@@ -308,7 +309,7 @@ class Explicit(TorchFunctionMode):
         """A result, which nothing else sees unless it is a view of what went in."""
         fresh = True
         for place in (address(out), address(tangents)):
-            if place in seen:
+            if place in seen:  # from now on an in-place call on either would change the other, so neither may be written to
                 fresh = False
                 if (track := self.track(seen[place])) is not None:
                     track.fresh = False

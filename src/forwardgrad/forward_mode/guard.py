@@ -40,6 +40,7 @@ class Guard(TorchDispatchMode):
         self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
 
     def begin(self) -> None:
+        # the height with the evaluation's own mode on the stack: torch takes a mode off while it handles a call
         self._full = torch._C._len_torch_function_stack()
         self.__enter__()  # type: ignore[no-untyped-call]
 
@@ -53,6 +54,8 @@ class Guard(TorchDispatchMode):
     def look(self, evaluation: Tracking, values: Any) -> None:
         """Raise Unfollowed where a tensor among these got its memory unseen."""
         for tensor in leaves(values):
+            # it looks still, but lies in the memory of what moves: a view that was made unseen. Taken for still, it would drop a part of
+            # the derivative. Views that the evaluation made itself on purpose, by detach(), carry the mark `_forwardgrad_still`.
             if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:
                 raise Unfollowed("something made a tensor out of one that moves, and was not seen")
 
@@ -65,6 +68,8 @@ class Guard(TorchDispatchMode):
         return known is not None and known() is tensor.untyped_storage()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        # At full height nobody handles a call, so this operation comes from code below torch's functions: a scripted module, a function
+        # in C++, a custom autograd function. If it reads what moves, its result would stand still, and the derivative be wrong in silence.
         if torch._C._len_torch_function_stack() >= self._full and any(self._shares(tensor) for tensor in leaves((args, kwargs or {}))):
             raise Unfollowed(f"{func} was made unseen")
         return func(*args, **(kwargs or {}))
