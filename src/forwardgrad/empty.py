@@ -1,4 +1,4 @@
-"""Batches without examples: an estimate of what is left of the loss, or a sentence where nothing is."""
+"""Batches without examples: the gradient of what is left of the loss, or an error where the loss has no value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many replicas of one model trained as one program: stacked parameters, and one vmapped evaluation for all of them.
+"""`Ensemble`: many replicas of one model, their parameters stacked, trained as one program by `vmap`.
 
 What is random is drawn for each replica from its own generator, in the order of a run alone, so each sees the directions of its own
 single run, bit for bit; what differs is the rounding of a batched matrix product. No replica's numbers enter another's.

@@ -1,4 +1,4 @@
-"""Gradients that are more than they are made of: two thin matrices where the weight is wide, a direction and how far to go along it."""
+"""Gradients in a compact form: a matrix as the product of two thin ones, or a direction and how far to go along it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Factored:
 
 @dataclass(frozen=True)
 class Along:
-    """The gradient length · direction, of one number and a tensor of the shape of the weight that is not needed afterwards."""
+    """The gradient length · direction: one number, and a tensor of the shape of the weight, which `dense` overwrites."""
 
     direction: Tensor
     length: Float[Tensor, ""]

@@ -1,4 +1,4 @@
-"""One call in place of `loss.backward()`, for one model or for many replicas: the only place that writes `.grad`."""
+"""`estimate_grad_` in place of `loss.backward()`: evaluate a loss and add an estimate of its gradient to `.grad`, for one model or many."""
 
 from __future__ import annotations
 

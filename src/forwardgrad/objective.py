@@ -1,4 +1,4 @@
-"""What is trained, and the loss as a function of it: a module with its parameters and buffers exchanged, or plain tensors."""
+"""`Objective`: a loss and what it is trained by. It evaluates the loss with other tensors in place of the parameters and buffers."""
 
 from __future__ import annotations
 

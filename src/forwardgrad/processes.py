@@ -1,4 +1,4 @@
-"""Several processes of torch.distributed: estimates are refused until someone says how the processes work together."""
+"""Training in several processes of torch.distributed: refused until the user says how the processes work together."""
 
 from __future__ import annotations
 

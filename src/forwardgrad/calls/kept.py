@@ -1,4 +1,4 @@
-"""What a loss keeps outside the buffers of the model: it must not be seen to have been evaluated with numbers that are none."""
+"""Put back tensors that a loss or a model keeps outside its buffers, so that evaluations with NaN leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One evaluation of a loss with a perturbation at work: what moved, by how much the loss followed, example by example."""
+"""`perturbed_pass` evaluates a loss once under a perturbation. Its `Pass` holds what moved, and the derivative example by example."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The path of calls that a model takes: the functions, what goes into what, and choices of dimensions, which decide where examples lie.
+"""The path that a model takes through its calls: which functions it calls, on which results, along which dimensions.
 
-Numbers of examples or positions are left out, so that a batch of another size takes the same path.
+On one path the examples of a batch always lie in the same dimensions, so what was found out once holds. Sizes are left out: a batch with
+another number of examples takes the same path.
 """
 
 from __future__ import annotations

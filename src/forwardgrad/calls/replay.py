@@ -1,4 +1,4 @@
-"""The calls behind the last layer of a model, kept so that they can be made again: the loss alone, as a function of the outputs."""
+"""Record the calls behind a model's last layer, to evaluate the loss again as a function of the model's outputs alone."""
 
 from __future__ import annotations
 

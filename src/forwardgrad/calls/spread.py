@@ -1,4 +1,4 @@
-"""Calls that pick numbers by data, as a survey sees them: what is not a number spreads over all that another batch might pick."""
+"""How NaN spreads through calls that pick numbers by index or mask, while a survey looks for the examples of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss as a sum of what loss functions returned: c₁·f₁(output) + c₂·f₂(output) + … + the rest, read off the arithmetic behind them."""
+"""Recognise a loss that is a sum of torch's loss functions, c₁·f₁(output) + c₂·f₂(output) + … + the rest, by the arithmetic behind them."""
 
 from __future__ import annotations
 

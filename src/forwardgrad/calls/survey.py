@@ -1,18 +1,18 @@
-"""Where the examples of a batch lie in a model, found out by trying: whose part of the loss follows when numbers of some examples change.
+"""A survey finds out by trying which dimension of every tensor holds the examples of a batch, and whether examples influence one another.
 
-An estimate that scores every example by its own part of the loss is unbiased only where no other part follows from what moved for that
-example. Which dimension the examples are, and whether they meet on the way (attention over the batch, batch norm, a contrastive loss), is a
-fact of the computation. So it is observed, in ordinary forward passes before the first step of each path of calls:
+Why: an estimate may score what moved for an example by that example's part of the loss alone. It is unbiased only where no other part of
+the loss depends on what moved. Whether one does (attention over the batch, batch norm, a contrastive loss) cannot be read off a module. So
+it is observed, in ordinary forward passes, before the first step on each path of calls:
 
-- The numbers of half of the examples are replaced by NaN at every place that may move. NaN goes through every sum, product and maximum,
-  also where a weight is zero today. The loss is read where each example has a part of its own, and no part of the other half may be NaN.
-- With the halves by the digits of the examples' numbers and their complements, 2 log₂ G passes try every ordered pair of G examples.
-- A choice by comparison can hide NaN (`torch.where(x > 0, ...)`). So some passes change the numbers to other finite ones, and some move
-  them in forward mode: no part of the other half may change, and none may move.
-- Numbers that are picked by data (`h[edges]`) meet others in the next batch: NaN spreads over what might have been picked.
+- Numbers of half of the examples are replaced by NaN at every place that may move. NaN passes through every sum, product and maximum, also
+  where a weight is zero today. The loss is read where each example has a part of its own. No part of the other half may be NaN.
+- To try every ordered pair of G examples, 2 log₂ G passes are enough: the halves are chosen by the binary digits of the examples' numbers.
+- A comparison can hide NaN (`torch.where(x > 0, ...)`). So some passes replace the numbers by other finite ones, and some move them in
+  forward mode: no part of the other half may change, and none may move.
+- Numbers that are picked by data (`h[edges]`) may be others in the next batch. So NaN is spread over all that might have been picked.
 
-Where that fails, the places behind which examples meet are found by halving, and scored by the whole loss. What cannot be tried is
-scored by the whole loss, too: an estimate is then noisier, and never wrong.
+Where that fails, bisection finds the places behind which examples influence one another. What moved there is scored by the whole loss,
+as is what cannot be tried: the estimate is then noisier, and still unbiased.
 """
 
 from __future__ import annotations

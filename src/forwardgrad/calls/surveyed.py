@@ -1,4 +1,4 @@
-"""What is remembered of a model under one loss: a survey for each path of calls, made when it is first taken."""
+"""What is remembered of a model under one loss. A new path of calls is surveyed when the model first takes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trials of a survey: which places of a model hold which examples apart, by what follows from changed numbers."""
+"""The trials of a survey: change the numbers of some examples, and see whose part of the loss changes."""
 
 from __future__ import annotations
 

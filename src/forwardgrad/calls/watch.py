@@ -1,7 +1,7 @@
-"""The watch at every torch call of a model: it knows the layers, and puts perturbations in where they belong.
+"""`ModelWatch` sees every torch call of a model. Where a call is a layer with trained weights, it adds the perturbation there.
 
-It reads the model as torch executes it, not as it is declared: a weight is recognised wherever it reaches a function, under whatever
-module, tied or shared. A parameter that reaches a function without a rule moves as a whole, so nothing that is trained is left out.
+It goes by the calls that are made, not by the modules that are declared. So it finds a weight wherever a function is given it: in any
+module, tied or shared. A parameter that is given to a function without a rule moves as a whole, so nothing that is trained is left out.
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ class CallRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One place that moves, by the parameters of its layer: what moves there and what scores it: "by example" (each by its own part of
-    the loss), "by the whole loss" where examples meet, "by the loss" what all examples share, or "exactly"."""
+    """What moves at one layer, named by its parameters, and which part of the loss scores it.
+
+    `scored` is "by example" (each example by its own part of the loss), "by the whole loss" (examples influence one another there), "by the
+    loss" (all examples share what moves), or "exactly" (the gradient there is exact).
+    """
 
     layer: str
     moves: str

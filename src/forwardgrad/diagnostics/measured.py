@@ -1,4 +1,4 @@
-"""How good an estimate of a gradient is: bias, variance, angle and cost of any estimator, against the exact gradient of one batch."""
+"""`quality`: bias, variance, angle and cost of an estimator, measured against the exact gradient of one batch."""
 
 from __future__ import annotations
 

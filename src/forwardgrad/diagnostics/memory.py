@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds at once."""
+"""`peak_bytes`: the most memory that a piece of work holds at once."""
 
 from __future__ import annotations
 

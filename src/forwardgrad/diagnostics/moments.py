@@ -1,4 +1,4 @@
-"""Bias, variance and angles of an estimator from a stream of its estimates: what is kept is of the size of the model, not of the stream.
+"""Bias, variance and angles of an estimator from its estimates, a pair at a time: memory grows with the model, not with their number.
 
 With errors e = ĝ − g of R independent estimates, mean ē and M = R/2 pairs of them:
 

@@ -1,4 +1,4 @@
-"""The random directions of one evaluation, place by place."""
+"""`Directions`: the random directions of one evaluation, one draw for every place that moves."""
 
 from __future__ import annotations
 

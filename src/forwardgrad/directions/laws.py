@@ -88,7 +88,7 @@ class Gaussian(Law):
     independent: ClassVar[bool] = True
 
     def draw(self, like: Mapping[str, Tensor], count: int, generator: Generator) -> dict[str, Tensor]:
-        """As `Law.draw`. What is large follows from seeds (`streams`), on all cores, and in a compiled step as part of it."""
+        """As `Law.draw`. Large tensors are made from seeds (`streams`): on all cores, or inside a compiled step."""
         sown = drawn(lambda: self._sown(like, count, generator), on=[generator])
         return {name: _grown(tangent, like[name]) if tangent.dtype == torch.int64 else tangent for name, tangent in sown.items()}
 

@@ -1,9 +1,9 @@
-"""The random numbers of a step of training as a plan: written down while a step runs, drawn again outside the steps that follow.
+"""The plan of a step's random numbers: which draws an eager step made, so that they can be made again for a compiled step.
 
-A compiled or captured step cannot draw from an explicit generator. It is handed its random numbers instead, or the seeds that they follow
-from (`streams`), and what draws them is the plan of the step it was made from: the same calls in the same order, so that they are the same
-bits and leave every generator in the same state. Whatever draws from a generator in a step does so through `drawn`, which otherwise does
-nothing. A captured graph makes those draws itself that need nothing but generators on its GPU (`Plan.in_graph`).
+A compiled or captured step cannot draw from an explicit generator. It is handed its random numbers, or the seeds that they are made from
+(`streams`). The plan draws them: by the same calls in the same order as the eager step, so they have the same bits and leave every
+generator in the same state. All code that draws from a generator in a step does so through `drawn`; without a plan at work that is an
+ordinary call. A captured graph itself makes the draws that need nothing but generators on its GPU (`Plan.in_graph`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Normal numbers that follow from a seed one by one: any of them can be made alone, on every core, or inside a compiled step.
+"""Normal numbers made from a seed and a count: any of them can be made alone, on every core, or inside a compiled step.
 
 Word i of a stream is mix(start + (i + 1)·γ), where `mix` is the finaliser of a 64-bit hash and start and the odd γ follow from the seed:
 the generator SplitMix64, its streams told apart by steps of their own as its authors do it (Steele, Lea and Flood 2014, 'Fast splittable

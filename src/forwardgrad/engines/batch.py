@@ -1,4 +1,4 @@
-"""What a step is called with, and what of it a graph depends on."""
+"""`Batch`: the arguments of one step, and what in them decides whether a graph fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step as a compiled graph."""
+"""The step as one function made by torch's compiler."""
 
 from __future__ import annotations
 

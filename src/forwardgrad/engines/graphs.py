@@ -1,4 +1,4 @@
-"""What the engines that make a graph of a step share: when a graph is made, when it may be used, and when there is none to be had."""
+"""What the compiled and the captured engine share: make a graph of a step, compare it with the eager step, and fall back to that."""
 
 from __future__ import annotations
 

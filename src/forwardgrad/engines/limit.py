@@ -1,4 +1,4 @@
-"""Work that may take too long, stopped when its time is over."""
+"""Run a function with a time limit."""
 
 from __future__ import annotations
 

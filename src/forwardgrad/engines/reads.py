@@ -1,4 +1,4 @@
-"""Values that a traced step reads off tensors: those that never change are let through, and for all others it is told where that is."""
+"""A check while a step is traced: a number may be read off a tensor only where it is the same at every step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Untraceable(Exception):
 
 
 class Reads(TorchDispatchMode):
-    """Lets a step that is traced read a value off a tensor where it follows from shapes and numbers of Python alone, as the largest of
-    the positions that a model counts by itself does: it is the same in every step that the graph is for.
+    """Lets a step that is traced read a value off a tensor if it follows from shapes and Python numbers alone. Such a value, say the
+    largest of the positions that a model counts by itself, is the same in every step that the graph is for.
 
-    What follows from the batch, the model, or a tensor from elsewhere may change, and random numbers do. So what is known goes by the
-    memory that a tensor lies in, and not by its name in the graph: any view of it may have been written to.
+    A value that follows from the batch, the model or another tensor may change from step to step, and random numbers do. Tensors are
+    known by the memory that they lie in, not by their name in the graph: a view may have been written to.
 
     Raises Untraceable where another value is read, or a shape depends on one.
     """

@@ -1,4 +1,4 @@
-"""A step of training as a graph of plain tensor operations: forward mode, vmap, watches and Python are gone, what they did remains."""
+"""Trace a step of training into one graph of plain tensor operations, without Python, forward mode or vmap in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reverse-mode AD: the exact gradient, and the arm every other is compared with; on request without keeping every activation."""
+"""`Backprop`: the exact gradient by reverse-mode AD, which every other method is compared with; with `checkpoint` for less memory."""
 
 from __future__ import annotations
 

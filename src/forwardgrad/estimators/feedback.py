@@ -1,4 +1,4 @@
-"""Feedback that is learned from forward passes alone: a matrix a layer that tells what an error at the output means there."""
+"""`LearnedFeedback`: a matrix for every layer, learned from forward passes, turns the error at the output into one at the layer."""
 
 from __future__ import annotations
 

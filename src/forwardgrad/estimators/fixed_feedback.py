@@ -1,4 +1,4 @@
-"""Direct feedback alignment: errors reach every layer through fixed random matrices."""
+"""`FixedFeedback` sends errors to every layer through fixed random matrices; `Readout` trains the last layer alone."""
 
 from __future__ import annotations
 

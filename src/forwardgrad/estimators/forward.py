@@ -1,4 +1,4 @@
-"""The forward gradient of Baydin et al. and its relatives: what moves, how many directions, and how they are put together."""
+"""`ForwardGradient`: the forward gradient of Baydin et al., with a choice of what moves and of how tangents are combined."""
 
 from __future__ import annotations
 

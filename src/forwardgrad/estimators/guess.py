@@ -1,4 +1,4 @@
-"""Guessed directions: as much of the gradient as lies along them, and on request a forward gradient for the rest."""
+"""`Guess`: the part of the gradient along a guessed direction, on request with a forward gradient for the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classifier behind a block: what it sees of the block, how it learns, and how its error comes back without its weights transposed."""
+"""The classifier behind a block of `LocalLosses`: what it sees of the block, how it learns, and the error that it sends back."""
 
 from __future__ import annotations
 

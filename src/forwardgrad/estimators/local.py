@@ -1,4 +1,4 @@
-"""Local losses: every block of the model learns from a small classifier of its own, so that errors never travel far."""
+"""`LocalLosses`: every block of the model learns from a small classifier of its own, so no error travels through other blocks."""
 
 from __future__ import annotations
 

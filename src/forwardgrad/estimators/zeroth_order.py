@@ -1,4 +1,4 @@
-"""Zeroth-order estimation: the loss at two points on a line, and no derivative of anything."""
+"""`ZerothOrder`: the loss at two points on a random line, and no derivative."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the two ways of forward mode is taken: the explicit one where it was compared with torch's own and agreed, else the latter."""
+"""The choice between the two ways of forward mode: the explicit one, or torch's own where the two were seen to differ."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _only_plain: ContextVar[bool] = ContextVar("only plain", default=False)
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Inside, derivatives are torch's own: the reference that the explicit way is tested against."""
+    """Inside, all derivatives are computed by torch's own forward mode: slower, and what the library's faster way is compared with."""
     token = _only_plain.set(True)
     try:
         yield

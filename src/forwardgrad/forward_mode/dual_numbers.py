@@ -1,4 +1,4 @@
-"""Torch's own forward mode, dual numbers: the reference of the explicit way, and what stands in where that cannot follow."""
+"""Torch's own forward mode, dual numbers: what the explicit way is compared with, and what takes over where it cannot follow."""
 
 from __future__ import annotations
 

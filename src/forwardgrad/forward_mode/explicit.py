@@ -1,13 +1,12 @@
-"""Forward mode in the open: K tangents travel beside each value as plain tensors, without dual numbers.
+"""`Explicit`: forward mode with plain tensors. K tangents travel beside each value, without torch's dual numbers.
 
-An evaluation under `Explicit` sees every torch call of a model. For the calls that networks are made of it knows the derivative
-(`rules`) and works it out the cheapest way it can: the rows of values and tangents stand in one tensor (a `stack`), so that one product
-reads a weight once for all of them, and the K tangents share the primal pass without `vmap`. Any other call is handed to torch's dual
-numbers by itself.
+An evaluation under `Explicit` sees every torch call of a model. For the calls that networks are made of it has a rule for the derivative
+(`rules`). It keeps values and tangents in one tensor where it can (a `stack`), so that one matrix product reads the weight once for all of
+them, and the K tangents share one forward pass without `vmap`. Any other call is handed to torch's dual numbers by itself.
 
-What it cannot follow, it refuses (`Unfollowed`): writing in place where a view may look on, for one. What passes by it unseen (a scripted
-module, a custom autograd function) is found in a `guarded` evaluation, which looks at every operation below the calls; a model is guarded,
-and compared with the plain way, whenever it takes a path of calls that was not compared before.
+It refuses what it cannot follow (`Unfollowed`), such as a write in place to a tensor that has a view. Some operations run below torch's
+functions, and it does not see them: those of a scripted module or a custom autograd function. A guarded evaluation finds them (`guard`).
+Whenever a model takes a path of calls for the first time, it is guarded, and its result is compared with torch's own (`arbitration`).
 """
 
 from __future__ import annotations

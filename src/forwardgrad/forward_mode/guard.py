@@ -1,4 +1,4 @@
-"""The guard of an explicit evaluation: it finds what reaches a tensor that moves and was not seen to do so."""
+"""`Guard` watches an explicit evaluation. It raises where an operation reads a tensor that moves and the evaluation does not know of it."""
 
 from __future__ import annotations
 

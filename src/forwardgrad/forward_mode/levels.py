@@ -1,6 +1,6 @@
-"""The transforms of torch.func that a loss makes itself: whether one has begun, and whose memory it was handed.
+"""Transforms of torch.func (`grad`, `vmap`, `jvp`) that a loss uses itself: whether one is at work, and which tensors it was given.
 
-`grad`, `vmap` and `jvp` wrap tensors without a call that a function mode could see, so what goes in is told by its memory.
+They wrap tensors, and no function mode sees that. A wrapped tensor is therefore recognised by its storage.
 """
 
 from __future__ import annotations

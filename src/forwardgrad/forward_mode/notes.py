@@ -1,4 +1,4 @@
-"""Which way derivatives were worked out, call by call: noted only while somebody asks, see `explain`."""
+"""Which way the derivative of each call took, noted only while somebody asks, as `explain` does."""
 
 from __future__ import annotations
 

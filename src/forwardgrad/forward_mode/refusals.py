@@ -1,4 +1,4 @@
-"""What torch says of an operator that forward mode cannot take, as one sentence: what is wrong, in which module, and what to do."""
+"""Torch's errors for operators without a forward-mode rule, as one sentence: which operator, in which module, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nesterov's momentum with a true look-ahead: the one optimizer that torch lacks."""
+"""`Nesterov`: momentum whose gradient is taken at the look-ahead point, which torch's optimizers lack."""
 
 from __future__ import annotations
 

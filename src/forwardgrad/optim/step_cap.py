@@ -1,4 +1,4 @@
-"""Control of how far an optimizer's step goes, whatever the optimizer."""
+"""`cap_step`: a limit on the length of an optimizer's step, whatever the optimizer."""
 
 from __future__ import annotations
 

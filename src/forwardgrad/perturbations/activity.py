@@ -1,4 +1,4 @@
-"""Activities: what a layer passes on moves, and the product with the layer's input turns that into a gradient of its weights."""
+"""`Activity`: the output of a layer moves, and the layer's input turns the derivative into a gradient of its weights."""
 
 from __future__ import annotations
 

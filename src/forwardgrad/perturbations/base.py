@@ -1,4 +1,4 @@
-"""What a perturbation is: a choice of what moves in a layer, and how a directional derivative becomes that layer's gradient."""
+"""What every perturbation offers: it says what moves in a layer, and turns a directional derivative into the layer's gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pick = Callable[[Tensor], Tensor]
 
 
 class Entered(ABC):
-    """A perturbation at work at one place of the model, in one evaluation.
+    """One use of a layer or parameter that moves, in one evaluation: its random directions, and the gradient that follows from them.
 
     `rows` is the number of directions that are independent of one another (1 where all examples share one), `dims` the dimensions along
     which examples may lie there, `place` what is known of that. `kept` holds what the gradient needs of the primal pass; while the pass
@@ -61,7 +61,7 @@ class Entered(ABC):
 
 
 class Sown(Entered):
-    """A change of weights, with covariance I there, that is added to a layer's output as soon as that is known."""
+    """Weights that move: their directions have covariance I, and the move of the layer's output is added when the layer is called."""
 
     @abstractmethod
     def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:

@@ -1,4 +1,4 @@
-"""A choice for every layer: move its weights or its activities, whichever are fewer."""
+"""`Cheapest`: layer by layer the weights move or the activities, whichever are fewer."""
 
 from __future__ import annotations
 

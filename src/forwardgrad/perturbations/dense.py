@@ -1,4 +1,4 @@
-"""Whole weights: the perturbation of the paper, and what any use of a parameter without a rule of its own falls back to."""
+"""`Dense`: every weight moves on its own, as in the paper. A parameter that no known layer uses always moves this way."""
 
 from __future__ import annotations
 

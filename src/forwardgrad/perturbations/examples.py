@@ -1,4 +1,4 @@
-"""Where the examples of a batch lie in a tensor, and what was learned of a model's calls."""
+"""Which dimension of a tensor holds the examples of a batch, and what was learned of a model (`Reading`, `Memory`)."""
 
 from __future__ import annotations
 

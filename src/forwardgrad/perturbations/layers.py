@@ -1,7 +1,7 @@
-"""The layers that have rules of their own: how a perturbation of a weight meets the layer's input, and how an error leaves it.
+"""The layers that have rules of their own: linear, convolution, embedding and norms.
 
-A rule needs three things of a layer, each a formula that fits a line: the response to a direction of rank one (shared by the batch, or
-one for every example), and the local product that turns an error at the output into gradients of weight and bias.
+A perturbation needs three formulas of a layer: how the output moves along a direction of rank one that all examples share, how it moves
+where every example has its own, and how an error at the output becomes gradients of weight and bias (`local`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights along directions of rank r, shared by the batch: the dense variance for the random numbers of two vectors."""
+"""`LowRank`: the weights of a layer move along a matrix of rank r, which takes far fewer random numbers than a dense one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gains and biases of norms: few numbers, so each example moves all of its own."""
+"""How the gain and bias of a normalisation move: each example has a direction of its own, since they are few numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The products that a direction of low rank ends in: what meets the input, times what stands at the output."""
+"""Products with matrices of one or a few columns, which moves of low rank need."""
 
 from __future__ import annotations
 

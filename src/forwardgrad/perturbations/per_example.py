@@ -1,4 +1,4 @@
-"""Weights along a direction of rank one for every example: the noise of a batch averages out."""
+"""`PerExample`: every example of a batch moves the weights along a direction of its own, of rank one."""
 
 from __future__ import annotations
 

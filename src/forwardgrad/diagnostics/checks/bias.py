@@ -1,4 +1,4 @@
-"""Whether an estimate is unbiased: suspected on one half of the estimates, convicted on the other.
+"""Whether an estimate is unbiased: one half of the estimates picks the directions to test, the other half tests them.
 
 Student's t (or Hall's, see `diagnostics.moments`) is computed for every parameter, and for all together, of the error ĝ − g along g and
 along 16 fixed random directions. Far out in its tails t is not to be trusted where noise is skewed, and with many parameters one would

@@ -1,4 +1,4 @@
-"""One call before a run is trusted: directions, bias, promises, rules and speed of an estimator on the model in hand."""
+"""`check`: test an estimator on the model in hand before a run is trusted."""
 
 from __future__ import annotations
 

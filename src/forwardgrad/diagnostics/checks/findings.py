@@ -1,4 +1,4 @@
-"""What a check found, as rows and as text."""
+"""`Finding` and `Check`: what a check found, as rows and as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an estimate promises beside its numbers: nothing saved, nothing touched, the same bits again."""
+"""What an estimate must leave alone: nothing is saved for a backward pass, nothing is touched, one seed gives one result."""
 
 from __future__ import annotations
 

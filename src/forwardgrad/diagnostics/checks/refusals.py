@@ -1,4 +1,4 @@
-"""An error on the way to an estimate as a finding: which operator, where in the model, and what works instead."""
+"""An estimate that fails, as a finding: which operator stopped it, where in the model, and what works instead."""
 
 from __future__ import annotations
 

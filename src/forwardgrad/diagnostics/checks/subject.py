@@ -1,4 +1,4 @@
-"""What is checked: a loss, what it is trained by and an estimator, evaluated as often as one likes without leaving a trace."""
+"""`Subject`: the model, the loss and the estimator that are checked. It is evaluated as often as needed and left unchanged."""
 
 from __future__ import annotations
 

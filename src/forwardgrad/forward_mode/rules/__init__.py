@@ -1,6 +1,6 @@
-"""How tangents go through the calls that networks are made of: one rule a kind of call, K tangents at once.
+"""How tangents go through the calls that networks are made of: one rule for each kind of call, K tangents at once.
 
-In: a call's arguments, with or without tangents. Out: its value and the tangents of that. A rule makes a call cheaper, never possible.
+In: the arguments of a call, some with tangents. Out: its value, with tangents. Without a rule a call goes through torch's dual numbers.
 """
 
 from forwardgrad._lazy import attach

@@ -1,8 +1,8 @@
-"""Dropout and what holds it, alike in every way of forward mode: the mask is that of an ordinary pass from the same seed.
+"""Dropout in forward mode: from the same seed its mask is that of an ordinary forward pass, whichever way derivatives are made.
 
-Under `torch.func` torch draws a mask in the order of indices, otherwise in the order of memory, and on a GPU by another kernel. From one
-seed the two differ wherever a tensor is transposed, as behind attention. Here a mask is always drawn the ordinary way: `masked` goes below
-the levels of `torch.func` to do so, and K tangents share the mask.
+Under `torch.func` torch draws a mask in the order of indices. Outside it draws in the order of memory, on a GPU by another kernel. From one
+seed the two masks differ wherever a tensor is transposed, as behind attention. Here a mask is always drawn as outside: `masked` leaves
+the levels of `torch.func` for it. K tangents share the mask.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Work on images in a form that a compiler makes one pass over memory of: element beside element, nothing gathered, nothing reduced.
+"""Max-pooling and sums of shifted images, written element by element, so that a compiler makes a single pass over memory of them.
 
-A compiler goes through what it makes in the order of its dimensions. Where the channels lie last in memory they come last here, or it
-would turn every image around twice. What is computed is what the rules compute elsewhere, to the bit but for sums.
+A compiler loops over a result in the order of its dimensions. Where the channels lie last in memory they come last here, or it would
+transpose every image twice. The numbers are those of the rules elsewhere: to the bit, but for the order of sums.
 """
 
 from __future__ import annotations
