@@ -65,7 +65,7 @@ def test_where_a_value_of_the_batch_is_read_is_told_with_its_module() -> None:
         return [step(X, ones), step(X, ones), step(X, 0 * ones)]
 
     place = (
-        r"a value is read off a tensor .* at tests/engines/test_reads\.py:\d+ in blocks\.0 \(Masked\): `if mask\.all\(\):`; give the loss"
+        r"a value is read off a tensor .* at engines/test_reads\.py:\d+ in blocks\.0 \(Masked\): `if mask\.all\(\):`; give the loss"
     )
     with pytest.warns(UserWarning, match=place):
         compare(Nested, RANK_1, loss=masked, run=run, graphs=0, close=0)
@@ -104,7 +104,7 @@ WEIGHT = torch.ones(3)
 )
 def test_what_may_change_is_never_read(function: Callable[[Tensor], Tensor]) -> None:
     x = rows(4)
-    with pytest.raises(Untraceable, match=r" at tests/engines/test_reads\.py:\d+"):
+    with pytest.raises(Untraceable, match=r" at engines/test_reads\.py:\d+"):
         trace(lambda: [function(x)], [x])
 
 

@@ -98,7 +98,7 @@ def located(error: Untraceable) -> Untraceable:
     return Untraceable(f"{error}{where}; give the loss what it decides as a number in the batch, or an option that avoids it")
 
 
-_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_INTERNAL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def _internal(file: str) -> bool:
