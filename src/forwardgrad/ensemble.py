@@ -13,11 +13,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from forwardgrad.calls import ATTEMPTS, UNSTEADY, ModelWatch, OtherPath, Pass, Surveyed, UsedAgain, code_of, gathered
+from forwardgrad.calls import ATTEMPTS, UNSTEADY, ModelWatch, OtherPath, Pass, Surveyed, UsedAgain, gathered
 from forwardgrad.directions import Directions, Law, fork
 from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient, add, add_exact, add_parts, check_count, needed
 from forwardgrad.forward_mode import derivatives_under, directional_derivatives, plainly
-from forwardgrad.objective import Objective
+from forwardgrad.objective import Objective, code_of
 from forwardgrad.perturbations import Dense, DenseUse
 
 Loss = Callable[..., Tensor]

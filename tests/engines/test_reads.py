@@ -64,9 +64,7 @@ def test_where_a_value_of_the_batch_is_read_is_told_with_its_module() -> None:
         ones = torch.ones(12, 1)
         return [step(X, ones), step(X, ones), step(X, 0 * ones)]
 
-    place = (
-        r"a value is read off a tensor .* at engines/test_reads\.py:\d+ in blocks\.0 \(Masked\): `if mask\.all\(\):`; give the loss"
-    )
+    place = r"a value is read off a tensor .* at engines/test_reads\.py:\d+ in blocks\.0 \(Masked\): `if mask\.all\(\):`; give the loss"
     with pytest.warns(UserWarning, match=place):
         compare(Nested, RANK_1, loss=masked, run=run, graphs=0, close=0)
 

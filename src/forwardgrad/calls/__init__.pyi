@@ -6,7 +6,6 @@ from forwardgrad.calls.surveyed import ATTEMPTS as ATTEMPTS
 from forwardgrad.calls.surveyed import UNSTEADY as UNSTEADY
 from forwardgrad.calls.surveyed import Surveyed as Surveyed
 from forwardgrad.calls.surveyed import Unsurveyed as Unsurveyed
-from forwardgrad.calls.surveyed import code_of as code_of
 from forwardgrad.calls.watch import ModelWatch as ModelWatch
 from forwardgrad.calls.watch import OtherPath as OtherPath
 from forwardgrad.calls.watch import UsedAgain as UsedAgain

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from forwardgrad.calls.kept import kept
 from forwardgrad.calls.survey import Survey
 from forwardgrad.forward_mode import notes
-from forwardgrad.objective import Objective
+from forwardgrad.objective import Objective, code_of
 from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading
 
 ATTEMPTS = 64  # evaluations of one step that may have to be made again while a model is still being learned
@@ -26,13 +25,6 @@ _memories: Any = WeakIdKeyDictionary()
 
 class Unsurveyed(RuntimeError):
     """A path of calls is new in a place where nothing can be tried."""
-
-
-def code_of(loss: Callable[..., Tensor]) -> Hashable:
-    """What stands for a loss function: a lambda is new at every step."""
-    kind: Any = type(loss)
-    found: Hashable = getattr(loss, "__code__", kind)
-    return found
 
 
 class Surveyed:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from forwardgrad.forward_mode.guard import Unfollowed
 from forwardgrad.forward_mode.notes import Way, asked
 from forwardgrad.forward_mode.refusals import place_of, refusal
 from forwardgrad.forward_mode.workarounds import RandomState, forward_mode
-from forwardgrad.objective import Objective
+from forwardgrad.objective import Objective, code_of
 
 W = TypeVar("W")
 
@@ -85,7 +85,7 @@ def either(
             elif key is None:
                 found, known.reason = plain(), "nothing moves"
             else:
-                known = _known.setdefault(objective.at, {}).setdefault((_code(objective), key), _Known())
+                known = _known.setdefault(objective.at, {}).setdefault((code_of(objective.loss), key), _Known())
                 found = plain() if known.plain else _checked(objective, explicit, plain, known)
         except Redo:
             raise
@@ -99,12 +99,6 @@ def either(
         notes.calls.update(found.ways or {})
         notes.passes.append(("dual numbers", known.reason) if known.plain else ("explicit", ""))
     return found
-
-
-def _code(objective: Objective) -> Hashable:
-    """What stands for a loss function: a lambda is new at every step."""
-    stands: Any = getattr(objective.loss, "__code__", type(objective.loss))
-    return stands  # type: ignore[no-any-return]
 
 
 def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain: Callable[[], Outcome[W]], known: _Known) -> Outcome[W]:
@@ -143,7 +137,7 @@ def _why(error: Exception, objective: Objective) -> str:
 
 def _give_up(known: _Known, objective: Objective, reason: str) -> None:
     assert isinstance(objective.at, nn.Module)
-    said = any(other.plain for (code, _), other in _known[objective.at].items() if code == _code(objective))
+    said = any(other.plain for (code, _), other in _known[objective.at].items() if code == code_of(objective.loss))
     known.plain, known.reason = True, reason
     if not said and asked.get() is None:  # whoever asks is told
         warnings.warn(
