@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines.test_engines import RANK_1, X, Y, compare, groups, loss, network, scheduled, small, uncompiled  # noqa: F401  # a fixture
+from tests.engines.test_engines import RANK_1, X, Y, compare, groups, loss, network, small, uncompiled, whole  # noqa: F401  # a fixture
 from tests.support.cases import seeded
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -106,14 +106,14 @@ def test_the_answer_is_asked_for_at_every_step() -> None:
 @pytest.mark.parametrize("optimizer", PLAIN.values(), ids=PLAIN.keys())
 def test_an_eager_step_is_that_of_torch(optimizer: Optimizers, method: fg.Estimator) -> None:
     found = []
-    for whole in (True, False):
+    for by_torch in (True, False):
         model, generator = network(), seeded(3)
         torch.manual_seed(7)
         optim = optimizer(model)
         step = fg.TrainingStep(loss, model, optim, method, generator=generator)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optim, 0.5)
         for _ in range(3):
-            if whole:
+            if by_torch:
                 optim.zero_grad()
                 fg.estimate_grad_(lambda model: loss(model, X, Y), model, method, generator=generator)
                 optim.step()
@@ -128,7 +128,7 @@ def test_an_eager_step_is_that_of_torch(optimizer: Optimizers, method: fg.Estima
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("optimizer", PLAIN.values(), ids=PLAIN.keys())
 def test_a_graph_moves_as_the_eager_step_does_and_leaves_no_gradient_either(optimizer: Optimizers, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = compare(network, RANK_1, optimizer, run=scheduled, graphs=2)
+    step = compare(network, RANK_1, optimizer, run=whole, graphs=1)
     before = [p.clone() for p in step.model.parameters()]
     monkeypatch.setattr(step.optimizer, "step", None)  # what would move outside
     step(X, Y)
@@ -154,8 +154,8 @@ def test_rates_and_decays_may_change_between_the_steps_of_a_graph() -> None:
 def test_any_other_is_asked_to_step(optimizer: str, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = network(), []
     step = fg.TrainingStep(loss, model, OTHER[optimizer](model), RANK_1, generator=seeded(3), engine=engine)
-    whole = step.optimizer.step
-    monkeypatch.setattr(step.optimizer, "step", lambda *args: asked.append(args) or whole(*args))
+    itself = step.optimizer.step
+    monkeypatch.setattr(step.optimizer, "step", lambda *args: asked.append(args) or itself(*args))
     for _ in range(3):
         step(X, Y)
     assert len(asked) == 3
