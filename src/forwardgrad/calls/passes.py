@@ -23,11 +23,17 @@ from forwardgrad.perturbations import WHOLE, ActivityUse, Entered, Perturbation,
 
 @dataclass(frozen=True)
 class Pass:
-    """What one evaluation found out, all of it plain tensors.
+    """What one evaluation with k tangents found out, as plain tensors.
 
-    `loss` is one number; `derivatives` [k] those of the loss; `terms` [k, n] the part of each of n losses, where the loss was not one
-    number. `read` are the tensors that the loss is read at, `moved` [k, *read] how those moved. `ended` are the places where blocks end,
-    with their values and moves (None where nothing moved), `blocks` the block of each perturbation.
+    loss: one number.
+    derivatives: of the loss, along each tangent.
+    entered: every use of a layer or parameter that moved.
+    reading: how the loss is told apart by example.
+    terms: where the loss function returned n losses, the derivative of each.
+    read, moved: the tensors that the loss is read at, and their tangents [k, *shape].
+    parts: the loss functions that the loss is a sum of, where that is known.
+    replay: the loss as a function of `read`, where the calls behind the last layer are made again.
+    blocks, ended: for local losses, the block of each use; and the places where blocks end, with values and tangents (None: unmoved).
     """
 
     loss: Float[Tensor, ""]
@@ -87,7 +93,7 @@ class Pass:
         return ways.Scored(layer, entered.kind, "by the loss", "all examples share what moves")
 
     def beyond(self, rows: Float[Tensor, "k count"]) -> Float[Tensor, " k"]:
-        """What of the derivatives of the loss is none of these parts of the examples."""
+        """The derivatives of the loss less the parts of all examples: those of a penalty on weights, for one."""
         return self.derivatives.to(rows.dtype) - rows.sum(1)
 
     def of(self, entered: Entered) -> Float[Tensor, "k n"]:
@@ -142,10 +148,10 @@ def perturbed_pass(
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
-    Where examples move on their own, the model is surveyed when it takes a path of calls for the first time: `survey` says where its
-    examples lie. Where a layer's output turns out to be used besides the ReLU behind it, the pass is made again without putting its place
-    off. Both are remembered for the model under this loss, so they happen in the first step alone. `who` is warned about what it costs
-    where examples meet; nobody if left out.
+    Where each example moves on its own, a survey finds out which dimension the examples are, when the model takes a path of calls for the
+    first time. Where a layer's output turns out to be used by something besides the ReLU behind it, the pass is made again, with that
+    output moving at once. Both are remembered for the model under this loss, so they happen in the first step alone. Warnings about what
+    it costs where examples influence one another name `who`; there are none if it is left out.
     """
     perturbation.check(law)
     surveyed = Surveyed.of(objective, perturbation, exact_output=exact_output, who=who)

@@ -67,10 +67,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Place:
-    """One place of a model where something moves: where its examples lie, and whether each is seen by its own part of the loss alone.
+    """A place of the model where something moves: the dimension of its examples, and whether they stay apart from there on.
 
-    `rows` is None where the place has no dimension of examples. A place that is not `apart` is scored by the whole loss. `layer` names
-    its parameters, and `why` says what was seen where it is not apart.
+    `apart`: each example affects its own part of the loss alone. Otherwise the place is scored by the whole loss, and `why` says what was
+    seen. `rows` is None where no dimension holds examples. `layer` names the parameters.
     """
 
     layer: str
@@ -84,15 +84,22 @@ ReadingKind = Literal["outputs", "replay", "examples", "whole"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What was learned of a loss and a model, for one path of calls: see `survey`.
+    """How the loss of a model is told apart by example, on one path of calls. A survey finds it out.
 
-    `way`: the loss is read at the outputs that loss functions with a closed-form error were given ("outputs"), at what went into the
-    calls after the last layer, which are made again to find their derivative ("replay"), as one loss an example ("examples"), or as one
-    number ("whole"). `read` says where the examples lie in what is read, `count` where their number can be read off: a tensor that is
-    read, or a place, and a dimension of it (None: there is one example). `beyond`: there is more in the loss than what is read, such as
-    a penalty on weights (`penalty`) or a factor; `rest`: some of that follows from activities, too. `even` tells where an example has
-    a single row. `since` is the number of calls before those that are made again, `cut` are their inputs. `why` says what stood in the
-    way of a better way.
+    path: the path of calls that it holds for; None for any.
+    way: where the loss is read.
+        "outputs": at the model's outputs, where a loss function whose error has a closed form was given them.
+        "replay": at what the calls after the last layer were given; these calls are made again to find their derivative.
+        "examples": the loss function returned one loss an example.
+        "whole": as one number, which tells no examples apart.
+    places: for each place that moves, where its examples lie.
+    read: where the examples lie in each tensor that is read.
+    count: where their number stands: in a tensor that is read or at a place, by its index and dimension; None for one example.
+    beyond: whether the loss has more than what is read, such as a factor, or a penalty on weights (`penalty`).
+    rest: whether some of that depends on activities.
+    even: for each tensor that is read and each place that is apart, whether an example has a single row there.
+    since, cut: for "replay", how many calls come before those that are made again, and what these are given.
+    why: what stood in the way of a better `way`, as the end of a sentence.
     """
 
     path: Hashable
@@ -141,8 +148,13 @@ WHOLE = Reading(None, "whole")
 
 @dataclass
 class Memory:
-    """What is remembered of a model under one loss: places that cannot be put off, parameters that move as a whole from the start, and a
-    reading for each path of calls."""
+    """What is remembered of a model under one loss.
+
+    at_once: numbers of the layers whose output moves at once, and not behind the ReLU that follows.
+    whole: parameters that move as a whole from the start, as the loss uses them inside a transform of torch.func.
+    readings: a reading for each path of calls; `last` is the one that the next evaluation goes by.
+    unsaid, said: warnings that are still to be given, and all that there ever were.
+    """
 
     at_once: frozenset[int] = frozenset()
     whole: frozenset[str] = frozenset()
