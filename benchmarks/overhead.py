@@ -34,18 +34,19 @@ from forwardgrad.lab.store.progress import POLL_SECONDS
 from forwardgrad.lab.store.standing import Watch
 from forwardgrad.lab.studies.estimator_text import parse_estimator
 from forwardgrad.lab.studies.run import Optimizer, Run, to_json
-from forwardgrad.lab.training import loop as train
-from forwardgrad.lab.training import state
+from forwardgrad.lab.training import builders, loop
 from forwardgrad.lab.training.precision import arranged
-from forwardgrad.lab.training.state import State, begin, draw_order, steps_per_epoch
+from forwardgrad.lab.training.schedule import CHECK_EVERY, FIRST_EVALUATIONS
+from forwardgrad.lab.training.state import State
 from forwardgrad.lab.training.tensorboard import Board
+from forwardgrad.lab.training.training import Training
 from forwardgrad.training_step import TrainingStep
 
 GOAL = 0.01
 CHECKPOINT_SECONDS = 60.0
-BLOCK = train.CHECK_EVERY  # steps that each loop takes before the other has its turn
+BLOCK = CHECK_EVERY  # steps that each loop takes before the other has its turn
 PROCESSOR = False  # which clock is read
-WARM_UP = max(train.FIRST_EVALUATIONS)  # steps
+WARM_UP = max(FIRST_EVALUATIONS)  # steps
 
 
 def clock() -> float:
@@ -75,66 +76,64 @@ class Over(Exception):
 
 
 def step_of(run: Run, at: State) -> Callable[..., Estimate]:
-    pieces = train.loss_of(run), at.model, at.optimizer, at.estimator
+    pieces = builders.batch_loss(run), at.model, at.optimizer, at.estimator
     return TrainingStep(*pieces, generator=at.generator, state=at.memory, engine=run.engine)
 
 
-def bare(run: Run, dataset: datasets.Dataset, at: State, take: Callable[..., Estimate]) -> Callable[[int], float]:
+def bare(training: Training, take: Callable[..., Estimate]) -> Callable[[int], float]:
     """A function that takes the steps up to one, and nothing else, and returns the seconds that takes."""
-    per_epoch = steps_per_epoch(run, dataset)
+    run, dataset, at, per_epoch = training.run, training.dataset, training.state, training.schedule.per_epoch
 
     def advance(until: int) -> float:
         began = clock()
         while at.step < until:
-            order = draw_order(run, dataset, at)
+            order = training.order()
             start = at.step % per_epoch * run.batch_size
             batch = order[start : start + run.batch_size]
             take(arranged(dataset.pixels(dataset.train.images[batch]), run.precision), dataset.train.labels[batch])
-            at.schedule.step()
+            at.lr_schedule.step()
             at.step += 1
         return clock() - began
 
     return advance
 
 
-def in_turn(
-    run: Run, dataset: datasets.Dataset, at: State, other: Callable[[int], float], folder: Path, blocks: int
-) -> list[tuple[float, float]]:
+def in_turn(training: Training, other: Callable[[int], float], folder: Path, blocks: int) -> list[tuple[float, float]]:
     """Seconds of every block of the laboratory's loop and of the other, blocks with an evaluation left out."""
-    per_epoch, found = steps_per_epoch(run, dataset), list[tuple[float, float]]()
-    say, began = train.say, 0.0
+    epoch, found = training.schedule.epoch, list[tuple[float, float]]()
+    tell, began = loop.write_status, 0.0
 
-    def turn(now: State, *rest: Any) -> None:
+    def turn(training: Training, *rest: Any) -> None:
         nonlocal began
-        say(now, *rest)
-        if now.step % BLOCK:
+        tell(training, *rest)
+        if (step := training.state.step) % BLOCK:
             return
         took = clock() - began
-        alone = other(now.step)
-        if now.step > WARM_UP and now.step // per_epoch == (now.step - BLOCK) // per_epoch:
+        alone = other(step)
+        if step > WARM_UP and epoch(step) == epoch(step - BLOCK):
             found.append((took, alone))
         if len(found) == blocks:
             raise Over
         began = clock()
 
-    train.say = turn
+    loop.write_status = turn
     try:
         began = clock()
-        train._loop(run, dataset, at, folder, float("inf"), Board(None, run, at))
+        loop.train_to_end(loop.SingleRun(training, folder, Board(None, training)), float("inf"))
     except Over:
         pass
     finally:
-        train.say = say
+        loop.write_status = tell
     return found
 
 
-def pieces(run: Run, dataset: datasets.Dataset, at: State, folder: Path, step: float) -> dict[str, float]:
+def pieces(training: Training, folder: Path, step: float) -> dict[str, float]:
     """Seconds a step of what comes seldom."""
-    watched = typical(lambda: train._watched(run, dataset, at)) - step
-    checkpoint = typical(lambda: store.write_whole(folder / "checkpoint.pt", at.dump()))
-    watch = Watch(store.Store(folder.parent.parent), runs=[run.identity])
+    watched = typical(training.step_with_memory) - step
+    checkpoint = typical(lambda: store.write_whole(folder / "checkpoint.pt", training.state.dump()))
+    watch = Watch(store.Store(folder.parent.parent), runs=[training.run.identity])
     return {
-        "watching the memory, once an epoch": max(0.0, watched) / steps_per_epoch(run, dataset),
+        "watching the memory, once an epoch": max(0.0, watched) / training.schedule.per_epoch,
         "a checkpoint a minute": checkpoint * step / CHECKPOINT_SECONDS,
         "the display's looks": typical(watch.snapshot) * step / POLL_SECONDS,
     }
@@ -161,7 +160,7 @@ def prepared(options: argparse.Namespace) -> tuple[Run, datasets.Dataset]:
     run = Run("mnist", options.model, spec, Optimizer(options.optimizer, 1e-6, 1e-6), 50, options.batch_size)
     if not options.empty:
         return run, datasets.load("mnist", 0, "cpu", options.data_dir)
-    state.build_model = lambda run, dataset, on: Nothing()
+    builders.initialised_model = lambda run, dataset, on: Nothing()
     splits = [datasets.Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
     return run, datasets.Dataset("none", 10, *splits)
 
@@ -183,22 +182,22 @@ def main() -> None:
         torch.set_num_threads(1)
     try:
         run, dataset = prepared(options)
-        lab, alone = (begin(run, dataset, torch.device("cpu")) for _ in range(2))
+        lab, alone = (Training.begin(run, dataset, torch.device("cpu")) for _ in range(2))
     except UserError as error:
         parser.error(str(error))
     if options.blocks < 2:
         parser.error("--blocks is at least 2")
-    take = no_step(alone) if options.empty else step_of(run, alone)
+    take = no_step(alone.state) if options.empty else step_of(run, alone.state)
     if options.empty:
-        lab.whole = no_step(lab)  # type: ignore[assignment]
+        lab.state.training_step = no_step(lab.state)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "runs" / run.identity
         folder.mkdir(parents=True)
         store.write_json(folder / "run.json", to_json(run))
-        found = in_turn(run, dataset, lab, bare(run, dataset, alone, take), folder, options.blocks)
-        assert all(torch.equal(p, q) for p, q in zip(lab.model.parameters(), alone.model.parameters(), strict=True))
+        found = in_turn(lab, bare(alone, take), folder, options.blocks)
+        assert all(torch.equal(p, q) for p, q in zip(lab.state.model.parameters(), alone.state.model.parameters(), strict=True))
         step = statistics.median(other for _, other in found) / BLOCK
-        seldom = pieces(run, dataset, lab, folder, step)
+        seldom = pieces(lab, folder, step)
     tell(options, step, [(mine - other) / BLOCK for mine, other in found], seldom)
 
 
@@ -209,10 +208,10 @@ def tell(options: argparse.Namespace, step: float, more: Sequence[float], seldom
     print(f"{what}, {options.optimizer}: {len(more)} blocks of {BLOCK} steps of each loop in turn, the same parameters to the bit")
     print(f"times are {'those of one thread on its processor' if PROCESSOR else 'by the clock on the wall'}")
     low, high = interval(more)
-    loop = statistics.median(more)
-    total = loop + sum(seldom.values())
+    typically = statistics.median(more)
+    total = typically + sum(seldom.values())
     print(f"{'a step without the laboratory':40} {1e6 * step:10.1f} µs")
-    print(f"{'the loop':40} {1e6 * loop:10.1f} µs  (95 % of the median: {1e6 * low:.1f} to {1e6 * high:.1f})")
+    print(f"{'the loop':40} {1e6 * typically:10.1f} µs  (95 % of the median: {1e6 * low:.1f} to {1e6 * high:.1f})")
     for name, seconds in seldom.items():
         print(f"{name:40} {1e6 * seconds:10.1f} µs")
     share = "" if options.empty else f"{total / step:.2%} of a step (goal: below {GOAL:.0%})"

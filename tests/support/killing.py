@@ -30,7 +30,7 @@ from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.study import Arm, Study
-from forwardgrad.lab.training import loop
+from forwardgrad.lab.training import loop, schedule, training
 from forwardgrad.lab.tuning.campaign import run_study
 
 SPAN = 0.25  # seconds, the latest moment
@@ -94,8 +94,8 @@ def outcome(root: Path) -> dict[str, Any]:
 
 def main(folder: Path, workers: int, kills: int) -> None:
     loop.train = functools.partial(loop.train, checkpoint_seconds=0.0)  # type: ignore[assignment]
-    loop.FIRST_EVALUATIONS = (4, 8, 12)
-    loop.peak_bytes = lambda work, devices: work() or 0  # type: ignore[assignment]  # the true one waits for the garbage collector
+    schedule.FIRST_EVALUATIONS = (4, 8, 12)
+    training.peak_bytes = lambda work, devices: work() or 0  # type: ignore[assignment]  # the true one waits for the garbage collector
     environment.commit = lambda: "abc"
     torch.set_num_threads(1)
     datasets.load("digits", 0)  # what is imported for it is there in every child

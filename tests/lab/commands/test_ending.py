@@ -144,7 +144,7 @@ def test_train_tells_a_failure_from_divergence(tmp_path: Path, monkeypatch: pyte
     assert printed.startswith("diverged at step")
     assert re_step(last(err)) == re_step(printed)
     with monkeypatch.context() as patch:
-        patch.setattr("forwardgrad.lab.training.loop._loop", lambda *_: 1 / 0)
+        patch.setattr("forwardgrad.lab.training.loop.train_to_end", lambda *_: 1 / 0)
         status, printed, err = run(monkeypatch, capsys, *SINGLE, "--lr", "0.2", *out)
     assert status == 1
     assert printed.startswith("failed at step 0 (ZeroDivisionError")

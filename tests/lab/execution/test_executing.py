@@ -25,8 +25,8 @@ from forwardgrad.lab.store import failure
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Busy, Store, alone, held
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.training import batched, functions
-from forwardgrad.lab.training import loop as train
+from forwardgrad.lab.training import batched, functions, loop
+from forwardgrad.lab.training.loop import SingleRun
 
 RUN = Run("digits", "logistic", {"name": "forward", "clip": 1.0}, Optimizer("sgd", 0.01), epochs=2)
 QUIET = Progress(quiet=True)
@@ -35,7 +35,7 @@ QUIET = Progress(quiet=True)
 def test_what_is_finished_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     first = execute([RUN, RUN], store, Place(), QUIET)
-    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("repeated"))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("repeated"))
     assert execute([RUN], store, Place(jobs=2), QUIET) == first
 
 
@@ -75,20 +75,20 @@ TWO = """
 import json, os, sys, time
 from pathlib import Path
 from tests.support.faults import seeded
-from forwardgrad.lab.training import loop as train
+from forwardgrad.lab.training import loop
 from forwardgrad.lab.execution import Place, execute
 from forwardgrad.lab.store import Progress
 from forwardgrad.lab.store import Store
 out, log = Path(sys.argv[1]), Path(sys.argv[2])
-real = train._loop
-def loop(run, *rest):
+real = loop.train_to_end
+def waiting(work, *rest):
     with log.open("a") as file:
-        file.write(f"{os.getpid()} {run.identity}\\n")
+        file.write(f"{os.getpid()} {work.training.run.identity}\\n")
     deadline = time.monotonic() + 60  # until both are at a run
     while len({line.split()[0] for line in log.read_text().splitlines()}) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    return real(run, *rest)
-train._loop = loop
+    return real(work, *rest)
+loop.train_to_end = waiting
 print(json.dumps(execute(seeded(*range(5)), Store(out), Place(threads=1), Progress(quiet=True))))
 """
 
@@ -142,14 +142,14 @@ THROWN: list[tuple[BaseException, str]] = [
 def test_a_run_that_fails_is_a_result_and_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, reason: str
 ) -> None:
-    store, fine, real = Store(tmp_path), dataclasses.replace(RUN, seed=1), train._loop
+    store, fine, real = Store(tmp_path), dataclasses.replace(RUN, seed=1), loop.train_to_end
 
-    def loop(run: Run, *rest: Any) -> Any:
-        if run == RUN:
+    def failing(work: SingleRun, *rest: Any) -> Any:
+        if work.training.run == RUN:
             raise error
-        return real(run, *rest)
+        return real(work, *rest)
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(loop, "train_to_end", failing)
     results = execute([RUN, fine], store, Place(), Progress())
     assert results[fine.identity]["status"] == "finished"
     failed = store.result(RUN.identity)
@@ -157,7 +157,7 @@ def test_a_run_that_fails_is_a_result_and_others_go_on(
     assert failed["status"] == "failed"
     assert failed["reason"] == reason
     assert failed["test"] is failed["validation_loss"] is failed["validation_accuracy"] is failed["diverged_at"] is None
-    assert "in loop\n    raise error" in (store.folder(RUN.identity) / "error.txt").read_text()
+    assert "in failing\n    raise error" in (store.folder(RUN.identity) / "error.txt").read_text()
     said = capsys.readouterr().err
     assert f"failed at step 0 ({reason})" in said
     assert "1 of 2 runs failed: error.txt in their folders says why" in said
@@ -167,12 +167,12 @@ def test_a_run_that_fails_is_a_result_and_others_go_on(
 def test_failed_runs_are_run_again_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, tries = Store(tmp_path), []
 
-    def loop(run: Run, *_: Any) -> Any:
-        tries.append(run.seed)
+    def failing(work: SingleRun, *_: Any) -> Any:
+        tries.append(work.training.run.seed)
         raise ValueError
 
     runs = seeded(*range(2))
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(loop, "train_to_end", failing)
     execute(runs, store, Place(), QUIET)
     execute(runs, store, Place(), QUIET)
     assert tries == [0, 1]
@@ -204,20 +204,20 @@ def test_a_full_disk_is_no_failed_run(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_runs_that_fail_together_are_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that is too large becomes smaller ones, down to the run that does not even fit alone."""
     store, runs = Store(tmp_path), seeded(*range(5))
-    one, several, sizes = train._loop, batched._loop, []
+    real, sizes = loop.train_to_end, []
 
-    def loop(batch: Any, *rest: Any) -> None:
+    def together(batch: batched.Batch, *rest: Any) -> None:
         sizes.append(len(batch.runs))
         if len(batch.runs) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        several(batch, *rest)
+        real(batch, *rest)
 
-    def alone_loop(run: Run, *rest: Any) -> Any:
+    def alone(work: SingleRun, *rest: Any) -> None:
         sizes.append(1)
-        return one(run, *rest)
+        real(work, *rest)
 
-    monkeypatch.setattr(batched, "_loop", loop)
-    monkeypatch.setattr(train, "_loop", alone_loop)
+    monkeypatch.setattr(batched, "train_to_end", together)
+    monkeypatch.setattr(loop, "train_to_end", alone)
     results = execute(runs, store, Place(batched=True), QUIET)
     assert sizes == [5, 3, 2, 2, 1]
     assert {result["status"] for result in results.values()} == {"finished"}
@@ -228,10 +228,10 @@ def test_runs_that_fail_together_are_taken_apart(tmp_path: Path, monkeypatch: py
 def test_a_gpu_that_is_lost_ends_the_command_and_not_the_next_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, runs = Store(tmp_path), seeded(0, 1)
 
-    def loop(*_: Any) -> Any:
+    def failing(*_: Any) -> Any:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(loop, "train_to_end", failing)
     monkeypatch.setattr(attempt, "_gpu_is_lost", lambda device: True)
     with pytest.raises(UserError, match=r"device-side assert triggered\): run the same command again to go on"):
         execute(runs, store, Place(), QUIET)

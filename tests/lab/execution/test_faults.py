@@ -23,7 +23,7 @@ from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.study import Arm, Study
-from forwardgrad.lab.training import loop
+from forwardgrad.lab.training import loop, schedule, training
 
 RUN = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), epochs=1)
 STUDY = Study("small", "Small", (Arm("arm", "group", "backprop", "arm", RUN, {"lr": (0.1, 1.0)}),), seeds=1, tuning=Length(epochs=1))
@@ -36,8 +36,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "forwardgrad.lab.training.train", lambda run, folder, **options: real(run, folder, **{**options, "checkpoint_seconds": 0.0})
     )
-    monkeypatch.setattr(loop, "FIRST_EVALUATIONS", (4, 8, 12))
-    monkeypatch.setattr(loop, "peak_bytes", lambda work, devices: work() or 0)
+    monkeypatch.setattr(schedule, "FIRST_EVALUATIONS", (4, 8, 12))
+    monkeypatch.setattr(training, "peak_bytes", lambda work, devices: work() or 0)
     monkeypatch.setattr(environment, "commit", lambda: "abc")
 
 

@@ -12,7 +12,7 @@ import pytest
 from forwardgrad.lab.statistics import walk
 from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.training import loop, models, state
+from forwardgrad.lab.training import builders, loop, models
 
 SGD = Optimizer("sgd", 0.02)
 
@@ -48,8 +48,8 @@ def test_growth_is_its_formula() -> None:
 def test_rates_are_those_of_training() -> None:
     options = Optimizer("sgd", 0.5, decay=0.1, anneal=True)
     model = models.build("logistic", (1, 8, 8), 10)
-    optimizer = state.build_optimizer(options, model)
-    schedule = state.build_schedule(options, optimizer, 5)
+    optimizer = builders.optimizer(options, model)
+    schedule = builders.lr_schedule(options, optimizer, 5)
     wanted = []
     for _ in range(5):
         wanted.append(schedule.get_last_lr()[0])

@@ -20,8 +20,7 @@ from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.training import batched, outcome
-from forwardgrad.lab.training import loop as train
+from forwardgrad.lab.training import batched, evaluation, loop, planning, schedule
 
 FORWARD = {"name": "forward", "clip": 1.0}
 RUN = Run("digits", "mlp", FORWARD, Optimizer("sgd", 0.01, decay=1e-3, momentum=0.5), epochs=3)
@@ -67,7 +66,7 @@ def test_each_run_leaves_what_it_leaves_alone(tmp_path: Path, method: dict[str, 
     found = batched.train(runs, Store(tmp_path))
     for run in runs:
         folder, single = tmp_path / "runs" / run.identity, tmp_path / "single" / run.identity
-        wanted = train.train(run, single)
+        wanted = loop.train(run, single)
         result = found[run.identity]
         assert result.pop("replicas") == 4
         assert result.keys() == wanted.keys()
@@ -93,7 +92,7 @@ def test_bfloat16_runs_together_too(tmp_path: Path) -> None:
     runs = grid(dataclasses.replace(RUN, precision="bfloat16", epochs=1, optimizer=Optimizer("adam", 0.001)))
     found = batched.train(runs, Store(tmp_path))
     for run in runs:
-        wanted = train.train(run, tmp_path / "single" / run.identity)
+        wanted = loop.train(run, tmp_path / "single" / run.identity)
         assert found[run.identity]["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=0.02)
 
 
@@ -101,17 +100,17 @@ class Killed:
     """For tests: ends a batch at given steps, as a signal would."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-        self.steps, self.times, say = list(steps), 0, batched._say
+        self.steps, self.times, tell = list(steps), 0, batched.Batch.tell
         monkeypatch.setattr(batched, "STATUS_SECONDS", 0.0)
 
         def killed(batch: Any) -> None:
-            say(batch)
+            tell(batch)
             if self.steps and batch.step >= self.steps[0]:
                 del self.steps[0]
                 self.times += 1
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(batched, "_say", killed)
+        monkeypatch.setattr(batched.Batch, "tell", killed)
 
     def train(self, runs: list[Run], store: Store) -> None:
         while True:
@@ -124,7 +123,7 @@ class Killed:
 
 @pytest.mark.parametrize("optimizer", [Optimizer("nesterov", 0.01, momentum=0.9), Optimizer("adam", 0.001, **HELD)], ids=lambda o: o.name)
 def test_a_killed_batch_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Optimizer) -> None:
-    monkeypatch.setattr(train, "FIRST_EVALUATIONS", (7,))
+    monkeypatch.setattr(schedule, "FIRST_EVALUATIONS", (7,))
     runs = grid(dataclasses.replace(RUN, optimizer=optimizer), (optimizer.lr, 3e-4))
     batched.train(runs, Store(tmp_path / "whole"))
     killed = Killed(monkeypatch, 7, 17, 40)
@@ -136,14 +135,14 @@ def test_a_killed_batch_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "CHECK_EVERY", 10)
-    monkeypatch.setattr(batched, "CHECK_EVERY", 10)
+    monkeypatch.setattr(schedule, "CHECK_EVERY", 10)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 10)
     calm = grid(dataclasses.replace(RUN, estimator={"name": "backprop"}, optimizer=Optimizer("sgd", 0.1)), (0.1, 0.05), (0, 1))
     wild = list(calm)
     wild[1] = dataclasses.replace(calm[1], optimizer=Optimizer("sgd", 1e20))
     batched.train(calm, Store(tmp_path / "calm"))
     found = batched.train(wild, Store(tmp_path / "wild"))
-    alone = train.train(wild[1], tmp_path / "alone")
+    alone = loop.train(wild[1], tmp_path / "alone")
     result = found[wild[1].identity]
     assert result["status"] == alone["status"] == "diverged"
     assert {name: result[name] for name in ("reason", "diverged_at", "steps", "forward_passes", "validation_loss")} == {
@@ -159,7 +158,7 @@ def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path
     with pytest.raises(KeyboardInterrupt):
         batched.train(wild, here, checkpoint_seconds=0.0)
     assert here.result(wild[1].identity) is not None
-    assert batched.plan([run for run in wild if here.result(run.identity) is None], here) == [tuple(wild)]
+    assert planning.plan([run for run in wild if here.result(run.identity) is None], here) == [tuple(wild)]
     assert execute(wild, here, place, QUIET).keys() == {run.identity for run in wild}
     assert killed.times == 1
     for run in wild:
@@ -167,9 +166,11 @@ def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path
 
 
 def test_the_test_split_is_read_only_by_runs_that_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, losses_of, digits = [], outcome.losses_of, data.load("digits", 0)
+    seen, losses_of, digits = [], evaluation.losses_of, data.load("digits", 0)
     monkeypatch.setattr(
-        outcome, "losses_of", lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named)
+        evaluation,
+        "losses_of",
+        lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named),
     )
     runs = [dataclasses.replace(run, test=False) for run in grid(RUN, seeds=(0,))]
     assert all(result["test"] is None for result in batched.train(runs, Store(tmp_path)).values())
@@ -180,15 +181,15 @@ def test_the_test_split_is_read_only_by_runs_that_may(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("held", [{}, HELD], ids=["free", "held"])
 def test_steps_do_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     runs = grid(dataclasses.replace(RUN, optimizer=Optimizer("sgd", 0.01, momentum=0.5, **held)))
-    batch = batched._Batch(runs, Store(tmp_path), torch.device("cpu"), None)
-    batched._advance(batch, 1)
+    batch = batched.Batch(runs, Store(tmp_path), torch.device("cpu"), None)
+    batch.advance(1)
 
     def waits(*_: Any, **__: Any) -> None:
         pytest.fail("a step read a value from the device")
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    batched._advance(batch, 5)
+    batch.advance(5)
     monkeypatch.undo()
     assert batch.step == 5
     assert batch.losses[:, :5].isfinite().all()
@@ -203,14 +204,14 @@ def test_a_plan_batches_what_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         *(dataclasses.replace(run, estimator={"name": "feedback"}) for run in runs[:2]),
         dataclasses.replace(RUN, optimizer=Optimizer("adam", 0.01)),
     ]
-    assert batched.plan([*runs, trial, *others], here) == [(*runs, trial), *((run,) for run in others)]
-    own = here.folder(runs[1].identity)
-    own.mkdir()
-    (own / "checkpoint.pt").touch()
-    assert sorted(map(len, batched.plan(runs, here))) == [1, 3]
-    monkeypatch.setattr(batched, "LARGEST", 2)
-    (own / "checkpoint.pt").unlink()
-    assert sorted(map(len, batched.plan([*runs, trial], here))) == [1, 2, 2]
+    assert planning.plan([*runs, trial, *others], here) == [(*runs, trial), *((run,) for run in others)]
+    folder = here.folder(runs[1].identity)
+    folder.mkdir()
+    (folder / "checkpoint.pt").touch()
+    assert sorted(map(len, planning.plan(runs, here))) == [1, 3]
+    monkeypatch.setattr(planning, "LARGEST", 2)
+    (folder / "checkpoint.pt").unlink()
+    assert sorted(map(len, planning.plan([*runs, trial], here))) == [1, 2, 2]
 
 
 @pytest.mark.full
@@ -218,7 +219,7 @@ def test_execution_batches_on_request_alone_or_in_a_pool(tmp_path: Path, monkeyp
     runs = grid(dataclasses.replace(RUN, model="logistic", epochs=1))
     plain = execute(runs, Store(tmp_path / "plain"), Place(), QUIET)
     assert not any("replicas" in result for result in plain.values())
-    monkeypatch.setattr(batched, "LARGEST", 2)
+    monkeypatch.setattr(planning, "LARGEST", 2)
     for jobs in (1, 2):
         found = execute(runs, Store(tmp_path / str(jobs)), Place(jobs=jobs, batched=True), QUIET)
         assert {result["replicas"] for result in found.values()} <= {2, 4}

@@ -43,16 +43,16 @@ def test_a_run_in_graphs_is_the_run(tmp_path: Path, optimizer: Optimizer, estima
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_killed_run_in_graphs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, say, kills = dataclasses.replace(RUN, engine="compile"), loop.say, [20]
+    run, tell, kills = dataclasses.replace(RUN, engine="compile"), loop.write_status, [20]
     loop.train(run, tmp_path / "undisturbed")
 
-    def killed(state: Any, *rest: Any) -> None:
-        say(state, *rest)
-        if kills and state.step >= kills[0]:
+    def killed(training: Any, *rest: Any) -> None:
+        tell(training, *rest)
+        if kills and training.state.step >= kills[0]:
             kills.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "say", killed)
+    monkeypatch.setattr(loop, "write_status", killed)
     with pytest.raises(KeyboardInterrupt):
         loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
     loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)

@@ -18,8 +18,8 @@ from forwardgrad.lab.data import datasets as data
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run, stream
-from forwardgrad.lab.training import evaluation, loop, models, outcome
-from forwardgrad.lab.training.state import begin, build_optimizer, build_schedule
+from forwardgrad.lab.training import builders, divergence, evaluation, loop, models, schedule, training
+from forwardgrad.lab.training.training import Training
 from forwardgrad.objective import Objective
 from forwardgrad.optim.nesterov import Nesterov
 
@@ -94,7 +94,7 @@ def test_an_estimator_remembers_from_step_to_step_and_its_passes_are_counted(
 ) -> None:
     states = []
     finish = loop.finish
-    monkeypatch.setattr(loop, "finish", lambda run, dataset, state, *rest: states.append(state) or finish(run, dataset, state, *rest))
+    monkeypatch.setattr(loop, "finish", lambda training, *rest: states.append(training.state) or finish(training, *rest))
     result = loop.train(dataclasses.replace(RUN, estimator=remembering), tmp_path)
     assert int(states[0].memory["count"]) == result["steps"] == 51
     assert set(states[0].memory) == {"count", "model.1.weight", "model.1.bias"}
@@ -124,20 +124,20 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ) -> None:
     run = dataclasses.replace(RUN, estimator=estimator, optimizer=optimizer, epochs=4)
     loop.train(run, tmp_path / "undisturbed")
-    monkeypatch.setattr(loop, "FIRST_EVALUATIONS", (7,))  # other interruptions of the loop must not matter either
+    monkeypatch.setattr(schedule, "FIRST_EVALUATIONS", (7,))  # other interruptions of the loop must not matter either
     loop.train(run, tmp_path / "reference")
 
-    say, kills = loop.say, iter([7, 17, 51])
+    tell, kills = loop.write_status, iter([7, 17, 51])
     kill_at = next(kills)
 
-    def killed(state: Any, *rest: Any) -> None:
+    def killed(training: Training, *rest: Any) -> None:
         nonlocal kill_at
-        say(state, *rest)
-        if state.step >= kill_at:
+        tell(training, *rest)
+        if training.state.step >= kill_at:
             kill_at = next(kills, 10**9)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "say", killed)
+    monkeypatch.setattr(loop, "write_status", killed)
     interruptions = 0
     while not (tmp_path / "killed" / "result.json").exists():
         try:
@@ -207,23 +207,21 @@ def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name:
 
 def test_annealing_ends_at_zero_and_starts_at_the_rate() -> None:
     model = models.build("logistic", (1, 8, 8), 10)
-    optimizer = build_optimizer(Optimizer("sgd", 0.5, anneal=True), model)
-    schedule = build_schedule(Optimizer("sgd", 0.5, anneal=True), optimizer, 4)
+    optimizer = builders.optimizer(Optimizer("sgd", 0.5, anneal=True), model)
+    rate = builders.lr_schedule(Optimizer("sgd", 0.5, anneal=True), optimizer, 4)
     rates = []
     for _ in range(5):
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(rate.get_last_lr()[0])
         optimizer.step()
-        schedule.step()
+        rate.step()
     assert rates == pytest.approx([0.5, 0.25 + 0.25 / 2**0.5, 0.25, 0.25 - 0.25 / 2**0.5, 0.0], abs=1e-15)
 
 
 def test_the_relative_step_is_the_root_mean_square_of_those_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "CHECK_EVERY", 5)
+    monkeypatch.setattr(schedule, "CHECK_EVERY", 5)
     seen = []
-    measured = loop._measured
-    monkeypatch.setattr(
-        loop, "_measured", lambda run, data, state, **how: seen.append((state.step + 1, s := measured(run, data, state, **how))) or s
-    )
+    measured = Training.step_measured
+    monkeypatch.setattr(Training, "step_measured", lambda self, **how: seen.append((self.state.step + 1, s := measured(self, **how))) or s)
     loop.train(RUN, tmp_path)
     assert [step for step, _ in seen] == [5, 10, 15, 17, 20, 25, 30, 34, 35, 40, 45, 50, 51]
     parts = [[s for step, s in seen if low < step <= low + 17] for low in (0, 17, 34)]
@@ -243,7 +241,7 @@ def test_the_derivative_of_every_step_is_kept(tmp_path: Path, monkeypatch: pytes
 def test_watching_the_memory_changes_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = dataclasses.replace(RUN, model="mlp", estimator={"name": "feedback"}, optimizer=Optimizer("adam", 0.01))
     watched = loop.train(run, tmp_path / "watched")
-    monkeypatch.setattr(loop, "_watched", lambda run, dataset, state: loop._timed(run, dataset, state, state.step + 1))
+    monkeypatch.setattr(Training, "step_with_memory", lambda self: self.advance_timed(self.state.step + 1))
     plain = loop.train(run, tmp_path / "plain")
     assert plain.pop("peak_bytes") is None
     peak = watched.pop("peak_bytes")
@@ -265,8 +263,8 @@ def test_what_is_held_for_a_backward_pass_counts(tmp_path: Path) -> None:
 
 
 def test_the_watched_step_counts_as_long_as_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peak_bytes = loop.peak_bytes
-    monkeypatch.setattr(loop, "peak_bytes", lambda work, devices: time.sleep(0.5) or peak_bytes(work, devices))
+    peak_bytes = training.peak_bytes
+    monkeypatch.setattr(training, "peak_bytes", lambda work, devices: time.sleep(0.5) or peak_bytes(work, devices))
     assert loop.train(RUN, tmp_path)["seconds"] < 0.5  # three watched steps of 51
 
 
@@ -279,7 +277,7 @@ def test_an_unknown_estimator_is_told_before_anything_is_written(tmp_path: Path)
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = loop.train(RUN, tmp_path)
-    monkeypatch.setattr(loop, "_loop", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train_to_end", lambda *_: pytest.fail("trained again"))
     assert loop.train(RUN, tmp_path) == first
 
 
@@ -304,8 +302,8 @@ def test_a_run_that_explodes_is_a_result(tmp_path: Path) -> None:
 
 
 def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "STUCK_STEPS", 50)
-    monkeypatch.setattr(outcome, "STUCK_FACTOR", 0.01)
+    monkeypatch.setattr(divergence, "STUCK_STEPS", 50)
+    monkeypatch.setattr(divergence, "STUCK_FACTOR", 0.01)
     result = loop.train(dataclasses.replace(RUN, epochs=20), tmp_path)
     assert (result["status"], result["diverged_at"]) == ("diverged", 100)  # the first look after 50 steps
     assert result["reason"] == f"the loss stayed above {0.01 * math.log(10):.1f} for 50 steps"
@@ -313,9 +311,11 @@ def test_a_run_stuck_above_the_bound_is_a_result(tmp_path: Path, monkeypatch: py
 
 def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    losses_of = outcome.losses_of
+    losses_of = evaluation.losses_of
     monkeypatch.setattr(
-        outcome, "losses_of", lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named)
+        evaluation,
+        "losses_of",
+        lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named),
     )
     digits = data.load("digits", RUN.seed)
     assert loop.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
@@ -336,18 +336,18 @@ def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
 def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
     digits = data.load("digits", 0)
-    state = begin(run, digits, torch.device("cpu"))
-    loop.advance(run, digits, state, 1)
+    begun = Training.begin(run, digits, torch.device("cpu"))
+    begun.advance(1)
 
     def waits(*_: Any, **__: Any) -> None:
         pytest.fail("a step read a value from the device")
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    loop.advance(run, digits, state, 5)
+    begun.advance(5)
     monkeypatch.undo()
-    assert state.step == 5
-    assert state.losses[:5].isfinite().all()
+    assert begun.state.step == 5
+    assert begun.state.losses[:5].isfinite().all()
 
 
 def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:

@@ -47,16 +47,16 @@ def test_a_network_learns_in_bfloat16(tmp_path: Path, images: datasets.Dataset, 
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, images: datasets.Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
-    run, say, kills = made(method, epochs=3), loop.say, [4]
+    run, tell, kills = made(method, epochs=3), loop.write_status, [4]
     loop.train(run, tmp_path / "undisturbed")
 
-    def killed(state: Any, *rest: Any) -> None:
-        say(state, *rest)
-        if kills and state.step >= kills[0]:
+    def killed(training: Any, *rest: Any) -> None:
+        tell(training, *rest)
+        if kills and training.state.step >= kills[0]:
             kills.clear()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "say", killed)
+    monkeypatch.setattr(loop, "write_status", killed)
     with pytest.raises(KeyboardInterrupt):
         loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
     loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)

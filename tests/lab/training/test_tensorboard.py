@@ -108,12 +108,12 @@ def test_a_run_that_goes_on_within_a_second_is_read_after_what_it_goes_on_from(t
 SCRIPT = """
 import sys
 from pathlib import Path
-from forwardgrad.lab.training import loop as train, tensorboard
+from forwardgrad.lab.training import loop, tensorboard
 from forwardgrad.lab.studies import from_json
 import json
 tensorboard.NOTED_SECONDS = 0.0
 run, root = from_json(json.loads(sys.argv[2])), Path(sys.argv[1])
-train.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0.05)
+loop.train(run, root / "run", tensorboard=root / "boards", checkpoint_seconds=0.05)
 """
 
 

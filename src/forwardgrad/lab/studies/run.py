@@ -118,7 +118,7 @@ class Run:
     `engine` is how steps are taken (`forwardgrad.TrainingStep`): other engines than "eager" compute the same up to rounding.
     `steps`, where given, is how many optimizer steps the run takes, in place of `epochs`.
     `data`, `model`, `loss` (cross-entropy where it is None), the estimator's name and the optimizer's may be import paths of a user's own
-    (`forwardgrad.lab.training.parts` says what each has to be); `code` is then the digest of their source.
+    (`forwardgrad.lab.training.builders` says what each has to be); `code` is then the digest of their source.
     """
 
     data: str

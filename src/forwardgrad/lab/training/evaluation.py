@@ -1,4 +1,4 @@
-"""How good a network is: loss and accuracy over a whole split, and what the paper read off instead."""
+"""How good a network is: its loss and accuracy over a whole split, and the reading that the paper prints instead."""
 
 from __future__ import annotations
 
@@ -10,10 +10,31 @@ from torch import Tensor, nn
 
 from forwardgrad.lab import data
 from forwardgrad.lab.studies import Precision, stream
-from forwardgrad.lab.training.parts import Loss
+from forwardgrad.lab.training import builders
+from forwardgrad.lab.training.builders import Loss
 from forwardgrad.lab.training.precision import arranged, computing
+from forwardgrad.lab.training.training import Training
 
 PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
+
+
+def evaluate(training: Training) -> None:
+    """Add a row to a run's evaluations, of the validation split.
+
+    The relative step in it is the root mean square of those measured since the last row. The walk has its row of this step by then.
+    """
+    state = training.state
+    loss, accuracy = summary(losses_on(training, training.dataset.validation))
+    stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
+    epochs = state.step / training.schedule.per_epoch
+    state.evaluations.append([state.step, epochs, state.seconds, loss, accuracy, state.walk[-1][1], stride])
+    state.strides = []
+
+
+def losses_on(training: Training, split: data.Split) -> tuple[Tensor, Tensor]:
+    """The loss of every example of a split under a run's network as it is now, and whether each was classified rightly."""
+    run = training.run
+    return losses_of(training.state.model, training.dataset, split, run.precision, loss=builders.loss(run))
 
 
 @torch.no_grad()
@@ -53,6 +74,7 @@ def _right(output: object, labels: Tensor, classes: int) -> Tensor:
 
 
 def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The mean loss and the accuracy."""
     losses, right = measured
     return float(losses.mean()), float(right.double().mean())
 
@@ -73,4 +95,5 @@ def published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:
 
 
 def finite(value: float) -> float | None:
+    """A number as JSON can hold it: None where it is infinite or NaN."""
     return value if math.isfinite(value) else None

@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import Run
-from forwardgrad.lab.training.state import State, course
+from forwardgrad.lab.training.builders import lr_factor
+from forwardgrad.lab.training.training import Training
 
 NOTED_SECONDS = 1.0  # between two points of the training loss
 EVALUATED = ("validation/loss", "validation/accuracy", "walk/norm_growth", "walk/relative_step")  # from the fourth column of an evaluation
@@ -35,8 +36,9 @@ def installed() -> Any:
 class Board:
     """The events of one run; without a folder it takes everything and writes nothing."""
 
-    def __init__(self, folder: Path | None, run: Run, state: State) -> None:
-        self.run, self.state = run, state
+    def __init__(self, folder: Path | None, training: Training) -> None:
+        self.run, self.state = training.run, training.state
+        state = training.state
         self._writer = None
         if folder:
             _wait_for_a_later_name(folder)
@@ -64,7 +66,7 @@ class Board:
         self._evaluations, self._walk = len(state.evaluations), len(state.walk)
         if state.step > self._step and (evaluations or time.monotonic() - self._noted >= NOTED_SECONDS):
             self._write(("train/loss",), [float(state.losses[self._step : state.step].mean())], state.step)
-            rate = self.run.optimizer.lr * course(self.run.optimizer, len(state.losses))(state.step - 1)  # of the step just taken
+            rate = self.run.optimizer.lr * lr_factor(self.run.optimizer, len(state.losses))(state.step - 1)  # of the step just taken
             self._write(("train/learning_rate",), [rate], state.step)
             self._step, self._noted = state.step, time.monotonic()
             self._writer.flush()

@@ -224,10 +224,10 @@ def run_study(
 
 def _possible(arm: Arm, point: Point) -> bool:
     """Whether there is such a run: beyond an edge may lie what no optimizer and no estimator takes."""
-    from forwardgrad.lab.training import parts
+    from forwardgrad.lab.training import builders
 
     try:
-        parts.estimator(arm.at(point))
+        builders.estimator(arm.at(point))
     except UserError:
         return False
     return True

@@ -17,7 +17,7 @@ from forwardgrad.lab import environment
 from forwardgrad.lab.data import Dataset, Split
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.studies import BACKWARD, FURTHER, Arm, Pace, Run
-from forwardgrad.lab.training import advance, begin, evaluated_at, losses_of, parts, steps_per_epoch, total_steps
+from forwardgrad.lab.training import Schedule, Training, builders, losses_on
 from forwardgrad.lab.tuning.campaign import Campaign
 
 WARM_UP = 3  # untimed steps
@@ -44,20 +44,20 @@ def measure(run: Run, device: str = "cpu", data_dir: Path | None = None, threads
 
 
 def _measure(run: Run, on: torch.device, data_dir: Path | None) -> Pace:
-    dataset = parts.dataset(run, on, data_dir)
+    dataset = builders.dataset(run, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-        state = begin(run, dataset, on)
-        for step in range(1, WARM_UP + 1):
-            advance(run, dataset, state, step)
+        training = Training.begin(run, dataset, on)
+        state = training.state
+        training.advance(WARM_UP)
         seconds: list[float] = []
         passes, began = state.passes, time.perf_counter()
         while len(seconds) < TIMED and (len(seconds) < 3 or time.perf_counter() - began < LONGEST):
             start = time.perf_counter()
-            advance(run, dataset, state, state.step + 1)
+            training.advance(state.step + 1)
             seconds.append(time.perf_counter() - start)
         some = Split(dataset.validation.images[:EXAMPLES], dataset.validation.labels[:EXAMPLES])
         start = time.perf_counter()
-        losses_of(state.model, dataset, some, run.precision, loss=parts.loss(run))
+        losses_on(training, some)
         evaluation = (time.perf_counter() - start) * 1000 / len(some)
     made = (state.passes - passes) / len(seconds) + (BACKWARD if isinstance(state.estimator, Backprop) else 0)
     return Pace(statistics.median(seconds), made, evaluation)
@@ -89,7 +89,7 @@ def costs(campaign: Campaign, data_dir: Path | None = None) -> list[Cost]:
 
     @functools.cache
     def sizes(name: str) -> tuple[Dataset, int, int]:
-        dataset = parts.dataset(next(arm.run for arm in campaign.study.arms if arm.run.data == name), torch.device("cpu"), data_dir)
+        dataset = builders.dataset(next(arm.run for arm in campaign.study.arms if arm.run.data == name), torch.device("cpu"), data_dir)
         return dataset, len(dataset.validation), len(dataset.test)
 
     return [_cost(campaign, arm, sizes) for arm in campaign.study.arms]
@@ -111,12 +111,11 @@ def _sum(campaign: Campaign, runs: Iterable[Run], sizes: Callable[[str], tuple[D
     steps, seconds, passes = 0, 0.0, 0.0
     for run in runs:
         dataset, validation, test = sizes(run.data)
-        pace, total = campaign.pace(run), total_steps(run, dataset)
-        looks = len(evaluated_at(steps_per_epoch(run, dataset), total)) + 1
-        examples = looks * validation + (test if run.test else 0)
-        steps += total
-        seconds += total * pace.seconds + examples / 1000 * pace.evaluation
-        passes += total * pace.forward_passes
+        pace, schedule = campaign.pace(run), Schedule.of(run, len(dataset.train))
+        examples = (len(schedule.evaluations) + 1) * validation + (test if run.test else 0)
+        steps += schedule.total
+        seconds += schedule.total * pace.seconds + examples / 1000 * pace.evaluation
+        passes += schedule.total * pace.forward_passes
     return steps, seconds, passes
 
 

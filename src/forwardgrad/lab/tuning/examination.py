@@ -10,7 +10,7 @@ import torch
 from forwardgrad.lab.data import Dataset
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import Run, paced_alike
-from forwardgrad.lab.training import build_optimizer, parts
+from forwardgrad.lab.training import builders
 
 
 def examine(runs: Sequence[Run], data_dir: Path | None = None) -> None:
@@ -26,12 +26,12 @@ def examine(runs: Sequence[Run], data_dir: Path | None = None) -> None:
         for first, *others in alike.values():
             try:
                 if first.data not in datasets:
-                    datasets[first.data] = parts.dataset(first, torch.device("cpu"), data_dir)
-                model = parts.model(first, datasets[first.data])
-                parts.loss(first)
+                    datasets[first.data] = builders.dataset(first, torch.device("cpu"), data_dir)
+                model = builders.model(first, datasets[first.data])
+                builders.loss(first)
                 for run in (first, *others):
-                    parts.estimator(run)
-                    build_optimizer(run.optimizer, model)
+                    builders.estimator(run)
+                    builders.optimizer(run.optimizer, model)
             except (UserError, OSError):
                 raise
             except Exception as error:  # a user's own code can raise anything

@@ -14,7 +14,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import store
 from forwardgrad.lab.studies import import_path
 from forwardgrad.lab.studies.run import Optimizer, Run, from_json, to_json
-from forwardgrad.lab.training import parts as own
+from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.loop import train
 
 MODULE = """
@@ -203,7 +203,7 @@ def test_what_is_no_import_path_is_refused(wrong: str) -> None:
 
 def test_data_of_ones_own_are_split_by_the_seed(module: Callable[..., str]) -> None:
     name = module()
-    given = [own.dataset(described(name, seed=seed), torch.device("cpu")) for seed in (0, 0, 1)]
+    given = [builders.dataset(described(name, seed=seed), torch.device("cpu")) for seed in (0, 0, 1)]
     assert [len(split) for split in (given[0].train, given[0].validation, given[0].test)] == [100, 20, 10]
     assert given[0].classes == 2
     assert torch.equal(given[0].validation.images, given[1].validation.images)

@@ -1,8 +1,12 @@
-"""The parts of a run as objects: the laboratory's own, or a user's, each checked when it is made."""
+"""Builds what a run names: its data, model, loss, estimator and optimizer.
+
+A name is one of the laboratory's, or the import path of a user's own. What a user's own code makes is checked here.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,14 +17,16 @@ from torch import Tensor, nn
 from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.lab import data
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.studies import Optimizer, Run, import_path, is_path
+from forwardgrad.lab.studies import Optimizer, Run, import_path, is_path, stream
 from forwardgrad.lab.training import models
+from forwardgrad.lab.training.precision import arranged, computing
+from forwardgrad.optim import Nesterov
 
 Loss = Callable[[Any, Tensor], Tensor]
 HELD_OUT = 6  # where a user's data come without a validation split, one example of so many is held out for it
 
 
-class Given(data.Dataset):
+class UserDataset(data.Dataset):
     """A user's data: inputs go to the model as they are."""
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def dataset(run: Run, device: torch.device, data_dir: Any = None) -> data.Datase
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if not len(split):
             raise UserError(f"the {name} split of the data {run.data!r} is empty")
-    return Given(run.data, classes, train, validation, test)
+    return UserDataset(run.data, classes, train, validation, test)
 
 
 def _split(found: Any, name: str, path: str, device: torch.device) -> data.Split | None:
@@ -64,17 +70,23 @@ def _split(found: Any, name: str, path: str, device: torch.device) -> data.Split
     return data.Split(inputs.to(device), targets.to(device))
 
 
-def model(run: Run, given: data.Dataset) -> nn.Module:
+def model(run: Run, dataset: data.Dataset) -> nn.Module:
     """The network of a run. A user's is called without arguments or, where it requires two, with the shape of an input and the classes."""
     if not is_path(run.model):
-        return models.build(run.model, given.shape, given.classes)
+        return models.build(run.model, dataset.shape, dataset.classes)
     build = import_path.find(run.model, "model")
-    made = build(tuple(given.train.images.shape[1:]), given.classes) if _required(build) == 2 else build()
+    made = build(tuple(dataset.train.images.shape[1:]), dataset.classes) if _required(build) == 2 else build()
     if not isinstance(made, nn.Module):
         raise UserError(f"the model {run.model!r} makes {type(made).__name__}: it has to be or return a torch.nn.Module")
     if not any(p.requires_grad for p in made.parameters()):
         raise UserError(f"the model {run.model!r} has no parameter to train")
     return made
+
+
+def initialised_model(run: Run, dataset: data.Dataset, on: torch.device) -> nn.Module:
+    """The network of a run, initialised by its seed: the global generator is that of the run from here on."""
+    torch.manual_seed(stream(run.seed, "initialisation"))
+    return arranged(model(run, dataset).to(on), run.precision)
 
 
 def _required(build: Any) -> int:
@@ -91,6 +103,17 @@ def loss(run: Run) -> Loss:
     return F.cross_entropy if run.loss is None else import_path.find(run.loss, "loss")
 
 
+def batch_loss(run: Run) -> Callable[..., Tensor]:
+    """The loss of a run as a training step takes it: a function of model, images and labels, computed in the run's precision."""
+    measure = loss(run)
+
+    def of_batch(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with computing(run.precision, images.device):
+            return measure(model(images), labels)
+
+    return of_batch
+
+
 def estimator(run: Run) -> Estimator:
     """The estimator of a run; a user's is a class whose fields are the options of the description."""
     try:
@@ -104,7 +127,26 @@ def estimator(run: Run) -> Estimator:
     return made
 
 
-def optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+def generator(run: Run, on: torch.device) -> torch.Generator:
+    """The generator that a run draws its directions from."""
+    return torch.Generator(on).manual_seed(stream(run.seed, "directions"))
+
+
+def optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a run.
+
+    `fused` takes Adam's one kernel for a step: faster, and other bits than the plain form, which float32 runs keep.
+    """
+    if is_path(options.name):
+        return _users_optimizer(options, model)
+    if options.name == "sgd":
+        return torch.optim.SGD(model.parameters(), options.lr, momentum=options.momentum)
+    if options.name == "nesterov":
+        return Nesterov(model.parameters(), options.lr, options.momentum)
+    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2), fused=fused or None)
+
+
+def _users_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """A user's optimizer: called with the parameters, the learning rate and the options of the description."""
     try:
         made = import_path.find(options.name, "optimizer")(model.parameters(), lr=options.lr, **(options.options or {}))
@@ -113,3 +155,17 @@ def optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     if not isinstance(made, torch.optim.Optimizer):
         raise UserError(f"the optimizer {options.name!r} makes {type(made).__name__}: it has to be a torch.optim.Optimizer")
     return made
+
+
+def lr_schedule(options: Optimizer, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """What sets the learning rate before each of so many steps."""
+    if not options.anneal:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, math.exp(-options.decay))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(options, steps))
+
+
+def lr_factor(options: Optimizer, steps: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at each step of a run of so many."""
+    if not options.anneal:
+        return lambda step: math.exp(-options.decay * step)
+    return lambda step: math.exp(-options.decay * step) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,0 +1,40 @@
+"""When a run is beyond help: its loss is not finite, or stays far above that of guessing."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from forwardgrad.lab.training.training import Training
+
+STUCK_STEPS = 500  # a run whose loss stays above the bound for so many steps in a row, or half of a short run, has diverged ...
+STUCK_FACTOR = 20.0  # ... the bound being so many times the loss of guessing, ln(classes)
+FIRST = 10  # steps whose losses stand for that of guessing where targets are no classes
+
+
+def find_divergence(training: Training) -> str | None:
+    """Why the run is beyond help, None if it is not; cuts the run back to the step where that became certain."""
+    run, state = training.run, training.state
+    losses = state.losses[: state.step].cpu()
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        state.step = int(bad[0]) + 1
+        return "the loss is not finite"
+    bound = _bound(losses, 0 if run.loss else training.dataset.classes)
+    window = min(STUCK_STEPS, max(1, len(state.losses) // 2))
+    if state.step >= window and bool((losses[-window:] > bound).all()):
+        return f"the loss stayed above {bound:.1f} for {window} steps"
+    return None
+
+
+def _bound(losses: Tensor, classes: int) -> float:
+    """The loss above which a run is stuck: so many times that of guessing among classes.
+
+    Where there are none, as far above the mean of the first steps as so many times their size would be: a user's loss may be negative.
+    """
+    if classes > 1:
+        return STUCK_FACTOR * math.log(classes)
+    first = losses[:FIRST].double()
+    size = float(first.abs().mean())
+    return float(first.mean()) + (STUCK_FACTOR - 1) * size if size else math.inf

@@ -1,0 +1,81 @@
+"""What a run leaves in its folder when it ends: its tables and, last of all, its result."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from forwardgrad.lab import store
+from forwardgrad.lab.training import evaluation
+from forwardgrad.lab.training.evaluation import finite
+from forwardgrad.lab.training.training import Training
+
+WALKED = ("step", "norm_growth", "relative_step")
+EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
+
+
+def finish(training: Training, folder: Path, reason: str | None, replicas: int | None = None) -> dict[str, Any]:
+    """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs.
+
+    `reason` is why the run diverged. `replicas` is how many runs shared the seconds, where they were trained as one program.
+    """
+    state = training.state
+    validation_loss, validation_accuracy = _validation(training, reason)
+    test = _test(training) if training.run.test else None
+    _write_tables(training, folder)
+    result = {
+        "status": "diverged" if reason else "finished",
+        "reason": reason,
+        "diverged_at": state.step if reason else None,
+        "steps": state.step,
+        "epochs": state.step / training.schedule.per_epoch,
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "seconds": state.seconds,
+        "forward_passes": state.passes,
+        "peak_bytes": state.peak or None,
+        "initial_norm": finite(state.start),
+        "validation_loss": finite(validation_loss),
+        "validation_accuracy": finite(validation_accuracy),
+        "test": test,
+        **({"replicas": replicas} if replicas else {}),
+    }
+    store.write_result(folder, result)
+    for name in ("checkpoint.pt", "status.json"):
+        (folder / name).unlink(missing_ok=True)
+    return result
+
+
+def _validation(training: Training, reason: str | None) -> tuple[float, float]:
+    """Loss and accuracy on the validation split after the last step; those of an evaluation there are taken over."""
+    state = training.state
+    last = state.evaluations[-1] if state.evaluations and reason is None else None
+    if last is not None and last[0] == state.step:
+        return last[3], last[4]
+    return evaluation.summary(evaluation.losses_on(training, training.dataset.validation))
+
+
+def _test(training: Training) -> dict[str, Any]:
+    """The one look at the test split."""
+    measured = evaluation.losses_on(training, training.dataset.test)
+    loss, accuracy = evaluation.summary(measured)
+    return {
+        "loss": finite(loss),
+        "accuracy": finite(accuracy),
+        "examples": len(measured[0]),
+        **(evaluation.published_reading(measured[0], training.run.seed) if training.run.loss is None else {}),
+    }
+
+
+def _write_tables(training: Training, folder: Path) -> None:
+    """Write evaluations, walk, and the loss and derivative of every step; what came after a divergence is left out."""
+    state = training.state
+    rows = ([*map(int, row[:1]), *(finite(v) for v in row[1:])] for row in state.evaluations if row[0] <= state.step)
+    store.write_table(folder / "evaluations.csv", EVALUATED, rows)
+    walk = ([int(step), *map(finite, rest)] for step, *rest in state.walk if step <= state.step)
+    store.write_table(folder / "walk.csv", WALKED, walk)
+    columns = {"loss": state.losses[: state.step].tolist(), "derivative": state.derivatives[: state.step].tolist()}
+    if all(map(math.isnan, columns["derivative"])):
+        del columns["derivative"]
+    losses = ([i + 1, *(f"{value:.7g}" for value in values)] for i, values in enumerate(zip(*columns.values(), strict=True)))
+    store.write_table(folder / "losses.csv.gz", ["step", *columns], losses)
