@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from forwardgrad.estimators.base import Estimate
 from forwardgrad.lab import environment
-from forwardgrad.lab.data import datasets
+from forwardgrad.lab.data.datasets import load
+from forwardgrad.lab.data.splits import Dataset, Split
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import POLL_SECONDS
@@ -155,14 +156,14 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return medians[draws // 40], medians[-draws // 40]
 
 
-def prepared(options: argparse.Namespace) -> tuple[Run, datasets.Dataset]:
+def prepared(options: argparse.Namespace) -> tuple[Run, Dataset]:
     spec = parse_estimator(options.estimator)
     run = Run("mnist", options.model, spec, Optimizer(options.optimizer, 1e-6, 1e-6), 50, options.batch_size)
     if not options.empty:
-        return run, datasets.load("mnist", 0, "cpu", options.data_dir)
+        return run, load("mnist", 0, "cpu", options.data_dir)
     builders.initialised_model = lambda run, dataset, on: Nothing()
-    splits = [datasets.Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
-    return run, datasets.Dataset("none", 10, *splits)
+    splits = [Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
+    return run, Dataset("none", 10, *splits)
 
 
 def main() -> None:

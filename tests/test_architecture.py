@@ -25,7 +25,7 @@ CROWDED = 15  # modules in a room
 IMPORTERS = ("import_module", "__import__", "need")  # functions that import what their first argument names
 NAMES_ELSEWHERE = {  # modules that may import by a name that is no literal, and where those names can be read
     "forwardgrad._lazy": "the stub of a room",
-    "forwardgrad.lab.data.datasets": "the calls of need()",
+    "forwardgrad.lab.data.extras": "the calls of need()",
     "forwardgrad.lab.studies.import_path": "the import paths that a user writes",
     "forwardgrad.lab.studies.study_file": "the user's file",
 }

@@ -14,6 +14,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from forwardgrad.lab.data import datasets
+from forwardgrad.lab.data.cifar import PickledArray, parse_batch, read_cifar, unpickle
+from forwardgrad.lab.data.files import KNOWN, digest, folder, remedy, verify
+from forwardgrad.lab.data.mnist import read_mnist
+from forwardgrad.lab.data.splits import Dataset, divide
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import run
 
@@ -44,7 +48,7 @@ def write(root: Path, files: dict[str, bytes], packed: bool) -> Path:
 
 
 def read_small(root: Path, known: dict[str, str] | None = None) -> list[torch.Tensor]:
-    train, test = datasets.read_mnist(root, COUNTS, SIZE, known or {})
+    train, test = read_mnist(root, COUNTS, SIZE, known or {})
     return [train.images, train.labels, test.images, test.labels]
 
 
@@ -71,7 +75,7 @@ def test_pixels_lie_in_zero_to_one_and_reach_both_ends() -> None:
     pixels = digits.pixels(digits.train.images)
     assert pixels.dtype == torch.float32
     assert (pixels.min(), pixels.max()) == (0, 1)
-    other = datasets.Dataset("mnist", 10, digits.train, digits.validation, digits.test)
+    other = Dataset("mnist", 10, digits.train, digits.validation, digits.test)
     assert torch.equal(other.pixels(torch.tensor([0, 51, 255], dtype=torch.uint8)), torch.tensor([0, 0.2, 1]))
 
 
@@ -85,7 +89,7 @@ def test_the_seed_decides_the_split_and_the_global_generator_is_left_alone() -> 
     assert not torch.equal(first.train.images, other.train.images)
     assert torch.equal(first.test.images, other.test.images)  # no seed sees another's test images in training
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(run.stream(0, "split")))
-    parts = datasets.divide(torch.arange(1797), torch.arange(1797), (1077, 360, 360), seed=0)
+    parts = divide(torch.arange(1797), torch.arange(1797), (1077, 360, 360), seed=0)
     assert torch.equal(torch.cat([p.images for p in parts]), order)
     assert all(torch.equal(p.images, p.labels) for p in parts)
 
@@ -106,14 +110,14 @@ def test_the_folder_is_the_argument_then_the_variable_then_the_cache(tmp_path: P
     monkeypatch.setenv("FORWARDGRAD_DATA", str(tmp_path / "variable"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert datasets.folder(tmp_path / "argument") == tmp_path / "argument"
-    assert datasets.folder() == tmp_path / "variable"
+    assert folder(tmp_path / "argument") == tmp_path / "argument"
+    assert folder() == tmp_path / "variable"
     monkeypatch.setenv("FORWARDGRAD_DATA", "")
-    assert datasets.folder() == tmp_path / "cache/forwardgrad"
+    assert folder() == tmp_path / "cache/forwardgrad"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert datasets.folder() == tmp_path / ".cache/forwardgrad"
-    assert datasets.folder("~/here") == tmp_path / "here"
+    assert folder() == tmp_path / ".cache/forwardgrad"
+    assert folder("~/here") == tmp_path / "here"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pooch asks Windows itself, not the environment")
@@ -122,13 +126,13 @@ def test_the_cache_folder_is_the_one_pooch_would_choose(tmp_path: Path, monkeypa
     monkeypatch.delenv("FORWARDGRAD_DATA", raising=False)
     for cache in (str(tmp_path), ""):
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
-        assert datasets.folder() == Path(pooch.os_cache("forwardgrad"))
+        assert folder() == Path(pooch.os_cache("forwardgrad"))
 
 
 def test_the_remedy_names_the_folder_only_when_it_is_not_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORWARDGRAD_DATA", str(tmp_path))
-    assert datasets.remedy("mnist", tmp_path) == "forwardgrad data fetch mnist"
-    assert datasets.remedy("cifar10", tmp_path / "a b") == f"forwardgrad data fetch cifar10 --data-dir '{tmp_path}/a b'"
+    assert remedy("mnist", tmp_path) == "forwardgrad data fetch mnist"
+    assert remedy("cifar10", tmp_path / "a b") == f"forwardgrad data fetch cifar10 --data-dir '{tmp_path}/a b'"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -200,7 +204,7 @@ def test_damage_anywhere_is_an_error_or_harmless(tmp_path: Path, relative: str, 
     at = int(where * len(content))
     content[at] ^= bits
     path.write_bytes(content if bits else content[:at])
-    known = {name: datasets.digest(c) for name, c in files.items()}
+    known = {name: digest(c) for name, c in files.items()}
     for checked in (known, {}):
         try:
             found = read_small(root, checked)
@@ -251,7 +255,7 @@ def batch(n: int = 3, protocol: int = 4, **change: object) -> bytes:
 
 
 def test_a_batch_is_read_as_written() -> None:
-    split = datasets.parse_batch(batch(3), 3)
+    split = parse_batch(batch(3), 3)
     assert np.array_equal(split.images.reshape(3, -1).numpy(), np.random.default_rng(3).integers(0, 256, (3, 3072)))
     assert split.images.shape == (3, 3, 32, 32)
     assert split.labels.tolist() == [0, 1, 2]
@@ -276,7 +280,7 @@ def test_a_batch_is_read_as_written() -> None:
 )
 def test_a_batch_of_another_form_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="it does not hold"):
-        datasets.parse_batch(batch(3, **change), 3)
+        parse_batch(batch(3, **change), 3)
 
 
 class Call:
@@ -294,7 +298,7 @@ class Call:
 def test_a_pickle_cannot_call_anything(tmp_path: Path, function: object, protocol: int) -> None:
     harmful = pickle.dumps(Call(function, f"touch {tmp_path / 'made'}"), protocol=protocol)
     with pytest.raises(ValueError, match=r"it asks for .*, which no data file needs"):
-        datasets.unpickle(harmful)
+        unpickle(harmful)
     assert not (tmp_path / "made").exists()
     if function is os.system:
         pickle.loads(harmful)
@@ -304,10 +308,15 @@ def test_a_pickle_cannot_call_anything(tmp_path: Path, function: object, protoco
 def test_pickled_arrays_are_not_handed_to_numpy() -> None:
     """Not even numpy's own constructors run, which a forged pickle could give a false size."""
     for allowed in (b"numpy\nndarray", b"numpy\ndtype", b"numpy.core.multiarray\n_reconstruct", b"numpy._core.multiarray\n_reconstruct"):
-        assert isinstance(datasets.unpickle(b"c" + allowed + b"\n(I999999999999\ntR."), datasets._Array)
-    for refused in (b"numpy\nload", b"numpy\nndarray.tofile", b"numpy.core.multiarray\nfromfile", b"forwardgrad.lab.data.datasets\n_Array"):
+        assert isinstance(unpickle(b"c" + allowed + b"\n(I999999999999\ntR."), PickledArray)
+    for refused in (
+        b"numpy\nload",
+        b"numpy\nndarray.tofile",
+        b"numpy.core.multiarray\nfromfile",
+        b"forwardgrad.lab.data.cifar\nPickledArray",
+    ):
         with pytest.raises(ValueError, match="it asks for"):
-            datasets.unpickle(b"c" + refused + b"\n.")
+            unpickle(b"c" + refused + b"\n.")
 
 
 def test_persistent_ids_and_garbage_are_refused() -> None:
@@ -319,46 +328,46 @@ def test_persistent_ids_and_garbage_are_refused() -> None:
     Persistent(stream).dump(["outside"])
     for content in (stream.getvalue(), b"", b"<html>", batch()[:-20], b"\x80\x04]."[:-1]):
         with pytest.raises(ValueError, match="it cannot be unpickled"):
-            datasets.unpickle(content)
+            unpickle(content)
 
 
 def small_cifar(root: Path) -> dict[str, str]:
     known = {}
-    for i, relative in enumerate(datasets.KNOWN["cifar10"]):
+    for i, relative in enumerate(KNOWN["cifar10"]):
         (root / relative).parent.mkdir(exist_ok=True)
         (root / relative).write_bytes(batch(3, labels=[i, i, i]))
-        known[relative] = datasets.digest((root / relative).read_bytes())
+        known[relative] = digest((root / relative).read_bytes())
     return known
 
 
 def test_cifar_files_are_read_in_order_and_checked_before_they_are_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = small_cifar(tmp_path)
-    train, test = datasets.read_cifar(tmp_path, 3, known)
+    train, test = read_cifar(tmp_path, 3, known)
     assert train.labels.tolist() == [i for i in range(5) for _ in range(3)]
     assert test.labels.tolist() == [5, 5, 5]
-    monkeypatch.setattr(datasets, "unpickle", lambda content: pytest.fail("interpreted before it was checked"))
+    monkeypatch.setattr("forwardgrad.lab.data.cifar.unpickle", lambda content: pytest.fail("interpreted before it was checked"))
     with pytest.raises(
         UserError,
         match=r"data_batch_1 is damaged or of another data set \(its checksum is wrong\): run `forwardgrad data fetch cifar10 --data-dir",
     ):
-        datasets.read_cifar(tmp_path, 3)
+        read_cifar(tmp_path, 3)
 
 
 def test_verify_tells_ok_missing_and_damaged_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {state for _, state in datasets.verify(tmp_path)} == {"missing"}
-    assert len(datasets.verify(tmp_path)) == 11
+    assert {state for _, state in verify(tmp_path)} == {"missing"}
+    assert len(verify(tmp_path)) == 11
     files = small_mnist()
-    known = {"mnist": {name: datasets.digest(content) for name, content in files.items()}, "cifar10": small_cifar(tmp_path)}
-    monkeypatch.setattr(datasets, "KNOWN", known)
+    known = {"mnist": {name: digest(content) for name, content in files.items()}, "cifar10": small_cifar(tmp_path)}
+    monkeypatch.setattr("forwardgrad.lab.data.files.KNOWN", known)
     write(tmp_path, files, packed=True)
-    assert {state for _, state in datasets.verify(tmp_path)} == {"ok"}
+    assert {state for _, state in verify(tmp_path)} == {"ok"}
     (tmp_path / f"{TRAIN_IMAGES}.gz").unlink()
     write(tmp_path, {TRAIN_IMAGES: files[TRAIN_IMAGES]}, packed=False)
     (tmp_path / f"{TRAIN_LABELS}.gz").write_bytes(b"no gzip")
     (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte.gz").unlink()
     with (tmp_path / "cifar-10-batches-py/batches.meta").open("ab") as file:
         file.write(b"more")
-    states = dict(datasets.verify(tmp_path))
+    states = dict(verify(tmp_path))
     assert states.pop(TRAIN_IMAGES) == "ok"
     assert states.pop(f"{TRAIN_LABELS}.gz") == "damaged"
     assert states.pop("MNIST/raw/t10k-labels-idx1-ubyte.gz") == "missing"
@@ -368,11 +377,11 @@ def test_verify_tells_ok_missing_and_damaged_apart(tmp_path: Path, monkeypatch: 
 
 
 def test_the_published_files_are_known(data_dir: Path) -> None:
-    assert {state for _, state in datasets.verify(data_dir)} == {"ok"}
+    assert {state for _, state in verify(data_dir)} == {"ok"}
 
 
 def test_published_mnist_unpacked_loads_too(data_dir: Path, tmp_path: Path) -> None:
-    for name in datasets.KNOWN["mnist"]:
+    for name in KNOWN["mnist"]:
         packed = data_dir / f"{name}.gz"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(gzip.decompress(packed.read_bytes()) if packed.exists() else (data_dir / name).read_bytes())

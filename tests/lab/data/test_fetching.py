@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forwardgrad.lab.data import datasets, fetching
+from forwardgrad.lab.data import fetching
+from forwardgrad.lab.data.files import KNOWN, digest, file_state
 from forwardgrad.lab.errors import UserError
 
 pytest.importorskip("pooch")
@@ -88,7 +89,7 @@ def dead() -> Iterator[str]:
 
 
 def source(*urls: str, packed: bytes = PACKED) -> fetching.Source:
-    return fetching.Source(f"{FILE}.gz", len(packed), datasets.digest(packed), urls, {FILE: datasets.digest(CONTENT)})
+    return fetching.Source(f"{FILE}.gz", len(packed), digest(packed), urls, {FILE: digest(CONTENT)})
 
 
 def files(root: Path) -> list[str]:
@@ -123,7 +124,7 @@ def test_a_damaged_file_is_replaced(server: Server, tmp_path: Path, old: str) ->
     (tmp_path / old).parent.mkdir(parents=True)
     (tmp_path / old).write_bytes(b"damaged")
     get(tmp_path, source(server.url + "good.gz"))
-    assert datasets.state(tmp_path, "mnist", FILE, datasets.digest(CONTENT)) == (f"{FILE}.gz", "ok")
+    assert file_state(tmp_path, "mnist", FILE, digest(CONTENT)) == (f"{FILE}.gz", "ok")
 
 
 def test_a_good_unpacked_file_is_enough(dead: str, tmp_path: Path) -> None:
@@ -294,8 +295,8 @@ def tar(members: dict[str, bytes | str]) -> bytes:
 
 def archive(server: Server, members: dict[str, bytes | str]) -> fetching.Source:
     packed = server.files["a.tar.gz"] = tar(members)
-    known = {name: datasets.digest(content) for name, content in MEMBERS.items()}
-    return fetching.Source("a.tar.gz", len(packed), datasets.digest(packed), (server.url + "a.tar.gz",), known)
+    known = {name: digest(content) for name, content in MEMBERS.items()}
+    return fetching.Source("a.tar.gz", len(packed), digest(packed), (server.url + "a.tar.gz",), known)
 
 
 def get_archive(root: Path, wanted: fetching.Source) -> tuple[str, ...]:
@@ -347,7 +348,7 @@ def test_a_wrong_member_is_refused(server: Server, tmp_path: Path, change: dict[
 
 
 def test_a_member_too_large_is_not_unpacked(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "LARGEST", 1100)
+    monkeypatch.setattr("forwardgrad.lab.data.files.LARGEST", 1100)
     with pytest.raises(UserError, match="lacks cifar-10-batches-py/data_batch_1:"):
         get_archive(tmp_path, archive(server, dict(MEMBERS)))
     assert files(tmp_path) == ["a.tar.gz", "cifar-10-batches-py/test_batch"]
@@ -357,15 +358,15 @@ def test_a_member_too_large_is_not_unpacked(server: Server, tmp_path: Path, monk
 def test_an_archive_that_cannot_be_read_is_one_sentence(server: Server, tmp_path: Path, damage: str) -> None:
     wanted = archive(server, dict(MEMBERS))
     packed = server.files["a.tar.gz"] = {"cut": server.files["a.tar.gz"][:-30], "no archive": b"<html>"}[damage]
-    wanted = dataclasses.replace(wanted, size=len(packed), md5=datasets.digest(packed))
+    wanted = dataclasses.replace(wanted, size=len(packed), md5=digest(packed))
     with pytest.raises(UserError, match=r"a\.tar\.gz cannot be unpacked safely"):
         get_archive(tmp_path, wanted)
 
 
 def test_the_official_sources_provide_exactly_the_known_files() -> None:
-    assert set(fetching.SOURCES) == set(datasets.KNOWN)
+    assert set(fetching.SOURCES) == set(KNOWN)
     for name, sources in fetching.SOURCES.items():
-        assert {key: md5 for s in sources for key, md5 in s.contents.items()} == datasets.KNOWN[name]
+        assert {key: md5 for s in sources for key, md5 in s.contents.items()} == KNOWN[name]
         assert all(url.endswith(f"/{Path(s.file).name}") and url.startswith("https://") for s in sources for url in s.urls)
 
 
@@ -373,4 +374,4 @@ def test_the_official_mnist_downloads_are_the_published_files(data_dir: Path) ->
     for wanted in fetching.SOURCES["mnist"]:
         if (data_dir / wanted.file).exists():
             packed = (data_dir / wanted.file).read_bytes()
-            assert (len(packed), datasets.digest(packed)) == (wanted.size, wanted.md5)
+            assert (len(packed), digest(packed)) == (wanted.size, wanted.md5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from forwardgrad.lab.data import datasets
+from forwardgrad.lab.data.splits import Dataset, Split
 from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import evaluation, loop, precision
@@ -17,15 +17,15 @@ METHODS = [{"name": "backprop"}, LOCAL]
 
 
 @pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> datasets.Dataset:
+def images(monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Ten bright places on dark images of MNIST's size, in place of every data set."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(320) % 10
     pixels = torch.randint(0, 60, (320, 1, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(pixels, labels.tolist(), strict=True):
         image[0, 5 * (label // 2) + 3 : 5 * (label // 2) + 7, 14 * (label % 2) + 4 : 14 * (label % 2) + 9] = 255
-    cuts = [datasets.Split(pixels[start:stop], labels[start:stop]) for start, stop in ((0, 192), (192, 256), (256, 320))]
-    dataset = datasets.Dataset("mnist", 10, *cuts)
+    cuts = [Split(pixels[start:stop], labels[start:stop]) for start, stop in ((0, 192), (192, 256), (256, 320))]
+    dataset = Dataset("mnist", 10, *cuts)
     monkeypatch.setattr("forwardgrad.lab.data.load", lambda *_: dataset)
     return dataset
 
@@ -35,7 +35,7 @@ def made(method: dict[str, Any], kind: Any = "bfloat16", epochs: int = 8) -> Run
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
-def test_a_network_learns_in_bfloat16(tmp_path: Path, images: datasets.Dataset, method: dict[str, Any]) -> None:
+def test_a_network_learns_in_bfloat16(tmp_path: Path, images: Dataset, method: dict[str, Any]) -> None:
     results = {kind: loop.train(made(method, kind), tmp_path / kind) for kind in ("float32", "bfloat16")}
     assert all(result["test"]["accuracy"] > 0.9 for result in results.values())
     first = [store.read_table(tmp_path / kind / "losses.csv.gz")["loss"][0] for kind in results]
@@ -45,7 +45,7 @@ def test_a_network_learns_in_bfloat16(tmp_path: Path, images: datasets.Dataset, 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
 def test_a_killed_run_goes_on_to_the_same_bits(
-    tmp_path: Path, images: datasets.Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
+    tmp_path: Path, images: Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
     run, tell, kills = made(method, epochs=3), loop.write_status, [4]
     loop.train(run, tmp_path / "undisturbed")
@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def test_layers_compute_in_bfloat16_and_parameters_and_losses_do_not(images: datasets.Dataset) -> None:
+def test_layers_compute_in_bfloat16_and_parameters_and_losses_do_not(images: Dataset) -> None:
     model = precision.arranged(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 10)), "bfloat16")
     seen: list[torch.dtype] = []
     model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

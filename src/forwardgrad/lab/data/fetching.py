@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from forwardgrad.lab.data import datasets
-from forwardgrad.lab.data.datasets import need
+from forwardgrad.lab.data import files
+from forwardgrad.lab.data.extras import need
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import run
 
@@ -23,7 +23,7 @@ Report = Callable[[int], None]  # told how many bytes are there by now
 
 @dataclass(frozen=True)
 class Source:
-    """One download. `contents` gives the md5 of every file that it provides once unpacked, as in `data.KNOWN`."""
+    """One download. `contents` gives the md5 of every file that it provides once unpacked, as in `files.KNOWN`."""
 
     file: str
     size: int
@@ -40,7 +40,7 @@ def _mnist(part: str, size: int, md5: str) -> Source:
     unpacked = f"MNIST/raw/{part}-ubyte"
     mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
     urls = tuple(f"{mirror}{part}-ubyte.gz" for mirror in mirrors)
-    return Source(f"{unpacked}.gz", size, md5, urls, {unpacked: datasets.KNOWN["mnist"][unpacked]})
+    return Source(f"{unpacked}.gz", size, md5, urls, {unpacked: files.KNOWN["mnist"][unpacked]})
 
 
 SOURCES: Mapping[str, tuple[Source, ...]] = {
@@ -57,7 +57,7 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
             170_498_071,
             "c58f30108f718f92721af3b95e74349a",
             ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
-            datasets.KNOWN["cifar10"],
+            files.KNOWN["cifar10"],
         ),
     ),
 }
@@ -70,7 +70,7 @@ class _Failed(Exception):
 def fetch(name: str, data_dir: Path | str | None = None, progress: bool = True, sources: Sequence[Source] | None = None) -> tuple[str, ...]:
     """Brings what is missing or damaged of a data set into the data folder; returns the names of the files it downloaded."""
     run.check_choice(name, run.DataName, "data set")
-    root = datasets.folder(data_dir)
+    root = files.folder(data_dir)
     wanted = [source for source in (SOURCES[name] if sources is None else sources) if not _present(source, name, root)]
     if wanted:
         with _bars(progress) as bar:
@@ -80,7 +80,7 @@ def fetch(name: str, data_dir: Path | str | None = None, progress: bool = True, 
 
 
 def _present(source: Source, name: str, root: Path) -> bool:
-    return all(datasets.state(root, name, relative, md5)[1] == "ok" for relative, md5 in source.contents.items())
+    return all(files.file_state(root, name, relative, md5)[1] == "ok" for relative, md5 in source.contents.items())
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def _bars(show: bool) -> Iterator[Callable[[Source], Report]]:
 
 def _bring(source: Source, name: str, root: Path, report: Report) -> None:
     target = root / source.file
-    again = f"run `{datasets.remedy(name, root)}` again"
+    again = f"run `{files.remedy(name, root)}` again"
     try:
         kept = target.exists()
         _retrieve(source, target, report, again)
@@ -200,11 +200,11 @@ def _unpack(source: Source, archive: Path, root: Path, again: str) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             members = [tarfile.data_filter(member, str(root)) for member in tar]
             for member in members:
-                if member.name not in lacking or not member.isreg() or member.size > datasets.LARGEST:
+                if member.name not in lacking or not member.isreg() or member.size > files.LARGEST:
                     continue
                 file = tar.extractfile(member)
                 content = file.read() if file else b""
-                if datasets.digest(content) != lacking.pop(member.name):
+                if files.digest(content) != lacking.pop(member.name):
                     raise UserError(f"{member.name} in {archive} has a wrong checksum: delete {archive}, then {again}")
                 _write_whole(root / member.name, content)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
