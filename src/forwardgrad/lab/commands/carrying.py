@@ -47,14 +47,12 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
 
 def show_cost(study: Study, out: Path, place: Place) -> None:
     """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
-    from forwardgrad.lab.environment import command
-    from forwardgrad.lab.tuning import costs, table
+    from forwardgrad.lab.tuning import Planner, costs, table
 
     check(place)
     with tempfile.TemporaryDirectory() as away:
         store = Store(out if (out / "runs").is_dir() else Path(away))
-        campaign = Campaign(study, store, lambda runs: {}, command(), _pace(place))
-        print(table(costs(campaign, place.data_dir), place))
+        print(table(costs(Planner(study, store, _pace(place)), place.data_dir), place))
     if words := place.crowded:
         print(words)
 

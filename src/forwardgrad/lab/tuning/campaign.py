@@ -1,6 +1,6 @@
 """A study carried out: every arm tuned on validation data, each winner trained on fresh seeds, and a record of which run was what.
 
-Of training it knows two functions that it is given: one that executes runs, one that says what a step of a run costs. Loads without torch.
+Of training it knows the functions that it is given: one executes runs, one says what a step of a run costs. Loads without torch.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, records, write_json
-from forwardgrad.lab.studies import SCHEMA, Arm, Pace, Point, Run, Study, check, paced_alike, space, unpaced
+from forwardgrad.lab.studies import SCHEMA, Arm, Pace, Point, Run, Study, space, unpaced
+from forwardgrad.lab.tuning.planner import Planner, Trial
 
 Results = dict[str, dict[str, Any]]
 Execute = Callable[[Sequence[Run]], Results]
 ASKED = 4  # points that Optuna is asked for at a time: a fixed number, so that the same study asks the same wherever it runs
 
-Trial = tuple[Point, Run]
-
 
 @dataclass
-class Standing:
+class ArmProgress:
     """What is known of an arm so far. `no_winner` says why none of its points was chosen."""
 
     arm: Arm
@@ -48,15 +47,14 @@ class Campaign:
         pace: Callable[[Run], Pace] = unpaced,
         examine: Callable[[Sequence[Run]], None] = lambda runs: None,
     ) -> None:
-        check(study)
+        self.planner = Planner(study, store, pace)
         self.study, self.store, self.execute, self.command = study, store, execute, command
         self.record_name: str | None = None  # once there is a record
         self.names: dict[str, str] = {}
-        self.arms = [Standing(arm) for arm in study.arms]
+        self.arms = [ArmProgress(arm) for arm in study.arms]
         self.results: Results = {}
-        self._measure, self._examine, self._planned = pace, examine, False
+        self._examine, self._planned = examine, False
         self._good: set[str] = set()  # runs that were examined
-        self.paces = records.paces(store, study.name)
 
     def plan(self) -> None:
         """Plan every run that is known before the first one is trained; UserError where one of them cannot begin. Writes nothing."""
@@ -88,21 +86,13 @@ class Campaign:
             self.results |= self.execute(finals)
         return self.record()
 
-    def pace(self, run: Run) -> Pace:
-        """What a step costs, measured once for all runs whose steps cost the same, and stored."""
-        key = paced_alike(run)
-        if key not in self.paces:
-            self.paces[key] = dataclasses.asdict(self._measure(run))
-        return Pace(**self.paces[key])
+    def _plan(self, state: ArmProgress, points: Sequence[Point]) -> None:
+        planned = self.planner.trials(state.arm, points)
+        self.names |= {run.identity: f"{state.arm.name} trial {_short(point)}" for point, run in planned}
+        state.trials += planned
 
-    def _plan(self, state: Standing, points: Sequence[Point]) -> None:
-        for point in points:
-            run = self.study.trial(state.arm, point, self.pace)
-            self.names[run.identity] = f"{state.arm.name} trial {_short(point)}"
-            state.trials.append((point, run))
-
-    def _finals(self, state: Standing) -> list[Run]:
-        runs = [self.study.final(state.arm, state.chosen["values"], seed, self.pace) for seed in range(self.study.seeds)]
+    def _finals(self, state: ArmProgress) -> list[Run]:
+        runs = self.planner.finals(state.arm, state.chosen["values"])
         self.names |= {run.identity: f"{state.arm.name} seed {seed}" for seed, run in enumerate(runs)}
         return runs
 
@@ -153,7 +143,7 @@ class Campaign:
             planned = planned or equal > 0
         return planned
 
-    def _further(self, state: Standing, best: Point) -> list[Point]:
+    def _further(self, state: ArmProgress, best: Point) -> list[Point]:
         tried, possible = [point for point, _ in state.trials], functools.partial(_possible, state.arm)
         return space.further(state.arm.space, tried, best, possible)
 
@@ -173,13 +163,13 @@ class Campaign:
                 **({"of": self.study.name} if further else {}),
                 "title": title,
                 "seeds": self.study.seeds,
-                **({"paces": self.paces} if self.paces else {}),
+                **({"paces": self.planner.paces} if self.planner.paces else {}),
                 "arms": arms,
             }
             write_json(path, record)
         return record
 
-    def _described(self, state: Standing) -> dict[str, Any]:
+    def _described(self, state: ArmProgress) -> dict[str, Any]:
         arm, study = state.arm, self.study
         return {
             "name": arm.name,
@@ -200,7 +190,7 @@ class Campaign:
             **({"epochs": arm.run.epochs} if not study.training and arm.run.steps is None else {}),
         }
 
-    def _budget(self, state: Standing) -> dict[str, Any]:
+    def _budget(self, state: ArmProgress) -> dict[str, Any]:
         """What an arm may spend on tuning: planned trials, those of widening among them, and how long each is."""
         return {"trials": max(self.study.budget(state.arm), len(state.trials)), **self.study.tuning.given}
 

@@ -18,7 +18,7 @@ from forwardgrad.lab.data import Dataset, Split
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.studies import BACKWARD, FURTHER, Arm, Pace, Run
 from forwardgrad.lab.training import Schedule, Training, builders, losses_on
-from forwardgrad.lab.tuning.campaign import Campaign
+from forwardgrad.lab.tuning.planner import Planner
 
 WARM_UP = 3  # untimed steps
 TIMED = 12  # steps whose median counts ...
@@ -81,7 +81,7 @@ class Cost:
     further_seconds: float = 0.0
 
 
-def costs(campaign: Campaign, data_dir: Path | None = None) -> list[Cost]:
+def costs(planner: Planner, data_dir: Path | None = None) -> list[Cost]:
     """The cost of every arm, from the pace of its runs; where hyperparameters change what a step costs, of each of them.
 
     Where points are not known beforehand, and for final runs, the arm's own run stands for all.
@@ -89,29 +89,29 @@ def costs(campaign: Campaign, data_dir: Path | None = None) -> list[Cost]:
 
     @functools.cache
     def sizes(name: str) -> tuple[Dataset, int, int]:
-        dataset = builders.dataset(next(arm.run for arm in campaign.study.arms if arm.run.data == name), torch.device("cpu"), data_dir)
+        dataset = builders.dataset(next(arm.run for arm in planner.study.arms if arm.run.data == name), torch.device("cpu"), data_dir)
         return dataset, len(dataset.validation), len(dataset.test)
 
-    return [_cost(campaign, arm, sizes) for arm in campaign.study.arms]
+    return [_cost(planner, arm, sizes) for arm in planner.study.arms]
 
 
-def _cost(campaign: Campaign, arm: Arm, sizes: Callable[[str], tuple[Dataset, int, int]]) -> Cost:
-    study = campaign.study
+def _cost(planner: Planner, arm: Arm, sizes: Callable[[str], tuple[Dataset, int, int]]) -> Cost:
+    study = planner.study
     points = study.points(arm) or [{} for _ in range(study.budget(arm))]
-    trials = [study.trial(arm, point, campaign.pace) for point in points]
-    finals = [study.final(arm, {}, seed, campaign.pace) for seed in range(study.seeds)]
-    tuning, training = (_sum(campaign, runs, sizes) for runs in (trials, finals))
+    trials = [run for _, run in planner.trials(arm, points)]
+    finals = planner.finals(arm, {})
+    tuning, training = (_sum(planner, runs, sizes) for runs in (trials, finals))
     further = study.widen * FURTHER if trials else 0
-    more = _sum(campaign, trials[:1] * further, sizes)[1]
+    more = _sum(planner, trials[:1] * further, sizes)[1]
     steps, passes = tuning[0] + training[0], tuning[2] + training[2]
     return Cost(arm.name, len(trials), len(finals), steps, tuning[1], training[1], passes, further, more)
 
 
-def _sum(campaign: Campaign, runs: Iterable[Run], sizes: Callable[[str], tuple[Dataset, int, int]]) -> tuple[int, float, float]:
+def _sum(planner: Planner, runs: Iterable[Run], sizes: Callable[[str], tuple[Dataset, int, int]]) -> tuple[int, float, float]:
     steps, seconds, passes = 0, 0.0, 0.0
     for run in runs:
         dataset, validation, test = sizes(run.data)
-        pace, schedule = campaign.pace(run), Schedule.of(run, len(dataset.train))
+        pace, schedule = planner.pace(run), Schedule.of(run, len(dataset.train))
         examples = (len(schedule.evaluations) + 1) * validation + (test if run.test else 0)
         steps += schedule.total
         seconds += schedule.total * pace.seconds + examples / 1000 * pace.evaluation
