@@ -20,7 +20,7 @@ from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.training import batched, evaluation, loop, planning, schedule
+from forwardgrad.lab.training import batched, evaluation, loop, schedule
 
 FORWARD = {"name": "forward", "clip": 1.0}
 RUN = Run("digits", "mlp", FORWARD, Optimizer("sgd", 0.01, decay=1e-3, momentum=0.5), epochs=3)
@@ -158,7 +158,7 @@ def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path
     with pytest.raises(KeyboardInterrupt):
         batched.train(wild, here, checkpoint_seconds=0.0)
     assert here.result(wild[1].identity) is not None
-    assert planning.plan([run for run in wild if here.result(run.identity) is None], here) == [tuple(wild)]
+    assert batched.plan([run for run in wild if here.result(run.identity) is None], here) == [tuple(wild)]
     assert execute(wild, here, place, QUIET).keys() == {run.identity for run in wild}
     assert killed.times == 1
     for run in wild:
@@ -204,14 +204,14 @@ def test_a_plan_batches_what_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         *(dataclasses.replace(run, estimator={"name": "feedback"}) for run in runs[:2]),
         dataclasses.replace(RUN, optimizer=Optimizer("adam", 0.01)),
     ]
-    assert planning.plan([*runs, trial, *others], here) == [(*runs, trial), *((run,) for run in others)]
+    assert batched.plan([*runs, trial, *others], here) == [(*runs, trial), *((run,) for run in others)]
     folder = here.folder(runs[1].identity)
     folder.mkdir()
     (folder / "checkpoint.pt").touch()
-    assert sorted(map(len, planning.plan(runs, here))) == [1, 3]
-    monkeypatch.setattr(planning, "LARGEST", 2)
+    assert sorted(map(len, batched.plan(runs, here))) == [1, 3]
+    monkeypatch.setattr(batched, "LARGEST", 2)
     (folder / "checkpoint.pt").unlink()
-    assert sorted(map(len, planning.plan([*runs, trial], here))) == [1, 2, 2]
+    assert sorted(map(len, batched.plan([*runs, trial], here))) == [1, 2, 2]
 
 
 @pytest.mark.full
@@ -219,7 +219,7 @@ def test_execution_batches_on_request_alone_or_in_a_pool(tmp_path: Path, monkeyp
     runs = grid(dataclasses.replace(RUN, model="logistic", epochs=1))
     plain = execute(runs, Store(tmp_path / "plain"), Place(), QUIET)
     assert not any("replicas" in result for result in plain.values())
-    monkeypatch.setattr(planning, "LARGEST", 2)
+    monkeypatch.setattr(batched, "LARGEST", 2)
     for jobs in (1, 2):
         found = execute(runs, Store(tmp_path / str(jobs)), Place(jobs=jobs, batched=True), QUIET)
         assert {result["replicas"] for result in found.values()} <= {2, 4}

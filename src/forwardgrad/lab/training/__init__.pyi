@@ -3,9 +3,9 @@ from forwardgrad.lab.training import batched as batched
 from forwardgrad.lab.training import builders as builders
 from forwardgrad.lab.training import functions as functions
 from forwardgrad.lab.training import models as models
+from forwardgrad.lab.training.batched import plan as plan
 from forwardgrad.lab.training.evaluation import losses_on as losses_on
 from forwardgrad.lab.training.loop import train as train
-from forwardgrad.lab.training.planning import plan as plan
 from forwardgrad.lab.training.schedule import Schedule as Schedule
 from forwardgrad.lab.training.tensorboard import installed as installed
 from forwardgrad.lab.training.training import Training as Training

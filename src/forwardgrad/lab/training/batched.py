@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import shutil
 import time
@@ -22,27 +23,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forwardgrad.ensemble import Ensemble
+from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import Store, alone, damaged, make_folder, read_checkpoint, write_checkpoint, write_json
-from forwardgrad.lab.studies import SCHEMA, Run, identity, to_json
+from forwardgrad.lab.store import Store, alone, check, damaged, make_folder, read_checkpoint, read_json, write_checkpoint, write_json
+from forwardgrad.lab.studies import SCHEMA, Run, from_json, identity, paths, to_json
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.divergence import find_divergence
 from forwardgrad.lab.training.evaluation import evaluate
 from forwardgrad.lab.training.loop import train_to_end
 from forwardgrad.lab.training.norms import norm
 from forwardgrad.lab.training.precision import arranged
-from forwardgrad.lab.training.result import finish
+from forwardgrad.lab.training.run_folder import finish, write_environment, write_status
 from forwardgrad.lab.training.schedule import Schedule
 from forwardgrad.lab.training.state import State, as_bytes, buffers
-from forwardgrad.lab.training.status import write_environment, write_status
 from forwardgrad.lab.training.tensorboard import Board
 from forwardgrad.lab.training.training import Training, order_of_epoch, shrink
 from forwardgrad.optim import cap_step
 
+LARGEST = 32  # runs in one batch: beyond that a GPU is busy anyway, and a kill or a full memory costs more
 STATUS_SECONDS = 0.05  # between two looks of a display, for every run: each is a file that is written whole
+
+
+def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
+    """Runs as units of work: batches that were begun and may go on, new ones, and runs that go alone.
+
+    Runs alone are those whose estimator has no batched form, those with a checkpoint of their own, and those without a partner.
+    """
+    waiting = {run.identity: run for run in runs}
+    units = []
+    for members in _begun(store):
+        unfinished = {run.identity for run in members if store.result(run.identity) is None}
+        if unfinished and unfinished <= waiting.keys():
+            units.append(members)
+            waiting = {key: run for key, run in waiting.items() if key not in unfinished}
+    groups: dict[str, list[Run]] = {}
+    for key, run in waiting.items():
+        begun = (store.folder(key) / "checkpoint.pt").exists()
+        single = begun or bool(paths(run)) or unbatched(builders.estimator(run)) is not None
+        groups.setdefault(key if single else _in_common(run), []).append(run)
+    for group in groups.values():
+        batches = math.ceil(len(group) / LARGEST)
+        units += [tuple(group[first::batches]) for first in range(batches)]
+    return units
+
+
+def _in_common(run: Run) -> str:
+    """What runs of one batch have in common."""
+    same = (run.data, run.model, run.estimator, run.optimizer.name, run.epochs, run.steps, run.batch_size, run.precision)
+    return json.dumps(same, sort_keys=True)
+
+
+def _begun(store: Store) -> list[tuple[Run, ...]]:
+    """The batches that were begun in a store and have not come to their end."""
+    found = []
+    for path in sorted((store.root / "batches").glob("*/batch.json")):
+        stored = check(path, read_json(path), {"schema": int, "runs": list})
+        found.append(tuple(from_json(description, str(path)) for description in stored["runs"]))
+    return found
 
 
 def train(

@@ -18,9 +18,8 @@ from forwardgrad.lab.studies import Run, import_path, to_json
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.divergence import find_divergence
 from forwardgrad.lab.training.evaluation import evaluate
-from forwardgrad.lab.training.result import finish
+from forwardgrad.lab.training.run_folder import finish, write_environment, write_status
 from forwardgrad.lab.training.schedule import CHECK_EVERY, Schedule
-from forwardgrad.lab.training.status import write_environment, write_status
 from forwardgrad.lab.training.tensorboard import Board
 from forwardgrad.lab.training.training import Training
 
