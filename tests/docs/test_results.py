@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from forwardgrad.lab.execution.executing import Place, execute
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store, read_table
 from forwardgrad.lab.studies.length import Length

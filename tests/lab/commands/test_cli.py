@@ -173,7 +173,7 @@ def test_studies_beyond_the_papers_table_are_run_and_reported(
         return {one.identity: store.result(one.identity) for one in runs}
 
     monkeypatch.setattr("forwardgrad.lab.execution.execute", execute)
-    monkeypatch.setattr("forwardgrad.lab.tuning.examine", lambda *_: None)  # there are no data
+    monkeypatch.setattr("forwardgrad.lab.tuning.check_buildable", lambda *_: None)  # there are no data
     monkeypatch.setattr("forwardgrad.lab.bench.measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
     status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
     assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")

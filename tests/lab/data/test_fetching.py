@@ -88,15 +88,15 @@ def dead() -> Iterator[str]:
         yield f"http://127.0.0.1:{unheard.getsockname()[1]}/"
 
 
-def source(*urls: str, packed: bytes = PACKED) -> fetching.Source:
-    return fetching.Source(f"{FILE}.gz", len(packed), digest(packed), urls, {FILE: digest(CONTENT)})
+def source(*urls: str, packed: bytes = PACKED) -> fetching.Download:
+    return fetching.Download(f"{FILE}.gz", len(packed), digest(packed), urls, {FILE: digest(CONTENT)})
 
 
 def files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
 
 
-def get(root: Path, *sources: fetching.Source) -> tuple[str, ...]:
+def get(root: Path, *sources: fetching.Download) -> tuple[str, ...]:
     return fetching.fetch("mnist", root, progress=False, sources=sources)
 
 
@@ -293,13 +293,13 @@ def tar(members: dict[str, bytes | str]) -> bytes:
     return stream.getvalue()
 
 
-def archive(server: Server, members: dict[str, bytes | str]) -> fetching.Source:
+def archive(server: Server, members: dict[str, bytes | str]) -> fetching.Download:
     packed = server.files["a.tar.gz"] = tar(members)
     known = {name: digest(content) for name, content in MEMBERS.items()}
-    return fetching.Source("a.tar.gz", len(packed), digest(packed), (server.url + "a.tar.gz",), known)
+    return fetching.Download("a.tar.gz", len(packed), digest(packed), (server.url + "a.tar.gz",), known)
 
 
-def get_archive(root: Path, wanted: fetching.Source) -> tuple[str, ...]:
+def get_archive(root: Path, wanted: fetching.Download) -> tuple[str, ...]:
     return fetching.fetch("cifar10", root, progress=False, sources=[wanted])
 
 

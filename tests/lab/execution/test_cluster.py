@@ -17,7 +17,8 @@ from tests.support.faults import ALWAYS_DIES, DIES_ONCE, LEAVES, RUN, THROWS, fo
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import cluster
-from forwardgrad.lab.execution.executing import Place, execute
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run

@@ -10,12 +10,14 @@ import torch
 from tests.support.faults import ALWAYS_DIES, DIES_ONCE, EXHAUSTS, EXITS, FULL, LEAVES, THROWS, folder, left, seeded, tidy
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.executing import Place, execute, ready
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.execution.pool import Pool, how
+from forwardgrad.lab.execution.workers import ready
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.tuning.cost import Cost, clock, table
+from forwardgrad.lab.tuning.cost import Cost, clock, cost_table
 
 QUIET = Progress(quiet=True)
 
@@ -129,7 +131,7 @@ def test_an_estimate_counts_no_more_at_a_time_than_there_are_runs_and_cores(
     assert place.crowded.startswith(told) if told else not place.crowded
     cost = Cost("arm", trials=runs, finals=1, steps=10, tuning=600.0, training=60.0, forward_passes=20, further=0)
     hand = clock(600 / at_a_time + 60)  # one final run is one, however many jobs there are
-    assert f"{runs + 1} runs, 11 min 0 s of work: about {hand} with {at_a_time} at a time" in table([cost], place)
+    assert f"{runs + 1} runs, 11 min 0 s of work: about {hand} with {at_a_time} at a time" in cost_table([cost], place)
 
 
 @pytest.mark.parametrize(("code", "said"), [(3, "ended with status 3"), (-11, "was killed by SIGSEGV"), (-200, "was killed by signal 200")])

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from forwardgrad.lab import cli
-from forwardgrad.lab.data import datasets as data
+from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.executing import Place, execute
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
@@ -166,7 +167,7 @@ def test_a_run_that_diverges_is_a_result_and_the_others_keep_their_bits(tmp_path
 
 
 def test_the_test_split_is_read_only_by_runs_that_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, losses_of, digits = [], evaluation.losses_of, data.load("digits", 0)
+    seen, losses_of, digits = [], evaluation.losses_of, datasets.load("digits", 0)
     monkeypatch.setattr(
         evaluation,
         "losses_of",

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from forwardgrad.engines import eager
 from forwardgrad.estimators import Backprop, Estimate, Estimator, configuration
-from forwardgrad.lab.data import datasets as data
+from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run, stream
@@ -40,7 +40,7 @@ def left_behind(folder: Path) -> tuple[Any, ...]:
 
 def test_backprop_is_the_loop_anyone_would_write(tmp_path: Path) -> None:
     result = loop.train(RUN, tmp_path)
-    digits = data.load("digits", RUN.seed)
+    digits = datasets.load("digits", RUN.seed)
     torch.manual_seed(stream(RUN.seed, "initialisation"))
     model = models.build("logistic", digits.shape, 10)
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
@@ -162,7 +162,7 @@ def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name:
     momentum = {"nesterov": 0.5}.get(name, 0.0)
     options = Optimizer(name, 0.05, decay=1e-3, momentum=momentum, weight_decay=0.5, anneal=True, cap=0.01)
     result = loop.train(dataclasses.replace(RUN, optimizer=options), tmp_path)
-    digits = data.load("digits", RUN.seed)
+    digits = datasets.load("digits", RUN.seed)
     torch.manual_seed(stream(RUN.seed, "initialisation"))
     model = models.build("logistic", digits.shape, 10)
     held = list(model.parameters())
@@ -317,7 +317,7 @@ def test_tuning_trials_never_read_the_test_split(tmp_path: Path, monkeypatch: py
         "losses_of",
         lambda model, data, split, *rest, **named: seen.append(split) or losses_of(model, data, split, *rest, **named),
     )
-    digits = data.load("digits", RUN.seed)
+    digits = datasets.load("digits", RUN.seed)
     assert loop.train(dataclasses.replace(RUN, test=False), tmp_path)["test"] is None
     assert seen
     assert all(torch.equal(split.labels, digits.validation.labels) for split in seen)
@@ -335,7 +335,7 @@ def test_the_published_reading_is_the_loss_of_sixteen_images() -> None:
 @pytest.mark.parametrize("held", [{}, HELD], ids=["free", "held"])
 def test_steps_do_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     run = dataclasses.replace(RUN, estimator=FORWARD, optimizer=Optimizer("sgd", 0.5, decay=1e-3, momentum=0.5, **held))
-    digits = data.load("digits", 0)
+    digits = datasets.load("digits", 0)
     begun = Training.begin(run, digits, torch.device("cpu"))
     begun.advance(1)
 

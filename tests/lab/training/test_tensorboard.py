@@ -17,7 +17,8 @@ from tests.lab.commands.test_cli import run as command
 from tests.lab.training.test_loop import left_behind
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.executing import Place, execute
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store, read_table
 from forwardgrad.lab.studies.run import Optimizer, Run

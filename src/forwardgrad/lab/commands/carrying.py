@@ -47,12 +47,12 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
 
 def show_cost(study: Study, out: Path, place: Place) -> None:
     """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
-    from forwardgrad.lab.tuning import Planner, costs, table
+    from forwardgrad.lab.tuning import Planner, cost_table, costs
 
     check(place)
     with tempfile.TemporaryDirectory() as away:
         store = Store(out if (out / "runs").is_dir() else Path(away))
-        print(table(costs(Planner(study, store, _pace(place)), place.data_dir), place))
+        print(cost_table(costs(Planner(study, store, _pace(place)), place.data_dir), place))
     if words := place.crowded:
         print(words)
 
@@ -73,10 +73,10 @@ def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
     """What looks at runs before a record names them. Data that only the nodes of a cluster see is not looked for here."""
 
     def look(runs: Sequence[Run]) -> None:
-        from forwardgrad.lab.tuning import examine
+        from forwardgrad.lab.tuning import check_buildable
 
         if place.address is None:
-            examine(runs, place.data_dir)
+            check_buildable(runs, place.data_dir)
 
     return look
 
@@ -85,10 +85,10 @@ def _pace(place: Place) -> Callable[[Run], Pace]:
     """What a step costs here, measured when it is asked for."""
 
     def pace(run: Run) -> Pace:
-        from forwardgrad.lab.tuning import measure
+        from forwardgrad.lab.tuning import measure_pace
 
         try:
-            return measure(run, place.device, place.data_dir, place.share)
+            return measure_pace(run, place.device, place.data_dir, place.share)
         except (UserError, OSError):
             raise
         except Exception as error:  # a user's own model, loss or optimizer can raise anything

@@ -22,7 +22,7 @@ Report = Callable[[int], None]  # told how many bytes are there by now
 
 
 @dataclass(frozen=True)
-class Source:
+class Download:
     """One download. `contents` gives the md5 of every file that it provides once unpacked, as in `files.KNOWN`."""
 
     file: str
@@ -36,14 +36,14 @@ class Source:
         return self.file.endswith(".tar.gz")
 
 
-def _mnist(part: str, size: int, md5: str) -> Source:
+def _mnist(part: str, size: int, md5: str) -> Download:
     unpacked = f"MNIST/raw/{part}-ubyte"
     mirrors = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
     urls = tuple(f"{mirror}{part}-ubyte.gz" for mirror in mirrors)
-    return Source(f"{unpacked}.gz", size, md5, urls, {unpacked: files.KNOWN["mnist"][unpacked]})
+    return Download(f"{unpacked}.gz", size, md5, urls, {unpacked: files.KNOWN["mnist"][unpacked]})
 
 
-SOURCES: Mapping[str, tuple[Source, ...]] = {
+SOURCES: Mapping[str, tuple[Download, ...]] = {
     "digits": (),  # comes with scikit-learn
     "mnist": (
         _mnist("train-images-idx3", 9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
@@ -52,7 +52,7 @@ SOURCES: Mapping[str, tuple[Source, ...]] = {
         _mnist("t10k-labels-idx1", 4_542, "ec29112dd5afa0611ce80d1b7f02629c"),
     ),
     "cifar10": (
-        Source(
+        Download(
             "cifar-10-python.tar.gz",
             170_498_071,
             "c58f30108f718f92721af3b95e74349a",
@@ -67,7 +67,9 @@ class _Failed(Exception):
     """One mirror did not deliver; another may."""
 
 
-def fetch(name: str, data_dir: Path | str | None = None, progress: bool = True, sources: Sequence[Source] | None = None) -> tuple[str, ...]:
+def fetch(
+    name: str, data_dir: Path | str | None = None, progress: bool = True, sources: Sequence[Download] | None = None
+) -> tuple[str, ...]:
     """Brings what is missing or damaged of a data set into the data folder; returns the names of the files it downloaded."""
     run.check_choice(name, run.DataName, "data set")
     root = files.folder(data_dir)
@@ -79,12 +81,12 @@ def fetch(name: str, data_dir: Path | str | None = None, progress: bool = True, 
     return tuple(source.file for source in wanted)
 
 
-def _present(source: Source, name: str, root: Path) -> bool:
+def _present(source: Download, name: str, root: Path) -> bool:
     return all(files.file_state(root, name, relative, md5)[1] == "ok" for relative, md5 in source.contents.items())
 
 
 @contextmanager
-def _bars(show: bool) -> Iterator[Callable[[Source], Report]]:
+def _bars(show: bool) -> Iterator[Callable[[Download], Report]]:
     if not show:
         yield lambda source: lambda done: None
         return
@@ -92,14 +94,14 @@ def _bars(show: bool) -> Iterator[Callable[[Source], Report]]:
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn(), rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=need("rich.console").Console(stderr=True)) as progress:
 
-        def bar(source: Source) -> Report:
+        def bar(source: Download) -> Report:
             task = progress.add_task(Path(source.file).name, total=source.size)
             return lambda done: progress.update(task, completed=done)
 
         yield bar
 
 
-def _bring(source: Source, name: str, root: Path, report: Report) -> None:
+def _bring(source: Download, name: str, root: Path, report: Report) -> None:
     target = root / source.file
     again = f"run `{files.remedy(name, root)}` again"
     try:
@@ -117,7 +119,7 @@ def _bring(source: Source, name: str, root: Path, report: Report) -> None:
         ) from error
 
 
-def _retrieve(source: Source, target: Path, report: Report, again: str) -> None:
+def _retrieve(source: Download, target: Path, report: Report, again: str) -> None:
     """Puts the checked download under its final name, from the first mirror that delivers it."""
     partial = target.with_name(f"{target.name}.partial")
     reasons = []
@@ -132,7 +134,7 @@ def _retrieve(source: Source, target: Path, report: Report, again: str) -> None:
     raise UserError(f"could not download {target.name} ({'; '.join(reasons)}): check the network connection, then {again}")
 
 
-def _attempt(url: str, source: Source, target: Path, partial: Path, report: Report) -> str | None:
+def _attempt(url: str, source: Download, target: Path, partial: Path, report: Report) -> str | None:
     """One download from one mirror; the reason if it failed."""
     pooch, requests = need("pooch"), need("requests")
 
@@ -193,7 +195,7 @@ def _download(url: str, partial: Path, size: int, report: Report) -> None:
         raise _Failed(f"broke off after {have} of {size} bytes")
 
 
-def _unpack(source: Source, archive: Path, root: Path, again: str) -> None:
+def _unpack(source: Download, archive: Path, root: Path, again: str) -> None:
     """Writes the archive's known files, each checked and renamed into place; an archive with an unsafe member is refused before."""
     lacking = dict(source.contents)
     try:

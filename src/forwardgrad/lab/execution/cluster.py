@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.attempt import Died, Lost, Outcome, Unit, attempt, reason_of
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.execution.unit import GpuLost, Reply, Unit, WorkerDied, reason_of, train_unit
 from forwardgrad.lab.store import Store
 
 OBJECT_STORE = 100 * 2**20  # bytes of an instance of our own: what tasks pass is small
@@ -89,7 +89,7 @@ class Cluster:
                 if not self._ray.get(seen):
                     raise UserError(_unseen(node["NodeManagerAddress"], root))
 
-    def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
+    def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
         """The units that came back, waiting for one so long."""
         from ray import exceptions
 
@@ -99,11 +99,11 @@ class Cluster:
             try:
                 yield unit, self._ray.get(reference)
             except exceptions.NodeDiedError:
-                yield unit, Died("was on a node that is gone", counts=False)
+                yield unit, WorkerDied("was on a node that is gone", counts=False)
             except exceptions.OutOfMemoryError:
-                yield unit, Died("was killed by Ray, because the memory of its node ran out")
+                yield unit, WorkerDied("was killed by Ray, because the memory of its node ran out")
             except exceptions.WorkerCrashedError:
-                yield unit, Died("ended without a word, as where memory runs out")
+                yield unit, WorkerDied("ended without a word, as where memory runs out")
             except exceptions.RayError as error:
                 raise UserError(f"the Ray cluster cannot do what it was given ({reason_of(error)}): mend that and run it again") from error
 
@@ -167,12 +167,12 @@ def _unseen(node: str, root: Path) -> str:
     return f"the node {node} of the Ray cluster does not see the output folder {root}: choose with --out a folder that all nodes share"
 
 
-def _task(unit: Unit, root: Path, token: Path, place: Place, words: list[str]) -> Outcome:
+def _task(unit: Unit, root: Path, token: Path, place: Place, words: list[str]) -> Reply:
     """What a node does with a unit; it may have joined after the others were asked."""
     sys.argv = words  # what environment.json says of the command
     if not token.exists():
         return UserError(_unseen(os.uname().nodename, root))
-    outcome = attempt(unit, Store(root, create=False), place)
-    if isinstance(outcome, Lost):
+    reply = train_unit(unit, Store(root, create=False), place)
+    if isinstance(reply, GpuLost):
         os._exit(1)  # the result is stored: whoever takes the unit up again finds it
-    return outcome
+    return reply

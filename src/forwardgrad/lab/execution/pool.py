@@ -16,8 +16,8 @@ from multiprocessing import get_context, resource_tracker
 from pebble import ProcessExpired, ProcessPool
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.attempt import Died, Lost, Outcome, Unit, attempt
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.execution.unit import GpuLost, Reply, Unit, WorkerDied, train_unit
 from forwardgrad.lab.store import Store
 
 
@@ -28,7 +28,7 @@ class Pool:
         self.place = dataclasses.replace(place, threads=place.share)
         self.room = place.jobs
         self._processes = place.jobs
-        self._running: dict[Future[Outcome], Unit] = {}
+        self._running: dict[Future[Reply], Unit] = {}
         self._pool: ProcessPool | None = None
         self._fruitless = 0  # pools that broke since a unit came back
 
@@ -50,13 +50,13 @@ class Pool:
                 future = self._schedule(unit, store)
         self._running[future] = unit
 
-    def _schedule(self, unit: Unit, store: Store) -> Future[Outcome]:
+    def _schedule(self, unit: Unit, store: Store) -> Future[Reply]:
         if self._pool is None:
             context = get_context("spawn")
             self._pool = ProcessPool(self._processes, initializer=_follow_parent, initargs=(os.getpid(),), context=context)
-        return self._pool.schedule(_attempt, args=(unit, store, self.place))
+        return self._pool.schedule(_train_unit, args=(unit, store, self.place))
 
-    def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
+    def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
         """The units that came back, waiting for one so long."""
         done, _ = wait(self._running, seconds, return_when=FIRST_COMPLETED)
         for future in done:
@@ -65,10 +65,10 @@ class Pool:
                 yield unit, future.result()
                 self._fruitless = 0
             except ProcessExpired as error:
-                yield unit, Died(how(error.exitcode))
+                yield unit, WorkerDied(how(error.exitcode))
             except BrokenProcessPool as error:
                 self._replace(error)
-                yield unit, Died("the pool of processes broke", counts=False)
+                yield unit, WorkerDied("the pool of processes broke", counts=False)
 
     def _replace(self, error: BrokenProcessPool) -> None:
         """Throw away a pool that lost an idle worker; the next unit starts another one."""
@@ -93,11 +93,11 @@ class Pool:
         self._pool = None
 
 
-def _attempt(unit: Unit, store: Store, place: Place) -> Outcome:
-    outcome = attempt(unit, store, place)
-    if isinstance(outcome, Lost):
+def _train_unit(unit: Unit, store: Store, place: Place) -> Reply:
+    reply = train_unit(unit, store, place)
+    if isinstance(reply, GpuLost):
         os._exit(1)  # the result is stored: whoever takes the unit up again finds it
-    return outcome
+    return reply
 
 
 def how(code: int) -> str:

@@ -24,7 +24,7 @@ from forwardgrad.lab.training.tensorboard import Board
 from forwardgrad.lab.training.training import Training
 
 
-class Work(Protocol):
+class UnderWay(Protocol):
     """What the loop drives: one run, or several as one program."""
 
     schedule: Schedule
@@ -46,22 +46,22 @@ class Work(Protocol):
         """Write a checkpoint."""
 
 
-def train_to_end(work: Work, checkpoint_seconds: float) -> None:
+def train_to_end(under_way: UnderWay, checkpoint_seconds: float) -> None:
     """Take all steps, or those until every run has diverged."""
-    schedule, saved, chunk = work.schedule, time.monotonic(), 1
-    while work.step < schedule.total:
+    schedule, saved, chunk = under_way.schedule, time.monotonic(), 1
+    while under_way.step < schedule.total:
         interrupts.check()
-        look = schedule.next_look(work.step)
-        if look > work.step + 1:  # up to the step before the one that is looked at
-            per_second = work.advance_timed(min(work.step + chunk, look - 1))
+        look = schedule.next_look(under_way.step)
+        if look > under_way.step + 1:  # up to the step before the one that is looked at
+            per_second = under_way.advance_timed(min(under_way.step + chunk, look - 1))
             chunk = max(1, min(CHECK_EVERY, round(per_second)))  # about a second's worth
-            if work.step == look - 1:
+            if under_way.step == look - 1:
                 continue
-        elif not work.look():
+        elif not under_way.look():
             return
-        work.tell()
+        under_way.tell()
         if time.monotonic() - saved >= checkpoint_seconds:
-            work.save()
+            under_way.save()
             saved = time.monotonic()
 
 
@@ -130,9 +130,9 @@ def train(
             if (checkpoint := folder / "checkpoint.pt").exists():
                 training.state.load(checkpoint)
             with Board(tensorboard and tensorboard / run.identity, training) as board:
-                work = SingleRun(training, folder, board)
-                train_to_end(work, checkpoint_seconds)
-                result = finish(training, folder, work.diverged)
+                under_way = SingleRun(training, folder, board)
+                train_to_end(under_way, checkpoint_seconds)
+                result = finish(training, folder, under_way.diverged)
                 board.end(result)
             return result
 

@@ -15,7 +15,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import Arm, Point, Range, short, stream
 
 
-class Asker:
+class AdaptiveSearch:
     """The search of one arm. A trial that diverged or failed is told as failed: TPE has no place for an infinite loss."""
 
     def __init__(self, study: str, arm: Arm, journal: Path) -> None:

@@ -113,17 +113,17 @@ class Campaign:
 
     def _adapt(self) -> None:
         """Ask Optuna for the points of every arm, a few at a time, and tell it what came of them."""
-        from forwardgrad.lab.tuning.adaptive import Asker
+        from forwardgrad.lab.tuning.adaptive import AdaptiveSearch
 
         journal = self.store.root / "studies" / f"{self.record_name}.journal"
-        askers = [(state, Asker(self.study.name, state.arm, journal)) for state in self.arms if state.arm.space]
+        searches = [(state, AdaptiveSearch(self.study.name, state.arm, journal)) for state in self.arms if state.arm.space]
         for start in range(0, self.study.trials or 0, ASKED):
             count = min(ASKED, (self.study.trials or 0) - start)
-            for state, asker in askers:
-                self._plan(state, asker.ask(count))
+            for state, search in searches:
+                self._plan(state, search.ask(count))
             self._try()
-            for state, asker in askers:
-                asker.tell([self.results[run.identity] for _, run in state.trials[start:]])
+            for state, search in searches:
+                search.tell([self.results[run.identity] for _, run in state.trials[start:]])
 
     def _widen(self) -> bool:
         """Plan further points for every tuned arm of a group in which a winner lies on an edge; whether there was one.

@@ -26,7 +26,7 @@ LONGEST = 5.0  # ... or as many as begin within so many seconds, three at least
 EXAMPLES = 1000  # that an evaluation is timed on, at most
 
 
-def measure(run: Run, device: str = "cpu", data_dir: Path | None = None, threads: int | None = None) -> Pace:
+def measure_pace(run: Run, device: str = "cpu", data_dir: Path | None = None, threads: int | None = None) -> Pace:
     """Seconds (the median of timed steps) and forward passes (their mean) of a step of this run, on this machine as it is now.
 
     `threads` is how many a run will have; a backward pass counts as two forward passes.
@@ -119,7 +119,7 @@ def _sum(planner: Planner, runs: Iterable[Run], sizes: Callable[[str], tuple[Dat
     return steps, seconds, passes
 
 
-def table(found: list[Cost], place: Place) -> str:
+def cost_table(found: list[Cost], place: Place) -> str:
     """The costs in plain text, and what they come to: trials first, then final runs, as many at a time as there are of them and cores."""
     head = ("arm", "trials", "final runs", "steps", "forward passes", "time")
     rows = [(c.arm, str(c.trials), str(c.finals), f"{c.steps:,}", f"{c.forward_passes:,.0f}", clock(c.tuning + c.training)) for c in found]

@@ -1,4 +1,4 @@
-"""What runs are made of, made once before a record names them: data that is missing and parts that cannot be made are told then."""
+"""Whether runs can be built: missing data and parts that cannot be made are told before a record names the runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from forwardgrad.lab.studies import Run, paced_alike
 from forwardgrad.lab.training import builders
 
 
-def examine(runs: Sequence[Run], data_dir: Path | None = None) -> None:
-    """Load the data and make model, loss, estimator and optimizer of every run, on the processor; nothing is trained or written.
+def check_buildable(runs: Sequence[Run], data_dir: Path | None = None) -> None:
+    """Load the data and build model, loss, estimator and optimizer of every run, on the processor. Nothing is trained or written.
 
-    Raises UserError for what a run could not begin with. Runs that differ in numbers alone share one model here.
+    Runs that differ in numbers alone share one model here. Raises UserError for what a run could not begin with.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:

@@ -1,4 +1,7 @@
-"""One unit of work, a run or several as one program, in whatever process it is given to: what goes wrong in it comes back as a value."""
+"""One unit of work: a run, or several that are trained as one program, in whatever process it is given to.
+
+What goes wrong in it comes back as a value.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,31 @@ Results = dict[str, dict[str, Any]]
 Unit = tuple[Run, ...]
 
 
-class Broken:
-    """What comes back of a unit of several runs that failed together: which of them it was is found by taking it apart."""
+class FailedTogether:
+    """What comes back of several runs that failed as one program. Which of them it was is found by taking the unit apart."""
 
 
-class Died:
-    """What comes back of a unit whose worker ended without a word, and how; `counts` where that may have been the unit's own doing."""
+class WorkerDied:
+    """What comes back of a unit whose worker ended without a word. `how` it ended; whether it `counts`, as perhaps the unit's own doing."""
 
     def __init__(self, how: str, *, counts: bool = True) -> None:
         self.how, self.counts = how, counts
 
 
-class Lost(UserError):
+class GpuLost(UserError):
     """After a run that failed, this process cannot use its GPU any more; another one can."""
 
 
-Outcome = Results | Broken | Died | UserError | OSError
+# What comes back of a unit: results, or what happened instead.
+Reply = Results | FailedTogether | WorkerDied | UserError | OSError
 
 
-def attempt(unit: Unit, store: Store, place: Place) -> Outcome:
-    """Train a unit. A run that throws or exhausts the memory has a result that says so; mistakes of the user's and of the disk come back
-    as they are, and so does Busy where another process holds one of the runs."""
+def train_unit(unit: Unit, store: Store, place: Place) -> Reply:
+    """Train a unit.
+
+    A run that throws or exhausts the memory has a result that says so. Mistakes of the user's and of the disk come back as they are, and so
+    does Busy where another process holds one of the runs.
+    """
     try:
         with _at_home(place):
             return _train(unit, store, place)
@@ -46,13 +53,13 @@ def attempt(unit: Unit, store: Store, place: Place) -> Outcome:
         return error
     except (Exception, SystemExit) as error:
         details = traceback.format_exc()
-        outcome = give_up(unit[0], store, reason_of(error), details) if len(unit) == 1 else take_apart(unit, store)
-        if isinstance(outcome, Exception) or not _gpu_is_lost(place.device):
-            return outcome
-        return Lost(f"the GPU cannot be used any more after a run that failed ({reason_of(error)}): run the same command again to go on")
+        reply = give_up(unit[0], store, reason_of(error), details) if len(unit) == 1 else take_apart(unit, store)
+        if isinstance(reply, Exception) or not _gpu_is_lost(place.device):
+            return reply
+        return GpuLost(f"the GPU cannot be used any more after a run that failed ({reason_of(error)}): run the same command again to go on")
 
 
-def give_up(run: Run, store: Store, reason: str, details: str) -> Outcome:
+def give_up(run: Run, store: Store, reason: str, details: str) -> Reply:
     """The result of a run that failed, or what keeps it from being written."""
     try:
         return {run.identity: failure.record(run, store, reason, details)}
@@ -60,7 +67,7 @@ def give_up(run: Run, store: Store, reason: str, details: str) -> Outcome:
         return error
 
 
-def take_apart(unit: Unit, store: Store) -> Outcome:
+def take_apart(unit: Unit, store: Store) -> Reply:
     """Forget how far several runs had come together; each of them is begun again, in smaller company."""
     from forwardgrad.lab.training import batched
 
@@ -68,7 +75,7 @@ def take_apart(unit: Unit, store: Store) -> Outcome:
         batched.forget(unit, store)
     except Busy as error:
         return error
-    return Broken()
+    return FailedTogether()
 
 
 def reason_of(error: BaseException) -> str:

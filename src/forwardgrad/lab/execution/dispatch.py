@@ -1,4 +1,4 @@
-"""Map runs over this process, a pool of processes, or a Ray cluster; what is finished is not repeated, what is unfinished goes on.
+"""Hands runs to workers: what is finished is not repeated, what is unfinished goes on.
 
 Several commands may work on one store: a run that another one holds is left to it, and taken over where it is given up.
 """
@@ -7,101 +7,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Protocol
+from collections.abc import Sequence
+from contextlib import suppress
 
 from forwardgrad.lab import interrupts
-from forwardgrad.lab.execution.attempt import Broken, Died, Outcome, Results, Unit, attempt, give_up, take_apart
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.execution.unit import FailedTogether, Reply, Results, Unit, WorkerDied, give_up, take_apart
+from forwardgrad.lab.execution.workers import POLL_SECONDS, Workers, ready
 from forwardgrad.lab.store import Busy, Progress, Store, alone, failure, held
 from forwardgrad.lab.studies import Run
 
-__all__ = ["Place", "execute", "ready"]
-
-POLL_SECONDS = 0.5
 TRIES = 3  # of a unit whose worker dies
 
 
-class Workers(Protocol):
-    """What units are given to; every one comes back, with a result or with what happened to it."""
-
-    @property
-    def room(self) -> int:
-        """How many units may be under way."""
-
-    def expect(self, units: int) -> None:
-        """Hear how many units are to come, before the first of them."""
-
-    def start(self, unit: Unit, store: Store) -> None: ...
-
-    def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
-        """The units that came back, waiting for one so long."""
-
-    def cancel(self) -> None:
-        """End what is under way at once; more may be started."""
-
-    def close(self) -> None:
-        """End for good."""
-
-
-class Here:
-    """This process: a unit is done when it has been started."""
-
-    room = 1
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._done: list[tuple[Unit, Outcome]] = []
-
-    def expect(self, units: int) -> None:
-        """One after the other, however many."""
-
-    def start(self, unit: Unit, store: Store) -> None:
-        self._done.append((unit, attempt(unit, store, self.place)))
-
-    def finished(self, seconds: float) -> Iterator[tuple[Unit, Outcome]]:
-        while self._done:
-            yield self._done.pop()
-
-    def cancel(self) -> None:
-        self._done.clear()
-
-    close = cancel
-
-
-_ready: dict[Place, Workers] = {}
-
-
-@contextmanager
-def ready(place: Place) -> Iterator[Workers]:
-    """The workers of a place. Within this block every `execute` there uses them, so that they are started once."""
-    if place in _ready:
-        yield _ready[place]
-        return
-    workers = _ready[place] = _workers(place)
-    try:
-        yield workers
-    finally:
-        del _ready[place]
-        workers.close()
-
-
-def _workers(place: Place) -> Workers:
-    if place.executor == "ray":
-        from forwardgrad.lab.execution.cluster import Cluster
-
-        return Cluster(place)
-    if place.jobs > 1:
-        from forwardgrad.lab.execution.pool import Pool
-
-        return Pool(place)
-    return Here(place)
-
-
 def execute(runs: Sequence[Run], store: Store, place: Place, progress: Progress) -> Results:
-    """The result of every run, by its identity; of one that failed too. Runs in progress are killed on Ctrl-C and resume from their
-    checkpoints. Raises UserError for what is wrong with all of them, such as missing data, and OSError where the disk is full."""
+    """The result of every run, by its identity; of one that failed too.
+
+    Runs in progress are killed on Ctrl-C, and go on from their checkpoints when they are asked for again.
+
+    Raises UserError for what is wrong with all of them, such as missing data, and OSError where the disk is full.
+    """
     todo = {run.identity: run for run in runs}
     if place.retry_failed:
         for run in todo.values():
@@ -111,7 +36,7 @@ def execute(runs: Sequence[Run], store: Store, place: Place, progress: Progress)
     with progress.over(store, [run.identity for run in waiting], done=len(results)):
         if waiting:
             with ready(place) as workers:
-                results |= _Sharing(_units(waiting, store, place), workers, store, progress).results()
+                results |= Dispatch(_units(waiting, store, place), workers, store, progress).results()
     if failed := sum(result["status"] == "failed" for result in results.values()):
         progress.say(f"{failed} of {len(todo)} runs failed: error.txt in their folders says why, and --retry-failed runs them again")
     return {key: results[key] for key in todo}
@@ -132,8 +57,8 @@ def _units(runs: list[Run], store: Store, place: Place) -> list[Unit]:
     return plan(runs, store)
 
 
-class _Sharing:
-    """Units given to workers, beside whatever other commands do in the same store."""
+class Dispatch:
+    """Units on their way to workers and back, beside whatever other commands do in the same store."""
 
     def __init__(self, units: list[Unit], workers: Workers, store: Store, progress: Progress) -> None:
         self.waiting, self.workers, self.store, self.progress = deque(units), workers, store, progress
@@ -149,9 +74,9 @@ class _Sharing:
             while self.waiting or self.under_way:
                 interrupts.check()
                 self._fill()
-                for unit, outcome in self.workers.finished(POLL_SECONDS):
+                for unit, reply in self.workers.finished(POLL_SECONDS):
                     del self.under_way[_name(unit)]
-                    self._take(unit, outcome)
+                    self._take(unit, reply)
         except BaseException:
             self.workers.cancel()
             self._sweep()
@@ -190,25 +115,25 @@ class _Sharing:
             self.found |= there
         return len(there) == len(unit)
 
-    def _take(self, unit: Unit, outcome: Outcome) -> None:
+    def _take(self, unit: Unit, reply: Reply) -> None:
         """Whatever comes back of a unit: results, something to try again, or what ends all."""
-        if isinstance(outcome, Died):
-            self.deaths[_name(unit)] += outcome.counts
+        if isinstance(reply, WorkerDied):
+            self.deaths[_name(unit)] += reply.counts
             if self.deaths[_name(unit)] < TRIES:
                 self.waiting.appendleft(unit)
                 return
-            why = f"its worker {outcome.how}, {TRIES} times in a row"
-            outcome = give_up(unit[0], self.store, why, f"{why}\n") if len(unit) == 1 else take_apart(unit, self.store)
-        if isinstance(outcome, Busy):
+            why = f"its worker {reply.how}, {TRIES} times in a row"
+            reply = give_up(unit[0], self.store, why, f"{why}\n") if len(unit) == 1 else take_apart(unit, self.store)
+        if isinstance(reply, Busy):
             self.waiting.append(unit)
-        elif isinstance(outcome, Broken):
+        elif isinstance(reply, FailedTogether):
             open_runs = [run for run in unit if self.store.result(run.identity) is None]
             self.waiting += [part for part in (tuple(open_runs[::2]), tuple(open_runs[1::2])) if part]
             self.found |= {run.identity: result for run in unit if (result := self.store.result(run.identity)) is not None}
-        elif isinstance(outcome, dict):
-            self.found |= outcome
-        elif isinstance(outcome, Exception):
-            raise outcome
+        elif isinstance(reply, dict):
+            self.found |= reply
+        elif isinstance(reply, Exception):
+            raise reply
 
 
 def _name(unit: Unit) -> str:

@@ -19,8 +19,10 @@ from filelock import FileLock
 from tests.support.faults import seeded, tidy
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution import attempt
-from forwardgrad.lab.execution.executing import Place, execute, ready
+from forwardgrad.lab.execution import unit
+from forwardgrad.lab.execution.dispatch import execute
+from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.execution.workers import ready
 from forwardgrad.lab.store import failure
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Busy, Store, alone, held
@@ -232,7 +234,7 @@ def test_a_gpu_that_is_lost_ends_the_command_and_not_the_next_runs(tmp_path: Pat
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(loop, "train_to_end", failing)
-    monkeypatch.setattr(attempt, "_gpu_is_lost", lambda device: True)
+    monkeypatch.setattr(unit, "_gpu_is_lost", lambda device: True)
     with pytest.raises(UserError, match=r"device-side assert triggered\): run the same command again to go on"):
         execute(runs, store, Place(), QUIET)
     first, second = (store.result(run.identity) for run in runs)
