@@ -1,4 +1,4 @@
-"""The data sets: downloaded, checked, read without pickle, divided into training, validation and test.
+"""The data sets: downloads, checks and reads them, and divides them into training, validation and test.
 
 In: a name and a folder. Out: tensors.
 """

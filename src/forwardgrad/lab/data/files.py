@@ -1,4 +1,4 @@
-"""The official files of MNIST and CIFAR-10: where they are, what they hold when they are whole, and what to do when they are not.
+"""Finds the official files of MNIST and CIFAR-10, compares them to known checksums, and says what to do where one is wrong.
 
 Nothing here goes on the network; `forwardgrad.lab.data.fetching` does that.
 """
@@ -108,7 +108,7 @@ def _candidates(name: str, relative: str) -> tuple[str, ...]:
 
 
 def read(root: Path, name: str, relative: str) -> tuple[Path, bytes]:
-    """The path and unpacked content of one file; content beyond LARGEST is cut, which no length or checksum check lets pass."""
+    """The path and the unpacked content of one file. Content beyond LARGEST is cut; a check of length or checksum then refuses it."""
     for candidate in _candidates(name, relative):
         path = root / candidate
         try:

@@ -1,6 +1,6 @@
 """Where runs are trained: this process, a pool of processes, or a Ray cluster.
 
-In: runs and a place. Out: their results; one that fails is a result with its reason.
+In: runs and a place. Out: their results. A run that fails has a result too, with the reason.
 """
 
 from forwardgrad._lazy import attach

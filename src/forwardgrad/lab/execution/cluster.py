@@ -1,7 +1,7 @@
-"""Runs on a Ray cluster: each unit is a task with its cores and its part of a GPU; a node that is lost costs its unfinished steps alone.
+"""Trains units on a Ray cluster: each is a task with its cores and its part of a GPU.
 
-The output folder must be one that all nodes see, under the same path: checkpoints are in it, and a task that comes again, wherever that
-is, goes on from there. Ray is imported where it is asked for.
+All nodes must see the output folder under the same path. Checkpoints are in it: a unit whose node is lost goes on from there on another
+one. Ray is imported where it is asked for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def room(self) -> int:
-        """One unit more than there is room for now: it is what makes a cluster grow that can, and begins without a pause."""
+        """One unit more than fits now. It makes a cluster grow that can, and begins without a pause when another ends."""
         return self._fit() + 1
 
     def expect(self, units: int) -> None:

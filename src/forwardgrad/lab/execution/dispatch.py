@@ -1,6 +1,6 @@
 """Hands runs to workers: what is finished is not repeated, what is unfinished goes on.
 
-Several commands may work on one store: a run that another one holds is left to it, and taken over where it is given up.
+Several commands may work on one store. A run that another command holds is left to it, and taken over where that command ends.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _units(runs: list[Run], store: Store, place: Place) -> list[Unit]:
 
 
 class Dispatch:
-    """Units on their way to workers and back, beside whatever other commands do in the same store."""
+    """Gives units to workers and takes in what comes back, beside whatever other commands do in the same store."""
 
     def __init__(self, units: list[Unit], workers: Workers, store: Store, progress: Progress) -> None:
         self.waiting, self.workers, self.store, self.progress = deque(units), workers, store, progress

@@ -1,4 +1,4 @@
-"""Where runs are executed, and how they share what is there; loads without torch."""
+"""Where runs are executed, and how they share processors and GPUs. Loads without torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ ExecutorName = Literal["process", "ray"]
 class Place:
     """Where runs are executed: the device, the data folder, and how runs share processors and GPUs.
 
-    `jobs`: how many runs at a time share this machine's cores; with "process" they are in this process for 1, in a pool of processes else.
-    `batched`: whether runs that differ in seed and optimizer's numbers alone are trained as one program; None for on a GPU only.
-    `executor`: "ray" maps runs over a Ray cluster, joined at `address`, or started on this machine where that is None.
-    `threads`: of every run. None is cores // jobs, and in this process what torch takes by itself. The same number of threads gives the
-    same bits on the same hardware, whatever the executor. `gpus`: a run's part of a GPU on Ray; None for a whole one on cuda.
-    `path`: a folder whose modules every worker can import. `retry_failed`: failed results are deleted, each once, and run again.
-    `tensorboard`: whether every run also writes events for TensorBoard, in the store's folder of that name.
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        data_dir: the folder of the data sets; None for the usual one.
+        jobs: how many runs at a time share this machine's cores. With the executor "process", one job is this process itself, and more are
+            a pool of processes.
+        batched: whether runs that differ in seed and in the optimizer's numbers alone are trained as one program; None for on a GPU only.
+        executor: "process" for this machine, "ray" for a Ray cluster.
+        address: the Ray cluster to join; None starts one on this machine.
+        gpus: a run's part of a GPU on Ray; None for a whole one on cuda.
+        threads: of every run. None is cores // jobs, and in this process what torch takes by itself. The same number of threads gives the
+            same bits on the same hardware, whatever the executor.
+        path: a folder whose modules every worker can import.
+        retry_failed: whether failed results are deleted, each once, and their runs begun again.
+        tensorboard: whether every run also writes events for TensorBoard, in the store's folder of that name.
+        checkpoint_seconds: between two checkpoints of a run.
     """
 
     device: str = "cpu"

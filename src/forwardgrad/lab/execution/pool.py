@@ -1,4 +1,7 @@
-"""Runs in a pool of processes on this machine: workers are reused, and one that dies costs its own run's unfinished steps alone."""
+"""Trains units in a pool of processes on this machine.
+
+Processes are used again for further units. One that dies costs only the steps of its own unit since the last checkpoint.
+"""
 
 from __future__ import annotations
 

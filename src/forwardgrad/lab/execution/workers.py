@@ -14,7 +14,7 @@ POLL_SECONDS = 0.5  # that workers are waited for at a time
 
 
 class Workers(Protocol):
-    """What units are given to; every one comes back, with a result or with what happened to it."""
+    """What units are given to. Every unit comes back, with a result or with what happened to it."""
 
     @property
     def room(self) -> int:

@@ -1,4 +1,4 @@
-"""How long a run trains, in the unit that a comparison holds equal; loads without torch."""
+"""How long a run trains, in the unit that a comparison holds equal. Loads without torch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Pace:
 class Length:
     """How long a run trains, in exactly one unit: epochs, optimizer steps, seconds of training, or forward passes.
 
-    Seconds and forward passes become a number of steps before the first run, from the pace of each arm in a timed warm-up: the run itself
-    is then as repeatable as any, and its learning rate can be annealed over it. The pace is stored with the study, so that the same
-    command goes on with the same numbers of steps. A backward pass counts as two forward passes.
+    Seconds and forward passes become a number of steps before the first run, from the pace of each arm in a timed warm-up. So the run
+    itself is as repeatable as any, and its learning rate can be annealed over it. The pace is stored with the study, and the same command
+    goes on with the same numbers of steps. A backward pass counts as two forward passes.
     """
 
     epochs: int | None = None
@@ -69,7 +69,7 @@ def unpaced(run: Run) -> Pace:
 
 
 def paced_alike(run: Run) -> str:
-    """A name for all runs whose steps cost the same: seed, length and the optimizer's numbers do not matter."""
+    """A name that all runs share whose steps cost the same: seed, length and the optimizer's numbers do not matter."""
     same = (
         run.data,
         run.model,

@@ -1,4 +1,4 @@
-"""Search spaces: what is declared, the points that are tried in them, and where to look on when the best lies at an edge.
+"""Search spaces: the points to try in them, and further points where the best one lies on an edge.
 
 A space maps the name of a hyperparameter to the values of a grid (a tuple) or to a range. Loads without torch, and without scipy until
 points are sampled.
@@ -125,8 +125,8 @@ def _pick(values: Values, share: float) -> Any:
 def edges(space: Space, tried: Sequence[Point], point: Point) -> dict[str, int]:
     """The hyperparameters whose value in `point` lies on an edge of what was searched: −1 at the low one, 1 at the high one.
 
-    A value of a grid does where no tried one lies beyond it; a value of a range does in the outermost tenth of the range and all that was
-    tried beyond it. Zero is no edge: it is the absence of momentum or decay.
+    A value of a grid lies on an edge where no tried one lies beyond it. A value of a range does in the outermost tenth of the range and of
+    what was tried beyond it. Zero is no edge: it is the absence of momentum or decay.
     """
     found = {}
     for name, values in space.items():
@@ -151,10 +151,11 @@ def _reach(values: Range, tried: Sequence[float]) -> tuple[float, float]:
 
 
 def further(space: Space, tried: Sequence[Point], winner: Point, possible: Callable[[Point], bool] = lambda point: True) -> list[Point]:
-    """The `FURTHER` next points of one round of widening, the same number whatever the winner, so that every arm gets as many trials.
+    """The `FURTHER` next points of one round of widening. Every arm gets as many, wherever its winner lies.
 
-    Beyond every edge that the winner lies on, the other hyperparameters held; what is not `possible` there, and all of them where the
-    winner lies inside, closer to it: halfway to its neighbours, then a quarter of the way. Fewer only where nothing can be moved.
+    They lie beyond every edge that the winner lies on, with the other hyperparameters held. Points that are not `possible` are replaced by
+    points closer to the winner: halfway to its neighbours, then a quarter of the way. So are all of them where the winner lies inside.
+    There are fewer only where nothing can be moved.
     """
     points: list[Point] = []
     for moved in itertools.chain(_outward(space, tried, winner), _closer(space, tried, winner)):

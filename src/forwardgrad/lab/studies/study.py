@@ -1,7 +1,8 @@
-"""A comparison: arms with the same budget, tuned on validation data, their winners trained on fresh seeds, the test set read once.
+"""A study: a fair comparison of arms.
 
-`Study` is what a recipe or a user's function returns and the command line runs. `forwardgrad.lab.tuning.campaign` carries it out
-and stores it in OUT/studies/<name>.json. Neither needs torch.
+Arms have the same budget. They are tuned on validation data, their winners are trained on fresh seeds, and the test set is read once.
+A recipe or a user's function returns a `Study`. `forwardgrad.lab.tuning` carries it out and stores it in OUT/studies/<name>.json.
+Neither needs torch.
 """
 
 from __future__ import annotations

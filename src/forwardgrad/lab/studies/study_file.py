@@ -1,4 +1,4 @@
-"""A study from a user's Python file: the function that returns it is found, its arguments are set from the command line."""
+"""Reads a study from a user's Python file: finds the function that returns it, and sets its arguments from the command line."""
 
 from __future__ import annotations
 

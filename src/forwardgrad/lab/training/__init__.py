@@ -1,6 +1,6 @@
-"""One run from its description to its result: parts made, the loop, evaluations, checkpoints.
+"""Trains one run, from its description to its result.
 
-In: a `Run` and a store. Out: a result in the store, the same bits whether or not it was interrupted.
+In: a `Run` and a store. Out: a result in the store, with the same bits whether or not the run was interrupted.
 """
 
 from forwardgrad._lazy import attach

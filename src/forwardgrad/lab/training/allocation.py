@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, for a command whose steps free and ask for the same memory over and over."""
+"""Keeps freed memory in the process: training steps free the same memory and ask for it again, over and over."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def keep() -> bool:
-    """Have glibc hand freed memory out again; whether it does, and where there is no glibc nothing changes.
+    """Have glibc keep freed memory for the next request; returns whether it does. Without glibc nothing changes.
 
-    It hands blocks of 32 MB and more back to the system as soon as they are freed, and every page of the next such block is a fault: with
-    K > 1 directions on convolutional networks that is a third of the time of a step. Backpropagation gains as much as it has such blocks.
+    By itself it hands blocks of 32 MB and more back to the system as soon as they are freed, and every page of the next such block is a
+    fault. With K > 1 directions on convolutional networks that is a third of the time of a step. Backpropagation gains as well, as far as
+    it has such blocks.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -47,9 +47,10 @@ STATUS_SECONDS = 0.05  # between two looks of a display, for every run: each is 
 
 
 def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
-    """Runs as units of work: batches that were begun and may go on, new ones, and runs that go alone.
+    """Divide runs into units of work. A unit is trained as one program.
 
-    Runs alone are those whose estimator has no batched form, those with a checkpoint of their own, and those without a partner.
+    A batch that was begun goes on with the same runs. A run goes alone if its estimator has no batched form, if it has a checkpoint of its
+    own, or if no other run can go with it.
     """
     waiting = {run.identity: run for run in runs}
     units = []
@@ -115,7 +116,7 @@ def train(
 
 
 def forget(runs: Sequence[Run], store: Store) -> None:
-    """Delete what a batch has come to: its runs that have no result are begun again, together with others or alone."""
+    """Delete what a batch has come to. Its runs that have no result are then begun again, together with others or alone."""
     with _alone(runs, store):
         shutil.rmtree(_folder(runs, store), ignore_errors=True)
 
@@ -135,7 +136,7 @@ def _alone(runs: Sequence[Run], store: Store) -> Iterator[None]:
 
 
 class Batch:
-    """Runs under way together: a training for each, and what they share."""
+    """Several runs under way as one program: the training of each, and what they share."""
 
     def __init__(self, runs: Sequence[Run], store: Store, on: torch.device, data_dir: Path | None) -> None:
         self.runs, self.first, self.on = tuple(runs), runs[0], on

@@ -1,4 +1,4 @@
-"""When a run is beyond help: its loss is not finite, or stays far above that of guessing."""
+"""Finds divergence: a loss that is not finite, or stays far above that of guessing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST = 10  # steps whose losses stand for that of guessing where targets are no
 
 
 def find_divergence(training: Training) -> str | None:
-    """Why the run is beyond help, None if it is not; cuts the run back to the step where that became certain."""
+    """Why a run has diverged, None if it has not. A run that has is cut back to the step where that became certain."""
     run, state = training.run, training.state
     losses = state.losses[: state.step].cpu()
     bad = (~losses.isfinite()).nonzero()
@@ -29,9 +29,10 @@ def find_divergence(training: Training) -> str | None:
 
 
 def _bound(losses: Tensor, classes: int) -> float:
-    """The loss above which a run is stuck: so many times that of guessing among classes.
+    """The loss above which a run is stuck: `STUCK_FACTOR` times that of guessing among the classes.
 
-    Where there are none, as far above the mean of the first steps as so many times their size would be: a user's loss may be negative.
+    A user's loss has no classes, and may be negative. Its bound lies above the mean loss of the first steps, by `STUCK_FACTOR` − 1 times
+    the mean size of those losses.
     """
     if classes > 1:
         return STUCK_FACTOR * math.log(classes)

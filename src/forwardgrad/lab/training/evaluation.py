@@ -48,8 +48,8 @@ def losses_of(
 ) -> tuple[Tensor, Tensor]:
     """The loss of every example of a split (float64) and whether it was classified rightly.
 
-    Of a user's loss only means over batches are known: every example of a batch gets its mean. Where targets are no classes, whether they
-    were met is NaN.
+    A user's loss gives only means over batches, so every example of a batch gets the batch's mean. Where targets are no classes, the second
+    tensor holds NaN.
     """
     training = model.training
     model.eval()

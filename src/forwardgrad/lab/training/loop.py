@@ -1,7 +1,7 @@
-"""The one training loop, of every arm and of runs alone and together.
+"""The one training loop: every arm goes through it, and runs alone as well as runs together.
 
-Divergence is looked for at fixed steps, and evaluation covers the whole split, in time that does not count. Everything random follows
-from a run's seed, so a killed run goes on from its checkpoint to the same bits.
+It looks for divergence at fixed steps. An evaluation covers the whole split, and its time does not count. Everything random follows from a
+run's seed, so a killed run goes on from its checkpoint to the same bits.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def train(
     checkpoint_seconds: float = 60.0,
     tensorboard: Path | None = None,
 ) -> dict[str, Any]:
-    """Train one run in its folder, or go on with it, and return its result; a finished run is only read.
+    """Train one run in its folder, or go on with it, and return its result. A finished run is only read.
 
     TensorBoard's files, if asked for, go to a folder of the run's own in `tensorboard`.
+
     Raises UserError for data that is missing or damaged, an unknown estimator option, or a device that is not there.
     """
     if (done := store.read_result(folder)) is not None:
@@ -138,7 +139,7 @@ def train(
 
 
 def _check_code(run: Run) -> None:
-    """Refuse to go on with code that is not what the description stands for: the result would be filed under another's name."""
+    """Refuse to train with code that changed since the run was described: the result would be stored under the name of another run."""
     named = import_path.paths(run)
     if named and (found := import_path.digest(named)) != run.code:
         raise UserError(f"the code of {', '.join(named.values())} changed while the study ran ({run.code}, now {found}): start it again")

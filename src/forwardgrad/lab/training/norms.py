@@ -1,4 +1,4 @@
-"""Lengths of parameters and of steps, summed in float64, at the price of reading the numbers once."""
+"""Norms of parameters and of steps, summed in float64. Each number is read once."""
 
 from __future__ import annotations
 

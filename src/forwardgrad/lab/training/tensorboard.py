@@ -1,7 +1,7 @@
-"""TensorBoard's files of a run, where they are asked for: OUT/tensorboard/<identity>.
+"""Writes a run's curves for TensorBoard, where that is asked for: OUT/tensorboard/<identity>.
 
-They are a copy for looking at; the laboratory reads nothing from them. A run that goes on from its checkpoint takes back what was written
-of later steps, so that no step is there twice.
+They are a copy for people. The laboratory reads nothing from them. A run that goes on from its checkpoint takes back what was written of
+later steps, so that no step is there twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def installed() -> Any:
 
 
 class Board:
-    """The events of one run; without a folder it takes everything and writes nothing."""
+    """The events of one run. Without a folder it writes nothing."""
 
     def __init__(self, folder: Path | None, training: Training) -> None:
         self.run, self.state = training.run, training.state
@@ -72,7 +72,7 @@ class Board:
             self._writer.flush()
 
     def flush(self) -> None:
-        """Before a checkpoint: what a run that goes on from it will not write again."""
+        """Write to disk before a checkpoint what a run that goes on from it will not write again."""
         if self._writer:
             self._writer.flush()
 
@@ -94,8 +94,11 @@ class Board:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """TensorBoard reads a run's files in the order of their names, which tell the second they were begun in and then the process: one
-    that goes on in the second of another must not come before it."""
+    """Wait until a new file's name comes after those that are there.
+
+    TensorBoard reads a run's files in the order of their names. A name tells first the second that the file was begun in and then the
+    process: of two files of one second the later one may come first.
+    """
     begun = [int(stamp) for path in folder.glob("events.out.tfevents.*") if (stamp := path.name.split(".")[3]).isdecimal()]
     time.sleep(min(1.0, max(0.0, max(begun, default=0) + 1 - time.time())))
 

@@ -1,4 +1,4 @@
-"""A study carried out: every arm tuned on validation data, its winner trained on fresh seeds, and what that will cost.
+"""Carries a study out: tunes every arm on validation data, trains its winner on fresh seeds. Counts beforehand what that costs.
 
 In: a study and a function that trains runs. Out: a record of which run was what.
 """

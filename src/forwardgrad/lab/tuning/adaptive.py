@@ -1,7 +1,8 @@
-"""Points that Optuna asks for: its TPE sampler by ask and tell, its journal beside the study's record.
+"""Searches a space with Optuna's TPE sampler.
 
-The laboratory's own store stays the truth: every point is asked for again from the same seed, after being told the same results, so that
-the same command goes on where it stopped, and its journal is written anew. `optuna-dashboard OUT/studies/NAME.journal` shows it.
+The laboratory's store stays the one truth. A command that goes on asks for every point again, from the same seed and after the same
+results, so it gets the same points. Optuna's journal beside the study's record is written anew each time, for
+`optuna-dashboard OUT/studies/NAME.journal`.
 """
 
 from __future__ import annotations

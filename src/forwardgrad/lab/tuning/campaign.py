@@ -1,6 +1,6 @@
-"""A study carried out: every arm tuned on validation data, each winner trained on fresh seeds, and a record of which run was what.
+"""Carries a study out: tunes every arm on validation data, trains each winner on fresh seeds, and records which run was what.
 
-Of training it knows the functions that it is given: one executes runs, one says what a step of a run costs. Loads without torch.
+It trains nothing itself. It is given a function that executes runs and one that says what a step costs. Loads without torch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Campaign:
         return runs
 
     def _check(self) -> None:
-        """Let what is to be trained be examined; a run that has a result needs nothing any more."""
+        """Let the runs be examined that are still to be trained."""
         named = {run.identity: run for state in self.arms for run in (*(run for _, run in state.trials), *state.finals)}
         new = [run for key, run in named.items() if key not in self._good and self.store.result(key) is None]
         if new:
@@ -213,7 +213,7 @@ def run_study(
 
 
 def _possible(arm: Arm, point: Point) -> bool:
-    """Whether there is such a run: beyond an edge may lie what no optimizer and no estimator takes."""
+    """Whether optimizer and estimator take these values: beyond an edge of a space they may not."""
     from forwardgrad.lab.training import builders
 
     try:
@@ -228,7 +228,7 @@ def _short(values: Point) -> str:
 
 
 def without_winner(trials: Sequence[Trial], results: Results) -> str:
-    """Why no trial can be chosen, empty where one can: how many failed, and how many diverged."""
+    """Why no trial can be chosen: how many failed, and how many diverged. Empty where one can be chosen."""
     if not trials or _fit(trials, results):
         return ""
     statuses = [results[run.identity]["status"] for _, run in trials]
@@ -240,9 +240,9 @@ def without_winner(trials: Sequence[Trial], results: Results) -> str:
 
 
 def choose(arm: Arm, trials: Sequence[Trial], results: Results, *, or_least: bool = False) -> dict[str, Any]:
-    """The trial with the least validation loss, and on which edges of its space it lies; no values where none finished.
+    """The trial with the least validation loss, and on which edges of its space it lies. Without a finished trial there are no values.
 
-    With `or_least`, where none finished and some diverged, that of the least learning rate: below it lies the best place to look on.
+    With `or_least`, where none finished and some diverged, it is the trial of the least learning rate: rates below it are the ones to try.
     """
     tried = [values for values, _ in trials]
     if fit := _fit(trials, results):

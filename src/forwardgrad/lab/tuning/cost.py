@@ -1,4 +1,4 @@
-"""What a study will cost before it starts: every arm's pace in a timed warm-up, and the runs that are planned."""
+"""Counts what a study will cost before it starts: a timed warm-up gives the pace of every arm, the planner gives the runs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ EXAMPLES = 1000  # that an evaluation is timed on, at most
 
 
 def measure_pace(run: Run, device: str = "cpu", data_dir: Path | None = None, threads: int | None = None) -> Pace:
-    """Seconds (the median of timed steps) and forward passes (their mean) of a step of this run, on this machine as it is now.
+    """What a step of this run takes on this machine as it is now: seconds (the median of timed steps), forward passes (their mean).
 
-    `threads` is how many a run will have; a backward pass counts as two forward passes.
+    `threads` is how many a run will have. A backward pass counts as two forward passes.
 
     Raises UserError as training does.
     """
@@ -82,7 +82,7 @@ class Cost:
 
 
 def costs(planner: Planner, data_dir: Path | None = None) -> list[Cost]:
-    """The cost of every arm, from the pace of its runs; where hyperparameters change what a step costs, of each of them.
+    """The cost of every arm, from the pace of its runs. A pace is measured for each setting that changes what a step costs.
 
     Where points are not known beforehand, and for final runs, the arm's own run stands for all.
     """
@@ -120,7 +120,7 @@ def _sum(planner: Planner, runs: Iterable[Run], sizes: Callable[[str], tuple[Dat
 
 
 def cost_table(found: list[Cost], place: Place) -> str:
-    """The costs in plain text, and what they come to: trials first, then final runs, as many at a time as there are of them and cores."""
+    """The costs in plain text, and how long all of it takes: first the trials, then the final runs, as many at a time as fit."""
     head = ("arm", "trials", "final runs", "steps", "forward passes", "time")
     rows = [(c.arm, str(c.trials), str(c.finals), f"{c.steps:,}", f"{c.forward_passes:,.0f}", clock(c.tuning + c.training)) for c in found]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]

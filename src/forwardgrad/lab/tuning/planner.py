@@ -1,4 +1,4 @@
-"""The runs of a study, planned: what a point of a space, or a winner and a seed, is as a run.
+"""Plans the runs of a study: the trial of each point of a space, and the final runs of a winner.
 
 Carrying a study out and counting its cost plan with the same object. It trains nothing. Loads without torch.
 """
