@@ -22,7 +22,7 @@ from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.execution.unit import GpuLost, Reply, Unit, WorkerDied, reason_of, train_unit
 from forwardgrad.lab.store import Store
 
-OBJECT_STORE = 100 * 2**20  # bytes of an instance of our own: what tasks pass is small
+OBJECT_STORE = 100 * 2**20  # bytes of an instance that is started here: what tasks pass is small
 CANCEL_SECONDS = 2.0
 REACH_SECONDS = 10.0
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # the second: no advice on the next version
@@ -139,8 +139,8 @@ def _join(ray: Any, place: Place) -> None:
     """Join the cluster at the place's address, or start an instance on this machine; quietly."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if place.address is None:
-        own = {"num_cpus": place.jobs * place.share, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
-        ray.init(address="local", **own, **options)
+        instance = {"num_cpus": place.jobs * place.share, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+        ray.init(address="local", **instance, **options)
     else:
         try:
             _reach(place.address)

@@ -58,12 +58,12 @@ def _said(path: Path, error: Exception) -> str:
 
 
 def _function(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
-    own = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__}
-    found = {key: value for key, value in own.items() if inspect.get_annotations(value).get("return") in (Study, "Study", "study.Study")}
+    local = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__}
+    found = {key: value for key, value in local.items() if inspect.get_annotations(value).get("return") in (Study, "Study", "study.Study")}
     if name:
-        if name not in own:
+        if name not in local:
             raise UserError(f"{path.name} has no function {name!r}: its studies are {', '.join(found) or 'none'}")
-        return own[name]
+        return local[name]
     if len(found) != 1:
         say = f"has {len(found)} studies, {', '.join(found)}: name one as {path.name}:{next(iter(found))}" if found else "has no study"
         raise UserError(f"{path.name} {say}" + ("" if found else ": write a function whose return annotation is Study"))

@@ -43,7 +43,7 @@ from forwardgrad.lab.training.training import Training, order_of_epoch, shrink
 from forwardgrad.optim import cap_step
 
 LARGEST = 32  # runs in one batch: beyond that a GPU is busy anyway, and a kill or a full memory costs more
-STATUS_SECONDS = 0.05  # between two looks of a display, for every run: each is a file that is written whole
+STATUS_SECONDS = 0.05  # between two statuses, for every run of a batch: each is a file that is written whole
 
 
 def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
@@ -157,7 +157,7 @@ class Batch:
         shared = self.optimizer, self.lr_schedule, self.estimator
         of_each = zip(models, self.generators, self.losses, self.derivatives, starts, strict=True)
         states = [State(model, *shared, generator, losses, ds, start, 0) for model, generator, losses, ds, start in of_each]
-        self.trainings = [Training(*parts) for parts in zip(runs, datasets, states, strict=True)]
+        self.trainings = [Training(*each) for each in zip(runs, datasets, states, strict=True)]
 
     def _load(self, data_dir: Path | None) -> list[data.Dataset]:
         """Each run's data; runs of one seed share theirs. All training splits lie in one tensor, so that a batch is one gather."""
