@@ -10,7 +10,6 @@ keep their bits. One checkpoint holds them all, in OUT/batches/<identity>: a kil
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import shutil
@@ -26,8 +25,7 @@ from torch import Tensor, nn
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment
-from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import Store, alone, check, damaged, make_folder, read_checkpoint, read_json, write_checkpoint, write_json
+from forwardgrad.lab.store import Store, alone, check, make_folder, read_json, write_checkpoint, write_json
 from forwardgrad.lab.studies import SCHEMA, Run, from_json, identity, paths, to_json
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.divergence import find_divergence
@@ -37,7 +35,7 @@ from forwardgrad.lab.training.norms import norm
 from forwardgrad.lab.training.precision import arranged
 from forwardgrad.lab.training.run_folder import finish, write_environment, write_status
 from forwardgrad.lab.training.schedule import Schedule
-from forwardgrad.lab.training.state import State, as_bytes, buffers
+from forwardgrad.lab.training.state import State, as_bytes, buffers, checkpoint
 from forwardgrad.lab.training.tensorboard import Board
 from forwardgrad.lab.training.training import Training, order_of_epoch, shrink
 from forwardgrad.optim import cap_step
@@ -216,8 +214,7 @@ class Batch:
         """Go on from the batch's checkpoint, if there is one; UserError where it is damaged."""
         if not self.checkpoint.exists():
             return
-        try:
-            content = torch.load(io.BytesIO(read_checkpoint(self.checkpoint)), map_location="cpu", weights_only=True)
+        with checkpoint(self.checkpoint) as content:
             if any(content["runs"][index]["step"] != content["step"] for index in self.unfinished):
                 return  # the result of a run that had diverged was deleted: from the start it comes to the same
             self.step = content["step"]
@@ -226,10 +223,6 @@ class Batch:
             for training, kept in zip(self.trainings, content["runs"], strict=True):
                 training.state.model.load_state_dict(kept["model"])
                 training.state.set_counts(kept)
-        except UserError:
-            raise
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise damaged(self.checkpoint, type(error).__name__) from error
 
     def finish(self, index: int, reason: str | None) -> None:
         """Write the result of one run; the others go on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,20 +92,26 @@ class State:
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; UserError where it is damaged."""
-        try:
-            content = torch.load(io.BytesIO(store.read_checkpoint(path)), map_location="cpu", weights_only=True)
+        with checkpoint(path) as content:
             for name, module in self._modules().items():
                 module.load_state_dict(content[name])
             torch.set_rng_state(content["global"])
             self.set_counts(content)
-        except UserError:
-            raise
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            raise store.damaged(path, type(error).__name__) from error
 
     def _modules(self) -> dict[str, Any]:
         """What has a state of its own, by its name in a checkpoint."""
         return {"model": self.model, "optimizer": self.optimizer, "schedule": self.lr_schedule}
+
+
+@contextmanager
+def checkpoint(path: Path) -> Iterator[dict[str, Any]]:
+    """What a checkpoint holds. Within this block anything that goes wrong is a damaged checkpoint, told by a UserError."""
+    try:
+        yield torch.load(io.BytesIO(store.read_checkpoint(path)), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a damaged file, and so does what takes its content
+        raise store.damaged(path, type(error).__name__) from error
 
 
 def as_bytes(content: dict[str, Any]) -> bytes:
