@@ -99,11 +99,12 @@ def test_other_cases_are_kept_and_the_same_is_measured_anew(
 
 def test_the_order_in_memory_is_backpropagations_choice(tmp_path: Path) -> None:
     method = measuring.Method(rounds=5)
-    measuring.measure(Store(tmp_path), [Case("cnn", 1)], [NAMED["plain"]], method, device="cpu", say=lambda _: None)
+    found = measuring.measure_steps(Store(tmp_path), [Case("cnn", 1)], [NAMED["plain"]], method, device="cpu", say=lambda _: None)
     (case,) = stored(tmp_path)
+    assert json.loads(json.dumps(found)) == [case]  # what is returned is what is stored
     assert set(case["tried"]) == {"contiguous", "channels-last"}
     assert case["layout"] == min(case["tried"], key=case["tried"].get)
-    assert "all arms ran in the order in memory in which backpropagation is faster" in bench_section.text(case)
+    assert "all arms ran in the order in memory in which backpropagation is faster" in bench_section.bench_text(case)
 
 
 def test_what_keeps_an_arm_from_running_is_said_and_the_others_go_on(
@@ -123,8 +124,8 @@ def test_what_keeps_an_arm_from_running_is_said_and_the_others_go_on(
 def test_networks_with_table_ones_arms_are_known(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert measuring.measured(store, "cpu") == set()
-    measuring.measure(store, [Case("logistic", 64)], TABLE_1, measuring.Method(rounds=5), device="cpu", say=lambda _: None)
-    measuring.measure(store, [Case("mlp-2x8", 64)], [NAMED["plain"]], measuring.Method(rounds=5), device="cpu", say=lambda _: None)
+    measuring.measure_steps(store, [Case("logistic", 64)], TABLE_1, measuring.Method(rounds=5), device="cpu", say=lambda _: None)
+    measuring.measure_steps(store, [Case("mlp-2x8", 64)], [NAMED["plain"]], measuring.Method(rounds=5), device="cpu", say=lambda _: None)
     assert measuring.measured(store, "cpu") == {"logistic"}
 
 
@@ -231,7 +232,7 @@ def test_the_section_says_what_was_measured_and_what_was_refused(tmp_path: Path)
 
 
 def test_a_terminal_gets_the_same_in_aligned_rows() -> None:
-    lines = bench_section.text(NN).splitlines()
+    lines = bench_section.bench_text(NN).splitlines()
     assert lines[0] == NN_ROW
     assert len({line.index("/ backprop") for line in lines[1:2]} | {lines[4].index("1.50 (")}) == 1
     assert lines[8].startswith("mezo: out of luck")

@@ -13,7 +13,6 @@ from tests.lab.commands.test_cli import run
 import forwardgrad as fg
 from forwardgrad.lab.report import document
 from forwardgrad.lab.report.sections import quality as quality_section
-from forwardgrad.lab.report.sections.quality import Estimate
 from forwardgrad.lab.store.store import Store, write_json
 from forwardgrad.lab.studies.estimator_text import format_estimator, parse_estimators
 
@@ -71,7 +70,7 @@ def test_other_settings_are_kept_and_the_same_is_measured_anew(
     assert (tmp_path / "figures" / "quality-1.svg").exists()
 
 
-def without_time(estimate: Estimate) -> Estimate:
+def without_time(estimate: dict[str, Any]) -> dict[str, Any]:
     return {**estimate, "quality": {**estimate["quality"], "seconds": None}}
 
 
@@ -107,7 +106,7 @@ def test_what_cannot_be_measured_is_said_and_the_others_go_on(
     assert [(e["tangents"], e["failed"], e["quality"]) for e in others] == [(1, "out of luck", None), (4, "out of luck", None)]
 
 
-def estimate(label: str, k: int | None, cosine: float, variance: float, theory: float | None, p: float = 0.5) -> Estimate:
+def estimate(label: str, k: int | None, cosine: float, variance: float, theory: float | None, p: float = 0.5) -> dict[str, Any]:
     def interval(value: float) -> dict[str, float]:
         return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
 
@@ -148,7 +147,7 @@ def test_the_section_says_what_was_found() -> None:
     assert (forward["squared bias"].text, forward["squared bias"].sub) == ("0.500", "0.450 to 0.550")
     assert (forward["peak"].text, forward["time"].text, forward["forward passes"].text) == ("12.0 MB", "2.00 ms", "3")
     assert rows[-1][0].sub == "not measured: it is odd"
-    assert "odd" in quality_section.text({**SETTING, "estimates": estimates}).splitlines()[-1]
+    assert "odd" in quality_section.quality_text({**SETTING, "estimates": estimates}).splitlines()[-1]
     drawn = quality_section._trends({**SETTING, "estimates": estimates}, lambda e: e["quality"]["total"]["variance"], theory=True)
     assert [(t.label, t.at, t.value, t.theory) for t in drawn] == [
         ("backprop", (), (0.0,), (0.0,)),

@@ -174,7 +174,7 @@ def test_studies_beyond_the_papers_table_are_run_and_reported(
 
     monkeypatch.setattr("forwardgrad.lab.execution.execute", execute)
     monkeypatch.setattr("forwardgrad.lab.tuning.check_buildable", lambda *_: None)  # there are no data
-    monkeypatch.setattr("forwardgrad.lab.bench.measure", lambda *_, **__: pytest.fail("arms that are not there were timed"))
+    monkeypatch.setattr("forwardgrad.lab.bench.measure_steps", lambda *_, **__: pytest.fail("arms that are not there were timed"))
     status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
     assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")
     assert len([one for one in trained if one.test]) == planned

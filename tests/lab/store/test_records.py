@@ -185,7 +185,9 @@ def test_claims_are_decided_by_the_fullest_of_several_records(tmp_path: Path, fu
 def test_steps_timed_elsewhere_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`reproduce` times steps by the way: into a folder that holds no times, and beside those of the same machine and commit."""
     store, asked = Store(tmp_path), []
-    monkeypatch.setattr("forwardgrad.lab.bench.measure", lambda store, cases, *_, **__: asked.append([case.model for case in cases]) or "")
+    monkeypatch.setattr(
+        "forwardgrad.lab.bench.measure_steps", lambda store, cases, *_, **__: asked.append([case.model for case in cases]) or []
+    )
     studies._time_steps(store, {"cnn", "nn"}, "cpu")
     assert asked == [["cnn", "nn"]]
     here = environment.describe(torch.device("cpu"))

@@ -3,8 +3,10 @@ from forwardgrad.lab.bench import cases as cases
 from forwardgrad.lab.bench.arms import TABLE_1 as TABLE_1
 from forwardgrad.lab.bench.cases import Case as Case
 from forwardgrad.lab.bench.measuring import Method as Method
-from forwardgrad.lab.bench.measuring import measure as measure
+from forwardgrad.lab.bench.measuring import measure_steps as measure_steps
 from forwardgrad.lab.bench.measuring import measured as measured
 from forwardgrad.lab.bench.measuring import replaces as replaces
 from forwardgrad.lab.bench.measuring import threads as threads
 from forwardgrad.lab.bench.quality_of_estimates import Setting as Setting
+from forwardgrad.lab.bench.quality_of_estimates import estimators_at as estimators_at
+from forwardgrad.lab.bench.quality_of_estimates import measure_estimates as measure_estimates

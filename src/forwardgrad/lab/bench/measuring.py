@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,14 +24,15 @@ from forwardgrad.lab import environment
 from forwardgrad.lab.bench import process_peak, random_numbers, roofline, timing, worth_of_a_step
 from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, Arm, Step
 from forwardgrad.lab.bench.cases import Built, Case, build, layouts, loss
+from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, ValueWithInterval, Worth
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.report.sections.bench import text
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA
 from forwardgrad.lab.training import allocation
 
 SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
-PLACE = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
+CaseKey = Literal["model", "batch", "layout", "accelerator"]
+SAME_CASE: tuple[CaseKey, ...] = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
 IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
 TRIED = 5  # rounds of backpropagation in each order in memory
 
@@ -54,23 +55,25 @@ class Method:
             raise UserError(f"--repeats must be 0, or an even number of at least {LEAST}, not {self.repeats}")
 
 
-def measure(store: Store, cases: Sequence[Case], arms: Sequence[Arm], method: Method, *, device: str, say: Callable[[str], None]) -> str:
-    """Measure the cases, store each as it is done beside those of the same machine, and return a text table."""
+def measure_steps(
+    store: Store, cases: Sequence[Case], arms: Sequence[Arm], method: Method, *, device: str, say: Callable[[str], None]
+) -> list[CaseRecord]:
+    """Measure the cases, and store each as it is done beside those of the same machine; returns what was stored of them."""
     on = environment.device(device)
-    where, tables = environment.describe(on), []
+    where, found = environment.describe(on), []
     allocation.keep()
     say("the machine's own limits")
     limits = roofline.ceilings(on)
     for index, case in enumerate(cases, 1):
         with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
             torch.manual_seed(method.seed)
-            chosen = _layout(case, on)
-            say(f"[{index}/{len(cases)}] {case.model}, batch {case.batch}, {chosen['layout']}")
-            new = {**chosen, **_measured(dataclasses.replace(case, layout=chosen["layout"]), arms, method, limits, on, say)}
-        new = {**new, "command": where["command"], "ceilings": limits._asdict()}
+            chosen, tried = _laid_out(case, on)
+            say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}, {chosen.layout}")
+            new = _measured(chosen, arms, method, limits, on, say)
+        new["tried"] = tried
         _store(store, where, new)
-        tables.append(text(new))
-    return "\n\n".join(tables)
+        found.append(new)
+    return found
 
 
 @contextmanager
@@ -113,28 +116,28 @@ def _stored(store: Store) -> dict[str, Any]:
     return stored
 
 
-def _store(store: Store, where: dict[str, Any], new: dict[str, Any]) -> None:
+def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
     """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
     with store.changing():
         stored = _stored(store)
-        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in PLACE)] if _alike(stored, where) else []
+        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _alike(stored, where) else []
         write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
 
 
-def _layout(case: Case, on: torch.device) -> dict[str, Any]:
-    """The order in memory that is measured, and what backpropagation takes in each where the faster one is asked for."""
+def _laid_out(case: Case, on: torch.device) -> tuple[Case, dict[str, float]]:
+    """The case in the order in memory that is measured, and the seconds of backpropagation in each order, if there is a choice."""
     options = layouts(case, on)
     if len(options) == 1:
-        return {"layout": options[0].layout, "tried": {}}
+        return options[0], {}
     steps: dict[str, timing.Work] = {option.layout: Step(BACKPROP, build(option, on)) for option in options}
     found = timing.interleaved(steps, rounds=TRIED, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     tried = {layout: float(np.median(times)) for layout, times in found.items()}
-    return {"layout": min(tried, key=lambda layout: tried[layout]), "tried": tried}
+    return min(options, key=lambda option: tried[option.layout]), tried
 
 
 def _measured(
     case: Case, arms: Sequence[Arm], method: Method, limits: roofline.Ceilings, on: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> CaseRecord:
     built = build(case, on)
     steps, failed = _begun(arms, built)
     drawn = {arm.name: _drawn(arm, steps[arm], built) for arm in steps}
@@ -147,6 +150,8 @@ def _measured(
     if method.repeats:
         _add_worth(found, arms, steps, built, method, say)
     return {
+        "layout": case.layout,
+        "tried": {},
         "model": case.model,
         "data": case.data,
         "batch": case.batch,
@@ -156,6 +161,8 @@ def _measured(
         "seed": method.seed,
         "repeats": method.repeats,
         "arms": found,
+        "command": environment.command(),
+        "ceilings": limits._asdict(),
     }
 
 
@@ -190,8 +197,8 @@ def _arm(
     built: Built,
     limits: roofline.Ceilings,
     method: Method,
-) -> dict[str, Any]:
-    head = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.spec, "engine": arm.engine, "failed": failed}
+) -> ArmRecord:
+    head: ArmRecord = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.spec, "engine": arm.engine, "failed": failed}
     if step is None:
         return head
     mine, plain, backprop = times[arm.name], times.get(PLAIN.name), times.get(BACKPROP.name)
@@ -207,42 +214,46 @@ def _arm(
         "to_plain": None if plain is None else timing.ratio(mine, plain),
         "further": None if one is None or plain is None else timing.further(mine, one, plain, arm.tangents),
         "examples_per_second": case.batch / middle,
-        **_memory(arm, step, case, built, method),
+        "peak_bytes": None if _unseen(arm, built) else process_peak.tally(step, built),
+        "process": _process(arm, case, built, method),
         "drawing": _drawing(arm, times),
-        **_roofline(arm, step, limits, middle),
+        "roofline": _roofline(arm, step, limits, middle),
         "worth": None,
         "worth_failed": None,
         "to_cosine": [],
     }
 
 
-def _memory(arm: Arm, step: Step, case: Case, built: Built, method: Method) -> dict[str, Any]:
-    """The most bytes above parameters and input. Compiled code gives out its memory where a tally on the processor does not see it."""
-    unseen = arm.engine == "compile" and built.images.device.type == "cpu"
-    verified = method.verify_memory and not unseen and built.images.device.type == "cpu"
-    process: dict[str, Any] | None = process_peak.process_peak(case, arm) if verified else None
-    if process is not None:
-        process["agree"] = process_peak.within_tolerance(process["tally"], process["process"])
-    return {"peak_bytes": None if unseen else process_peak.tally(step, built), "process": process}
+def _unseen(arm: Arm, built: Built) -> bool:
+    """Compiled code gives out its memory where a tally on the processor does not see it."""
+    return arm.engine == "compile" and built.images.device.type == "cpu"
 
 
-def _drawing(arm: Arm, times: dict[str, timing.Samples]) -> dict[str, Any] | None:
+def _process(arm: Arm, case: Case, built: Built, method: Method) -> dict[str, Any] | None:
+    """The tally beside the peak of a process of its own, where that is asked for and can be had."""
+    if not method.verify_memory or _unseen(arm, built) or built.images.device.type != "cpu":
+        return None
+    found = process_peak.process_peak(case, arm)
+    return {**found, "agree": process_peak.within_tolerance(found["tally"], found["process"])}
+
+
+def _drawing(arm: Arm, times: dict[str, timing.Samples]) -> dict[str, ValueWithInterval] | None:
     """How long the random numbers of a step take alone, and as a share of the step; None for an arm that draws none."""
     if (alone := times.get(f"draws of {arm.name}")) is None:
         return None
     return {"seconds": timing.median(alone), "share": timing.ratio(alone, times[arm.name])}
 
 
-def _roofline(arm: Arm, step: Step, limits: roofline.Ceilings, seconds: float) -> dict[str, Any]:
+def _roofline(arm: Arm, step: Step, limits: roofline.Ceilings, seconds: float) -> dict[str, Any] | None:
     if arm.engine != "eager":  # under a count it would run as it is written
-        return {"roofline": None}
+        return None
     needed = roofline.count(step)
     bound, near = limits.bound(needed)
-    return {"roofline": {**needed._asdict(), "seconds": bound, "near": near, "reached": bound / seconds}}
+    return {**needed._asdict(), "seconds": bound, "near": near, "reached": bound / seconds}
 
 
 def _add_worth(
-    found: list[dict[str, Any]], arms: Sequence[Arm], steps: dict[Arm, Step], built: Built, method: Method, say: Callable[[str], None]
+    found: list[ArmRecord], arms: Sequence[Arm], steps: dict[Arm, Step], built: Built, method: Method, say: Callable[[str], None]
 ) -> None:
     """What a step of each arm is worth; arms of equal noise share one measurement."""
 
@@ -253,7 +264,7 @@ def _add_worth(
     twin.zero_grad()
     estimate_grad_(of, twin, Backprop())
     exact = {name: p.grad for name, p in twin.named_parameters()}
-    known: dict[Estimator, worth_of_a_step.Worth | str] = {}
+    known: dict[Estimator, Worth | str] = {}
     for record, arm in zip(found, arms, strict=True):
         if arm.estimates is None or arm not in steps:
             continue
@@ -267,5 +278,5 @@ def _add_worth(
         if isinstance(worth := known[one], str):
             record["worth_failed"] = worth
         else:
-            record["worth"] = worth_of_a_step.averaged(worth, averaged)
-            record["to_cosine"] = worth_of_a_step.costs(record["worth"], record["seconds"]["value"], method.cosines)
+            record["worth"] = mine = worth_of_a_step.averaged(worth, averaged)
+            record["to_cosine"] = worth_of_a_step.costs(mine, float(np.median(record["times"])), method.cosines)

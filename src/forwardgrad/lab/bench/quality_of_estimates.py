@@ -17,8 +17,8 @@ from forwardgrad.diagnostics import LEAST, quality
 from forwardgrad.estimators import Backprop, Estimator, from_config, to_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment
+from forwardgrad.lab.bench.records import EstimateRecord, SettingRecord
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.report.sections.quality import text
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA, format_estimator, stream
 from forwardgrad.lab.training import models
@@ -44,7 +44,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Arm:
+class MeasuredEstimator:
     """An estimator as it is measured, and how it is called whatever its K."""
 
     label: str
@@ -52,7 +52,7 @@ class Arm:
     estimator: Estimator
 
 
-def arms(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> list[Arm]:
+def estimators_at(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> list[MeasuredEstimator]:
     """Every estimator with every K, once where it has no tangents; UserError for one that does not exist."""
     found = []
     for config in configs:
@@ -60,19 +60,19 @@ def arms(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> list[Arm]:
         try:
             one = from_config(config)
             varied = "tangents" in to_config(one)
-            many = [Arm(label, k, from_config({**config, "tangents": k})) for k in counts] if varied else [Arm(label, None, one)]
+            found += [MeasuredEstimator(label, k, from_config({**config, "tangents": k})) for k in (counts if varied else ())]
+            found += [] if varied else [MeasuredEstimator(label, None, one)]
         except (ValueError, TypeError) as error:
             raise UserError(f"the estimator {format_estimator(config)!r} cannot be used: {error}") from error
-        found += many
     if len({(arm.label, arm.tangents) for arm in found}) < len(found):
         raise UserError("the same estimator is there twice: every one is measured with every K of --tangents already")
     return found
 
 
-def measure(
-    store: Store, setting: Setting, chosen: Sequence[Arm], *, device: str, data_dir: Path | None, say: Callable[[str], None]
-) -> str:
-    """Measure the estimators, store them beside other settings measured on the same machine, and return a text table."""
+def measure_estimates(
+    store: Store, setting: Setting, chosen: Sequence[MeasuredEstimator], *, device: str, data_dir: Path | None, say: Callable[[str], None]
+) -> SettingRecord:
+    """Measure the estimators, and store them beside other settings measured on the same machine; returns what was stored of them."""
     if setting.repeats < LEAST or setting.repeats % 2:
         raise UserError(f"--repeats must be an even number of at least {LEAST}, not {setting.repeats}")
     on = environment.device(device)
@@ -81,28 +81,29 @@ def measure(
         raise UserError(f"a batch of {setting.batch:,} needs more than the {len(dataset.train):,} examples that {setting.data} trains with")
     where = environment.describe(on)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-        estimates = _estimates(setting, chosen, dataset, on, say)
-    new = {**dataclasses.asdict(setting), **estimates}
+        new = _measured(setting, chosen, dataset, on, say)
     path = store.root / "quality.json"
     with store.changing():
-        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, new), new]})
-    return text(new)
+        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, setting), new]})
+    return new
 
 
-def _kept(path: Path, where: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+def _kept(path: Path, where: dict[str, Any], setting: Setting) -> list[dict[str, Any]]:
     """The stored settings that were measured on the same machine and are not measured anew."""
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
         return []
     check(path, stored, {"environment": dict, "settings": list})
     if any(stored["environment"].get(key) != where.get(key) for key in SAME):
         return []
-    place = [field.name for field in dataclasses.fields(Setting) if field.name not in ("repeats", "learn")]
-    return [s for s in stored["settings"] if any(check(path, s, dict.fromkeys(place, object))[key] != new[key] for key in place)]
+    place = {key: value for key, value in dataclasses.asdict(setting).items() if key not in ("repeats", "learn")}
+    for other in stored["settings"]:
+        check(path, other, dict.fromkeys(place, object))
+    return [other for other in stored["settings"] if any(other[key] != value for key, value in place.items())]
 
 
-def _estimates(
-    setting: Setting, chosen: Sequence[Arm], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _measured(
+    setting: Setting, chosen: Sequence[MeasuredEstimator], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
+) -> SettingRecord:
     torch.manual_seed(stream(setting.seed, "initialisation"))
     model = models.build(setting.model, dataset.shape, dataset.classes).to(on)
     batches = _batches(setting, dataset)
@@ -120,17 +121,28 @@ def _estimates(
         found.append(_estimate(setting, arm, model, loss, exact, dataset))
     with torch.no_grad():
         value = float(loss(model))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "loss": value, "estimates": found}
+    return {
+        "model": setting.model,
+        "data": setting.data,
+        "batch": setting.batch,
+        "repeats": setting.repeats,
+        "warm_up": setting.warm_up,
+        "learn": setting.learn,
+        "seed": setting.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": value,
+        "estimates": found,
+    }
 
 
 def _estimate(
     setting: Setting,
-    arm: Arm,
+    arm: MeasuredEstimator,
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     exact: dict[str, Tensor | None],
     dataset: data.Dataset,
-) -> dict[str, Any]:
+) -> EstimateRecord:
     """One estimator; what keeps it from being measured is told in its place, and the others go on."""
     on = next(model.parameters()).device
     generator = torch.Generator(on).manual_seed(stream(setting.seed, f"directions of {arm.label}, {arm.tangents}"))

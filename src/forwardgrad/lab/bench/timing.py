@@ -11,10 +11,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from forwardgrad.lab.bench.records import ValueWithInterval
 
 Work = Callable[[], object]
 Samples = np.ndarray[Any, np.dtype[np.float64]]
@@ -26,15 +28,6 @@ NOISY = (
     "the machine was too noisy: the 95 % interval is wider than half of the value. Measure again with more --rounds (and --seconds), or on "
     "a quieter machine"
 )
-
-
-class Measured(TypedDict):
-    """A value with its 95 % interval; where it is refused, all three are None and `refused` says why."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    refused: str | None
 
 
 def interleaved(
@@ -95,19 +88,19 @@ def _collected_between_rounds() -> Iterator[Callable[[], int]]:
             gc.enable()
 
 
-def median(times: Samples) -> Measured:
+def median(times: Samples) -> ValueWithInterval:
     """The median with its interval."""
     return _measured((times,), lambda t, axis=-1: np.median(t, axis=axis), refusing=False)
 
 
-def ratio(over: Samples, under: Samples) -> Measured:
+def ratio(over: Samples, under: Samples) -> ValueWithInterval:
     """The ratio of two medians, paired by round, or why it is refused."""
     if over is under:
-        return Measured(value=1.0, low=1.0, high=1.0, refused=None)
+        return ValueWithInterval(value=1.0, low=1.0, high=1.0, refused=None)
     return _measured((over, under), lambda a, b, axis=-1: np.median(a, axis=axis) / np.median(b, axis=axis))
 
 
-def further(many: Samples, one: Samples, unit: Samples, count: int) -> Measured:
+def further(many: Samples, one: Samples, unit: Samples, count: int) -> ValueWithInterval:
     """What each of `count` − 1 further tangents costs in units of another median: (t_K − t_1)/(K − 1) over t_unit."""
 
     def statistic(a: Samples, b: Samples, c: Samples, axis: int = -1) -> Any:
@@ -116,11 +109,11 @@ def further(many: Samples, one: Samples, unit: Samples, count: int) -> Measured:
     return _measured((many, one, unit), statistic)
 
 
-def _measured(samples: tuple[Samples, ...], statistic: Callable[..., Any], *, refusing: bool = True) -> Measured:
+def _measured(samples: tuple[Samples, ...], statistic: Callable[..., Any], *, refusing: bool = True) -> ValueWithInterval:
     interval = stats.bootstrap(
         samples, statistic, paired=len(samples) > 1, vectorized=True, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     value, low, high = float(statistic(*samples)), float(interval.low), float(interval.high)
     if refusing and not high - low <= WIDEST * abs(value):  # also where one of them is not finite
-        return Measured(value=None, low=None, high=None, refused=NOISY)
-    return Measured(value=value, low=low, high=high, refused=None)
+        return ValueWithInterval(value=None, low=None, high=None, refused=NOISY)
+    return ValueWithInterval(value=value, low=low, high=high, refused=None)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +20,10 @@ from torch import Tensor, nn
 from forwardgrad.diagnostics import quality
 from forwardgrad.directions import Orthogonal
 from forwardgrad.estimators import Estimator, ForwardGradient
+from forwardgrad.lab.bench.records import CosinePrice, Worth
 
 LEARN = 50  # steps that an estimator with a memory learns first, the weights held still
 FOUND = 0.05  # below this p-value a bias is found
-
-
-class Worth(TypedDict):
-    """How noisy one estimate is: `variance` relative to ‖g‖² with its interval (empty where a formula gives it), `limit` the cosine that
-    the mean of many tends to.
-    """
-
-    variance: float
-    low: float
-    high: float
-    length: float
-    square: float
-    limit: float
-    biased: bool
 
 
 def worth(
@@ -98,10 +84,10 @@ def estimates(found: Worth, cosine: float, variance: float | None = None) -> int
     return max(1, math.ceil(round(needed, 6)))  # rounded: 100 is not 101 for the sake of its last bit
 
 
-def costs(found: Worth, seconds: float, cosines: Sequence[float]) -> list[dict[str, float | int | None]]:
+def costs(found: Worth, seconds: float, cosines: Sequence[float]) -> list[CosinePrice]:
     """Estimates, with the interval of the variance, and seconds to each cosine; None where it is never reached."""
-    told: list[dict[str, float | int | None]] = []
+    told: list[CosinePrice] = []
     for cosine in cosines:
         needed, low, high = (estimates(found, cosine, variance) for variance in (found["variance"], found["low"], found["high"]))
-        told.append({"cosine": cosine, "estimates": needed, "low": low, "high": high, "seconds": needed and needed * seconds})
+        told.append(CosinePrice(cosine=cosine, estimates=needed, low=low, high=high, seconds=needed and needed * seconds))
     return told

@@ -35,6 +35,7 @@ def bench(
     from forwardgrad.lab import bench as benchmark
     from forwardgrad.lab.bench import arms as bench_arms
     from forwardgrad.lab.bench import cases as bench_cases
+    from forwardgrad.lab.report.sections import bench_text
 
     cases = bench_cases.cases(models, batch_size, sweep, layout)
     chosen = bench_arms.arms(arms, law, on_gpu=device.startswith("cuda"))
@@ -43,7 +44,8 @@ def bench(
     store = Store(out)
     store.check()
     with benchmark.threads(threads):
-        print(benchmark.measure(store, cases, chosen, method, device=device, say=lambda words: print(words, file=sys.stderr)))
+        found = benchmark.measure_steps(store, cases, chosen, method, device=device, say=_say)
+    print("\n\n".join(bench_text(case) for case in found))
     write_report(store)
 
 
@@ -69,12 +71,17 @@ def quality(
     out: Out = OUT,
 ) -> None:
     """Measure bias, variance, angle and cost of estimators against the exact gradient of one batch, and add that to the report."""
-    from forwardgrad.lab.bench import Setting
-    from forwardgrad.lab.bench.quality_of_estimates import arms, measure
+    from forwardgrad.lab.bench import Setting, estimators_at, measure_estimates
+    from forwardgrad.lab.report.sections import quality_text
 
-    chosen = arms(parse_estimators(estimators), counts(tangents, "--tangents"))
+    chosen = estimators_at(parse_estimators(estimators), counts(tangents, "--tangents"))
     setting = Setting(model, data, batch_size, repeats, warm_up, learn, seed)
     store = Store(out)
     store.check()
-    print(measure(store, setting, chosen, device=device, data_dir=data_dir, say=lambda words: print(words, file=sys.stderr)))
+    print(quality_text(measure_estimates(store, setting, chosen, device=device, data_dir=data_dir, say=_say)))
     write_report(store)
+
+
+def _say(words: str) -> None:
+    """How far a measurement is, beside its result."""
+    print(words, file=sys.stderr)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forwardgrad.lab.report import figures
 from forwardgrad.lab.report.blocks import NONE, Block, Cell, Picture, Section, Table, Views, number, percent, tables
 from forwardgrad.lab.report.sections import bench_goals
 
-Record = dict[str, Any]  # what is stored of one arm
+Record = Mapping[str, Any]  # what is stored of one arm, or of one case
 MEANING = (
     (
         "time",
@@ -49,7 +49,7 @@ MLP = re.compile(r"mlp-(\d+)x(\d+)")
 SEEN = 1_000_000  # bytes: a tally below them is lost among the pages of a process
 
 
-def text(case: Record) -> str:
+def bench_text(case: Record) -> str:
     """The rows of one case, aligned, for a terminal."""
     heads = _heads(case)
     rows = [heads, *((_called(arm), *map(_words, _row(arm, case)[1:])) for arm in case["arms"])]

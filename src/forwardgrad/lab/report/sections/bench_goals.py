@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,15 +80,15 @@ class Outcome:
     verdict: str
 
 
-def outcomes(cases: Sequence[dict[str, Any]]) -> list[Outcome]:
+def outcomes(cases: Sequence[Mapping[str, Any]]) -> list[Outcome]:
     """Every goal, met, missed, too noisy or not measured; those of the processor are read from cases on the processor alone."""
-    found: dict[str, dict[Place, dict[str, Any]]] = {"cpu": {}, "cuda": {}}
+    found: dict[str, dict[Place, Mapping[str, Any]]] = {"cpu": {}, "cuda": {}}
     for case in cases:
         found[case["accelerator"]][case["model"], case["batch"]] = case
     return [_outcome(goal, found[goal.accelerator]) for goal in GOALS]
 
 
-def _outcome(goal: Goal, cases: dict[Place, dict[str, Any]]) -> Outcome:
+def _outcome(goal: Goal, cases: dict[Place, Mapping[str, Any]]) -> Outcome:
     if goal.place is None or (goal.elsewhere and goal.place not in cases):
         return Outcome(goal, None, None, None, f"not measured here: {goal.elsewhere}")
     value, low, high, refused = _read(goal, cases)
@@ -98,7 +98,7 @@ def _outcome(goal: Goal, cases: dict[Place, dict[str, Any]]) -> Outcome:
     return Outcome(goal, value, low, high, "met" if met else "missed")
 
 
-def _read(goal: Goal, cases: dict[Place, dict[str, Any]]) -> tuple[float | None, float | None, float | None, bool]:
+def _read(goal: Goal, cases: dict[Place, Mapping[str, Any]]) -> tuple[float | None, float | None, float | None, bool]:
     assert goal.place is not None
     mine = [_arm(cases.get(goal.place), name) for name in goal.arms]
     if goal.quantity != "peak_bytes":
@@ -112,6 +112,6 @@ def _read(goal: Goal, cases: dict[Place, dict[str, Any]]) -> tuple[float | None,
     return held / other if held is not None and other else None, None, None, False
 
 
-def _arm(case: dict[str, Any] | None, name: str) -> dict[str, Any]:
+def _arm(case: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     """What was measured of an arm, empty where it was not."""
     return next((arm for arm in case["arms"] if arm["name"] == name and not arm["failed"]), {}) if case else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forwardgrad.lab.report import figures
@@ -31,10 +31,10 @@ MEANING = (
     ("peak", "bytes held at once by one estimate beyond the model, the batch and what else was there before"),
 )
 HEADS = ("estimator", *(head for head, _ in MEANING[:-1]), "time", "peak")
-Estimate = dict[str, Any]
+Record = Mapping[str, Any]  # what is stored of one estimator, or of one setting
 
 
-def quality_section(stored: dict[str, Any]) -> Section:
+def quality_section(stored: Record) -> Section:
     """Every setting that was measured: its table rows, and its plot where an estimator has tangents."""
     table = Table(HEADS, _groups(stored["settings"]), "Estimators", MEANING)
     pictures = [_picture(index, setting) for index, setting in enumerate(stored["settings"]) if _measured(setting)]
@@ -43,7 +43,7 @@ def quality_section(stored: dict[str, Any]) -> Section:
     return Section("quality", "How good the estimates are", verdict, (verdict, *blocks))
 
 
-def text(setting: dict[str, Any]) -> str:
+def quality_text(setting: Record) -> str:
     """The rows of one setting, aligned, for a terminal: of the intervals only those of the bias."""
     rows: list[tuple[str, ...]] = [
         ("estimator", "K", "bias²", "unbiased?", "length", "variance", "theory", "cosine", "of mean", "passes", "time", "peak")
@@ -54,7 +54,7 @@ def text(setting: dict[str, Any]) -> str:
     return "\n".join([_title(setting), *lines])
 
 
-def _plain(estimate: Estimate) -> tuple[str, ...]:
+def _plain(estimate: Record) -> tuple[str, ...]:
     name, k, *rest = (cell.text for cell in _row(estimate))
     if estimate["quality"] is None:
         return name, k, f"not measured: {estimate['failed']}"
@@ -64,11 +64,11 @@ def _plain(estimate: Estimate) -> tuple[str, ...]:
     return name, k, *rest[:4], "–" if theory is None else number(theory), *rest[4:]
 
 
-def _groups(settings: Sequence[dict[str, Any]]) -> tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]:
+def _groups(settings: Sequence[Record]) -> tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]:
     return tuple((_title(setting), tuple(map(_row, setting["estimates"]))) for setting in settings)
 
 
-def _title(setting: dict[str, Any]) -> str:
+def _title(setting: Record) -> str:
     model, data = str(setting["model"]), str(setting["data"])
     trained = f"after {tables.count(setting['warm_up'], 'step')} of Adam" if setting["warm_up"] else "at initialisation"
     return (
@@ -77,7 +77,7 @@ def _title(setting: dict[str, Any]) -> str:
     )
 
 
-def _row(estimate: Estimate) -> tuple[Cell, ...]:
+def _row(estimate: Record) -> tuple[Cell, ...]:
     k = NONE if estimate["tangents"] is None else Cell(str(estimate["tangents"]))
     if (found := estimate["quality"]) is None:
         return (Cell(estimate["label"], f"not measured: {estimate['failed']}", "warn"), k, *[NONE] * 9)
@@ -101,18 +101,18 @@ def _between(interval: dict[str, float]) -> Cell:
     return Cell(number(interval["value"]), f"{number(interval['low'])} to {number(interval['high'])}")
 
 
-def _measured(setting: dict[str, Any]) -> list[Estimate]:
+def _measured(setting: Record) -> list[Record]:
     return [estimate for estimate in setting["estimates"] if estimate["quality"] is not None]
 
 
-def _picture(index: int, setting: dict[str, Any]) -> Picture:
+def _picture(index: int, setting: Record) -> Picture:
     """Cosines and variance against K."""
 
-    def mean(estimate: Estimate) -> dict[str, float]:
+    def mean(estimate: Record) -> dict[str, float]:
         value = estimate["quality"]["total"]["cosine_of_mean"]
         return {"value": value, "low": value, "high": value}
 
-    kinds: tuple[tuple[str, Callable[[Estimate], dict[str, float]]], ...] = (
+    kinds: tuple[tuple[str, Callable[[Record], dict[str, float]]], ...] = (
         ("cosine of one estimate", lambda estimate: estimate["quality"]["total"]["cosine"]),
         (f"cosine of the mean of {setting['repeats']}", mean),
         ("variance / ‖g‖²", lambda estimate: estimate["quality"]["total"]["variance"]),
@@ -126,7 +126,7 @@ def _picture(index: int, setting: dict[str, Any]) -> Picture:
     return Picture(name, figures.trends(name, panels, xlabel="tangents K"), caption)
 
 
-def _trends(setting: dict[str, Any], read: Callable[[Estimate], dict[str, float]], *, theory: bool) -> list[figures.Trend]:
+def _trends(setting: Record, read: Callable[[Record], dict[str, float]], *, theory: bool) -> list[figures.Trend]:
     found = []
     for label in dict.fromkeys(estimate["label"] for estimate in _measured(setting)):
         mine = [estimate for estimate in _measured(setting) if estimate["label"] == label]
@@ -138,7 +138,7 @@ def _trends(setting: dict[str, Any], read: Callable[[Estimate], dict[str, float]
     return found
 
 
-def _sentence(setting: dict[str, Any]) -> str:
+def _sentence(setting: Record) -> str:
     """What the best and the worst estimate of a setting come to, and which claims of theory the measurement contradicts."""
     measured = _measured(setting)
     where = f"{tables.MODELS.get(setting['model'], setting['model'])} on {tables.DATA.get(setting['data'], setting['data'])}"

@@ -1,0 +1,116 @@
+"""What a measurement leaves behind: the entries of bench.json and quality.json. Loads without torch."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class ValueWithInterval(TypedDict):
+    """A value with its 95 % interval; where it is refused, all three are None and `refused` says why."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    refused: str | None
+
+
+class Worth(TypedDict):
+    """How noisy one estimate is.
+
+    `variance` is relative to ‖g‖²; `low` and `high` are its interval, empty where a formula gives it. `length` is m·g/‖g‖² and `square`
+    is ‖m‖²/‖g‖², m the mean of the estimates. `limit` is the cosine with g that the mean of many estimates tends to.
+    """
+
+    variance: float
+    low: float
+    high: float
+    length: float
+    square: float
+    limit: float
+    biased: bool
+
+
+class CosinePrice(TypedDict):
+    """What it takes until the mean of the estimates has a cosine with the gradient; None where no number of estimates is enough.
+
+    `low` and `high` are the estimates at the ends of the variance's interval.
+    """
+
+    cosine: float
+    estimates: int | None
+    low: int | None
+    high: int | None
+    seconds: float | None
+
+
+class ArmHead(TypedDict):
+    """Which arm an entry is about; `failed` says what kept it from taking a step."""
+
+    name: str
+    label: str
+    kind: str
+    spec: str | None
+    engine: str
+    failed: str | None
+
+
+class ArmRecord(ArmHead, total=False):
+    """One arm of one case; where it failed, nothing but its head is there."""
+
+    times: list[float]
+    seconds: ValueWithInterval
+    to_backprop: ValueWithInterval | None
+    to_best_backprop: ValueWithInterval | None
+    to_plain: ValueWithInterval | None
+    further: ValueWithInterval | None
+    examples_per_second: float
+    peak_bytes: int | None
+    process: dict[str, Any] | None
+    drawing: dict[str, ValueWithInterval] | None
+    roofline: dict[str, Any] | None
+    worth: Worth | None
+    worth_failed: str | None
+    to_cosine: list[CosinePrice]
+
+
+class CaseRecord(TypedDict):
+    """One case with all its arms. `tried` has the seconds of backpropagation in each order in memory, where a choice was made."""
+
+    layout: str
+    tried: dict[str, float]
+    model: str
+    data: str
+    batch: int
+    accelerator: str
+    parameters: int
+    rounds: int
+    seed: int
+    repeats: int
+    arms: list[ArmRecord]
+    command: str
+    ceilings: dict[str, float]
+
+
+class EstimateRecord(TypedDict):
+    """One estimator with one number of tangents; `quality` is what `forwardgrad.quality` found, None where it failed."""
+
+    label: str
+    tangents: int | None
+    estimator: dict[str, Any]
+    failed: str | None
+    quality: dict[str, Any] | None
+
+
+class SettingRecord(TypedDict):
+    """One setting with all its estimates."""
+
+    model: str
+    data: str
+    batch: int
+    repeats: int
+    warm_up: int
+    learn: int
+    seed: int
+    parameters: int
+    loss: float
+    estimates: list[EstimateRecord]
