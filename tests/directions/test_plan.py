@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
 import pytest
 import torch
 from tests.support.cases import perceptron, seeded
 from torch import Tensor
 
 import forwardgrad as fg
+from forwardgrad.directions import laws
 from forwardgrad.directions.evaluation import Directions
 from forwardgrad.directions.laws import fork
-from forwardgrad.directions.plan import Unplanned, drawn, handed, planned
+from forwardgrad.directions.plan import Growth, Plan, Unplanned, drawn, handed, planned
 
 LAWS = [fg.Gaussian(), fg.Rademacher(), fg.Sphere(), fg.Orthogonal()]
 
@@ -83,3 +87,26 @@ def test_a_step_that_draws_more_or_less_than_planned_is_told(count: int) -> None
 
 def test_without_a_plan_nothing_is_kept() -> None:
     assert torch.equal(drawn(lambda: torch.ones(1)), torch.ones(1))
+
+
+def test_a_plan_knows_what_a_step_makes_of_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large parts of Gaussian directions are streams, made of drawn seeds outside every draw."""
+    monkeypatch.setattr(laws, "_WORTH_A_STREAM", 100)
+    like = {"large": torch.empty(10, 20), "small": torch.empty(5)}
+    with planned() as plan:
+        fg.Gaussian().draw(like, 3, torch.Generator().manual_seed(0))
+    assert len(plan.draws) == 1
+    assert plan.growths == [Growth(3, 200, torch.float32, torch.device("cpu"), on_host=True)]
+
+
+def test_a_plan_of_ones_own_takes_the_notes() -> None:
+    class Names(Plan):
+        def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[torch.Generator] | None) -> Any:
+            return super().note(make, None, on)
+
+    mine = Names()
+    with planned(mine) as plan:
+        drawn(lambda: torch.ones(1), once="same")
+        drawn(lambda: torch.ones(1), once="same")
+    assert plan is mine
+    assert len(mine.draws) == 2

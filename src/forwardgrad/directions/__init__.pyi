@@ -8,6 +8,7 @@ from forwardgrad.directions.laws import Orthogonal as Orthogonal
 from forwardgrad.directions.laws import Rademacher as Rademacher
 from forwardgrad.directions.laws import Sphere as Sphere
 from forwardgrad.directions.laws import fork as fork
+from forwardgrad.directions.plan import Growth as Growth
 from forwardgrad.directions.plan import Plan as Plan
 from forwardgrad.directions.plan import Unplanned as Unplanned
 from forwardgrad.directions.plan import drawn as drawn

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 
 from forwardgrad.directions import streams
-from forwardgrad.directions.plan import drawn
+from forwardgrad.directions.plan import Growth, drawn, grown
 
 _WORD = 64  # random bits per int64
 
@@ -241,6 +241,7 @@ def _grown(seeds: Tensor, like: Tensor) -> Tensor:
     """The streams of some seeds, [count, *shape]."""
     on_host = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
     given = seeds.tolist() if on_host else seeds  # of a GPU the host is not to wait for
+    grown(Growth(len(seeds), like.numel(), like.dtype, like.device, on_host))
     return streams.normal(given, like.numel(), like.dtype, like.device).view(len(seeds), *like.shape)
 
 

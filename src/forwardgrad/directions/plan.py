@@ -45,11 +45,26 @@ class Draw:
         return (made,) if isinstance(made, Tensor) else tuple(made.values())
 
 
+@dataclass(frozen=True)
+class Growth:
+    """Numbers that a step makes of drawn seeds, so that no plan draws them: the first `count` of so many streams (`streams.normal`).
+
+    `on_host`: whether the seeds are integers of the host; else they are a tensor on the device.
+    """
+
+    streams: int
+    count: int
+    dtype: torch.dtype
+    device: torch.device
+    on_host: bool
+
+
 class Plan:
-    """The draws of one step in order."""
+    """The draws of one step in order, and what the step makes of the seeds among them."""
 
     def __init__(self) -> None:
         self.draws: list[Draw] = []
+        self.growths: list[Growth] = []
         self._known: set[Hashable] = set()
 
     def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[Generator] | None) -> Any:
@@ -125,10 +140,17 @@ def drawn(make: Callable[[], Made], once: Hashable = None, on: Sequence[Generato
     return made
 
 
+def grown(growth: Growth) -> None:
+    """Tell the plan that is being written, if there is one, what a step makes of its seeds."""
+    plan = _at_work.get()
+    if isinstance(plan, Plan):
+        plan.growths.append(growth)
+
+
 @contextmanager
-def planned() -> Iterator[Plan]:
-    """Note what is drawn inside."""
-    plan = Plan()
+def planned(plan: Plan | None = None) -> Iterator[Plan]:
+    """Note what is drawn inside, in a new plan or in the one that is given."""
+    plan = Plan() if plan is None else plan
     with _working(plan):
         yield plan
 

@@ -111,7 +111,7 @@ def test_the_draws_of_a_step_draw_as_much_as_the_step(arm: Arm) -> None:
     step = Step(arm, build(Case("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
     step()
     before = {kind: kind.fill_ for kind in fg.LAWS}
-    made = random_numbers.recorded(step)
+    made = random_numbers.of_an_eager_step(step)
     assert {kind: kind.fill_ for kind in fg.LAWS} == before
     with Entries() as taken:
         step()
@@ -125,7 +125,7 @@ def test_a_dense_gaussian_step_draws_a_number_a_weight() -> None:
     torch.manual_seed(0)
     built = build(Case("mlp-2x8", 4, "contiguous"), torch.device("cpu"))
     forward = next(arm for arm in ARMS if arm.name == "forward")
-    made = random_numbers.recorded(Step(forward, built))
+    made = random_numbers.of_an_eager_step(Step(forward, built))
     with Entries() as again:
         random_numbers.total(made)()
     assert again.count == built.parameters

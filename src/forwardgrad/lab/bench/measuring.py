@@ -140,7 +140,7 @@ def _measured(
 ) -> CaseRecord:
     built = build(case, on)
     steps, failed = _begun(arms, built)
-    drawn = {arm.name: _drawn(arm, steps[arm], built) for arm in steps}
+    drawn = {arm.name: _drawn(arm, built) for arm in steps}
     works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
     works.update({f"draws of {name}": random_numbers.total(made) for name, made in drawn.items() if made})
     how: dict[str, Any] = {"rounds": method.rounds, "seconds": method.seconds, "seed": method.seed}
@@ -166,11 +166,13 @@ def _measured(
     }
 
 
-def _drawn(arm: Arm, step: Step, built: Built) -> list[random_numbers.Draw]:
-    """The draws of a step. Those of a graph are read off the same step taken eagerly."""
-    if arm.engine == "eager":
-        return random_numbers.recorded(step)
-    return random_numbers.of_a_graph(Step(dataclasses.replace(arm, engine="eager"), built), captured=arm.engine == "graph")
+def _drawn(arm: Arm, built: Built) -> list[random_numbers.Redraw]:
+    """The draws of a step, read off the same step taken eagerly: its generators are then not those of the step that is timed."""
+    step = Step(dataclasses.replace(arm, engine="eager"), built)
+    if arm.engine != "eager":
+        return random_numbers.of_a_graph(step, captured=arm.engine == "graph")
+    step()  # an estimator's memory is drawn in the first step alone
+    return random_numbers.of_an_eager_step(step)
 
 
 def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from forwardgrad.directions import LAWS, Law, planned, streams
+from forwardgrad.directions import Growth, Plan, planned, streams
 
 
 @dataclass(frozen=True)
-class Draw:
+class Redraw:
     """A draw that can be made again, and the generators that it is made from."""
 
     make: Callable[[], object]
@@ -26,69 +25,67 @@ class Draw:
         return self.make()
 
 
-def recorded(work: Callable[[], object]) -> list[Draw]:
-    """Every draw of a piece of work, run once, as something that can be run again: the same law over memory of the same shapes.
+def of_an_eager_step(step: Callable[[], object]) -> list[Redraw]:
+    """Every draw of an eager step, which is taken once, as something that can be made again.
 
-    A law's `fill_` is one draw, with all it takes to turn random bits into directions; whatever else draws random numbers (a peer's
-    `randn_like`, dropout) is recorded operator by operator. Run again, each draw goes into memory that was not touched before, as in
-    the step, and comes from a generator of its own.
+    The plan of draws knows what the library draws, and what it makes of seeds. A draw that the step makes twice is there twice. Whatever
+    else draws random numbers (a peer's `randn_like`, dropout) is recorded operator by operator. Made again, each draw goes into memory
+    that was not touched before, as in the step. It moves the generators of the step: hand over one that nobody else needs.
     """
-    recorder = _Recorder()
-    with _laws_watched(recorder), _streams_watched(recorder), recorder:
-        work()
-    return recorder.draws
+    plan = _EveryDraw()
+    operators = _Operators(plan)
+    with planned(plan), operators:
+        step()
+    return [*_planned(plan, range(len(plan.draws))), *(Redraw(_eagerly(growth)) for growth in plan.growths), *operators.draws]
 
 
-def of_a_graph(work: Callable[[], object], *, captured: bool) -> list[Draw]:
-    """The draws of an eager step, run once, as they are where the step is one function: what is drawn before it, every place once; as a
-    captured graph what can be captured; and the streams that are made inside it, by a compiled function of their own."""
-    recorder = _Recorder(compiled=True)
-    with planned() as plan, _streams_watched(recorder):
-        work()
+def of_a_graph(step: Callable[[], object], *, captured: bool) -> list[Redraw]:
+    """The draws of an eager step, which is taken once, as they are made where that step is one function.
+
+    Draws before the function are made once for every place. Those that a captured graph can make itself are made by a graph. Streams are
+    made inside the function, so here by a compiled function of their own.
+    """
+    with planned() as plan:
+        step()
     inside = plan.in_graph() if captured else set[int]()
-    before = [Draw(draw.again, draw.on or ()) for index, draw in enumerate(plan.draws) if index not in inside]
-    held = [Draw(plan.draws[index].again, plan.draws[index].on or ()) for index in sorted(inside)]
-    return [*before, *_captured(held), *recorder.draws]
+    before = _planned(plan, (index for index in range(len(plan.draws)) if index not in inside))
+    return [*before, *_captured(_planned(plan, sorted(inside))), *(Redraw(_compiled(growth)) for growth in plan.growths)]
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes what draws random numbers; inside a law's draw it looks away."""
+class _EveryDraw(Plan):
+    """The plan of a step that does not keep what it draws: the same numbers drawn again are noted again."""
 
-    def __init__(self, *, compiled: bool = False) -> None:
+    drawing = False
+
+    def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[Generator] | None) -> Any:
+        self.drawing = True
+        try:
+            return super().note(make, None, on)
+        finally:
+            self.drawing = False
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that draw random numbers outside the draws of a plan."""
+
+    def __init__(self, plan: _EveryDraw) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._compiled = compiled
-        self.draws: list[Draw] = []
-        self.inside = 0
+        self.draws: list[Redraw] = []
+        self._plan = plan
         self._generators: dict[torch.device, Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if not self.inside and torch.Tag.nondeterministic_seeded in func.tags:
+        if not self._plan.drawing and torch.Tag.nondeterministic_seeded in func.tags:
             given = tree_map(self._template, (args, kwargs))
             on = tuple(leaf for leaf in tree_leaves(given) if isinstance(leaf, Generator))
-            self.draws.append(Draw(lambda: _again(func, *given), on))
+            self.draws.append(Redraw(lambda: _again(func, *given), on))
         return func(*args, **kwargs)
-
-    def law(self, law: Law, tangent: list[Tensor]) -> None:
-        parts, generator = [_Template(part) for part in tangent], self.generator(tangent[0].device)
-        self.draws.append(Draw(lambda: law.fill_([part.empty() for part in parts], generator), (generator,)))
-
-    def stream(self, seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None) -> None:
-        if not self._compiled:
-            same = seeds.clone() if isinstance(seeds, Tensor) else list(seeds)
-            self.draws.append(Draw(lambda: streams.normal(same, count, dtype, device)))
-            return
-        given = torch.arange(len(seeds), device=seeds.device if isinstance(seeds, Tensor) else device)
-        made = torch.compile(lambda seeds: streams.normal(seeds, count, dtype), dynamic=False)
-        self.draws.append(Draw(lambda: made(given)))
-
-    def generator(self, device: torch.device) -> Generator:
-        return self._generators.setdefault(device, Generator(device).manual_seed(0))
 
     def _template(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return _Template(leaf)
-        return self.generator(leaf.device) if isinstance(leaf, Generator) else leaf
+        return self._generators.setdefault(leaf.device, Generator(leaf.device).manual_seed(0)) if isinstance(leaf, Generator) else leaf
 
 
 class _Template:
@@ -106,48 +103,28 @@ def _again(func: Any, args: Any, kwargs: Any) -> object:
     return func(*args, **kwargs)
 
 
-@contextmanager
-def _streams_watched(recorder: _Recorder) -> Iterator[None]:
-    """Inside, the recorder is told what is taken from streams."""
-
-    def normal(seeds: streams.Seeds, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        if not recorder.inside:
-            recorder.stream(seeds, count, dtype, device)
-        return stream(seeds, count, dtype, device)
-
-    stream = streams.normal
-    streams.normal = normal
-    try:
-        yield
-    finally:
-        streams.normal = stream
+def _planned(plan: Plan, places: Iterable[int]) -> list[Redraw]:
+    """The draws of a plan at some places."""
+    return [Redraw(plan.draws[place].again, plan.draws[place].on or ()) for place in places]
 
 
-@contextmanager
-def _laws_watched(recorder: _Recorder) -> Iterator[None]:
-    """Inside, every law tells the recorder what it fills."""
-
-    def watched(fill_: Callable[[Law, list[Tensor], Generator], None]) -> Callable[[Law, list[Tensor], Generator], None]:
-        def told(law: Law, tangent: list[Tensor], generator: Generator) -> None:
-            if not recorder.inside:
-                recorder.law(law, tangent)
-            recorder.inside += 1
-            try:
-                fill_(law, tangent, generator)
-            finally:
-                recorder.inside -= 1
-
-        return told
-
-    with ExitStack() as stack:
-        for kind in LAWS:
-            own = kind.__dict__["fill_"]
-            stack.callback(setattr, kind, "fill_", own)
-            kind.fill_ = watched(own)  # type: ignore[method-assign, assignment]
-        yield
+def _seeds(growth: Growth) -> streams.Seeds:
+    """Seeds like those of a growth: whatever they are, what follows from them takes as long."""
+    return list(range(growth.streams)) if growth.on_host else torch.arange(growth.streams, device=growth.device)
 
 
-def _captured(draws: list[Draw]) -> list[Draw]:
+def _eagerly(growth: Growth) -> Callable[[], object]:
+    seeds = _seeds(growth)
+    return lambda: streams.normal(seeds, growth.count, growth.dtype, growth.device)
+
+
+def _compiled(growth: Growth) -> Callable[[], object]:
+    seeds = torch.arange(growth.streams, device=growth.device)
+    made = torch.compile(lambda seeds: streams.normal(seeds, growth.count, growth.dtype), dynamic=False)
+    return lambda: made(seeds)
+
+
+def _captured(draws: list[Redraw]) -> list[Redraw]:
     """All draws as one captured graph; what cannot be captured stays as it is."""
     if not draws:
         return []
@@ -161,10 +138,10 @@ def _captured(draws: list[Draw]) -> list[Draw]:
             work()
     except RuntimeError:
         return draws
-    return [Draw(graph.replay)]
+    return [Redraw(graph.replay)]
 
 
-def total(draws: list[Draw]) -> Callable[[], None]:
+def total(draws: Sequence[Redraw]) -> Callable[[], None]:
     """All draws of a step as one piece of work."""
 
     def work() -> None:
