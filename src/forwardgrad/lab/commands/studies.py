@@ -12,23 +12,8 @@ import typer
 from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, show_cost
 from forwardgrad.lab.commands.ending import end_of_studies
-from forwardgrad.lab.commands.options import (
-    OUT,
-    Address,
-    Batched,
-    DataDir,
-    Device,
-    EngineOption,
-    ExecutorOption,
-    Gpus,
-    Jobs,
-    Out,
-    Precise,
-    RetryFailed,
-    TensorBoard,
-    Threads,
-    write_report,
-)
+from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
+from forwardgrad.lab.commands.options import EngineOption, Precise, write_report
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.recipes import Budget, beyond, everything, noise
@@ -42,21 +27,13 @@ RETUNED = {
 }  # recipes that decide themselves what is tuned
 
 
+@takes_execution_options
 def study(
     file: Annotated[str, typer.Argument(metavar="FILE.py", help="A file with a function that returns a Study, or FILE.py:FUNCTION.")],
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An argument of that function.")] = None,
     budget: Annotated[bool, typer.Option("--budget", help="Only print what it would cost, from a timed warm-up of every arm.")] = False,
-    device: Device = "cpu",
-    data_dir: DataDir = None,
-    out: Out = OUT,
-    jobs: Jobs = 1,
-    batched: Batched = None,
-    threads: Threads = None,
-    executor: ExecutorOption = "process",
-    address: Address = None,
-    gpus: Gpus = None,
-    retry_failed: RetryFailed = False,
-    tensorboard: TensorBoard = False,
+    *,
+    execution: ExecutionOptions,
 ) -> None:
     """Run a study of your own: arms with equal budgets, tuned on validation data, winners on fresh seeds, the test set read once.
 
@@ -65,7 +42,7 @@ def study(
     from forwardgrad.lab.studies import load
 
     found, folder = load(file, dict(_setting(text) for text in settings or []))
-    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, folder, retry_failed, tensorboard)
+    place, out = execution.place(path=folder), execution.out
     if budget:
         show_cost(found, out, place)
         return
@@ -81,6 +58,7 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+@takes_execution_options
 def reproduce(
     recipe: Annotated[
         Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")
@@ -95,17 +73,8 @@ def reproduce(
     budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
     precision: Precise = "float32",
     engine: EngineOption = "eager",
-    device: Device = "cpu",
-    data_dir: DataDir = None,
-    out: Out = OUT,
-    jobs: Jobs = 1,
-    batched: Batched = None,
-    threads: Threads = None,
-    executor: ExecutorOption = "process",
-    address: Address = None,
-    gpus: Gpus = None,
-    retry_failed: RetryFailed = False,
-    tensorboard: TensorBoard = False,
+    *,
+    execution: ExecutionOptions,
 ) -> None:
     """Run the paper, or a part of it: Table I, its figures, the comparison of Baydin et al., a study beyond it; and write the report.
 
@@ -114,7 +83,7 @@ def reproduce(
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
     """
-    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, None, retry_failed, tensorboard)
+    place, out = execution.place(), execution.out
     if recipe == "all":
         unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
         if given := [option for option, value in unused.items() if value is not None]:
@@ -140,7 +109,7 @@ def reproduce(
 
         functions.write(store)
     if recipe not in ("beyond", "noise"):  # those have more arms than the two that are timed
-        _time_steps(store, {arm.run.model for arm in study.arms}, device)
+        _time_steps(store, {arm.run.model for arm in study.arms}, place.device)
     write_report(store)
     end_of_studies(store, campaigns)
 

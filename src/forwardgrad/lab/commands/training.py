@@ -11,11 +11,10 @@ import typer
 from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, check
 from forwardgrad.lab.commands.ending import end_of_run, end_of_studies
+from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
 from forwardgrad.lab.commands.options import (
     OUT,
-    Address,
     Anneal,
-    Batched,
     BatchSize,
     Beta1,
     Beta2,
@@ -26,8 +25,6 @@ from forwardgrad.lab.commands.options import (
     EngineOption,
     Epochs,
     Estimator,
-    ExecutorOption,
-    Gpus,
     Jobs,
     Model,
     OptimizerOption,
@@ -37,7 +34,6 @@ from forwardgrad.lab.commands.options import (
     Seed,
     Seeds,
     TensorBoard,
-    Threads,
     estimator_of,
     numbers,
     write_report,
@@ -75,9 +71,19 @@ def train(
 
     Exit status: 0 where it finished, 1 where it failed, 3 where it diverged.
     """
-    options = Optimizer(optimizer, lr, decay, momentum, beta1, beta2, weight_decay, anneal, cap)
+    options = Optimizer(
+        optimizer,
+        lr,
+        decay=decay,
+        momentum=momentum,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        anneal=anneal,
+        cap=cap,
+    )
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
-    place = Place(device, data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
+    place = Place(device=device, data_dir=data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
     check(place)
     from forwardgrad.lab.execution import execute
     from forwardgrad.lab.store import Progress, describe
@@ -88,6 +94,7 @@ def train(
     end_of_run(result, store.folder(run.identity))
 
 
+@takes_execution_options
 def tune(
     lr: Annotated[str, typer.Option(help="Learning rates to try, separated by commas.")],
     decay: Annotated[str, typer.Option(help="Decays to try, separated by commas.")] = "0",
@@ -107,20 +114,11 @@ def tune(
     batch_size: BatchSize = 64,
     seeds: Seeds = 1,
     engine: EngineOption = "eager",
-    device: Device = "cpu",
-    data_dir: DataDir = None,
-    out: Out = OUT,
-    jobs: Jobs = 1,
-    batched: Batched = None,
-    threads: Threads = None,
-    executor: ExecutorOption = "process",
-    address: Address = None,
-    gpus: Gpus = None,
-    retry_failed: RetryFailed = False,
-    tensorboard: TensorBoard = False,
+    *,
+    execution: ExecutionOptions,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
-    place = Place(device, data_dir, jobs, batched, executor, address, gpus, threads, None, retry_failed, tensorboard)
+    place = execution.place()
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first: dict[str, Any] = {name: values[0] for name, values in space.items()}
@@ -134,7 +132,7 @@ def tune(
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
     study = Study("tune", "Tuning", (arm,), seeds, Length(epochs=tuning_epochs), widen=widen)
-    _carry_out_and_report(study, out, place)
+    _carry_out_and_report(study, execution.out, place)
 
 
 def demo(
