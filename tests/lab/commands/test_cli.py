@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from tests.support.stored import put
 
 import forwardgrad as fg
 from forwardgrad.lab import cli
-from forwardgrad.lab.commands import options
+from forwardgrad.lab.commands import options, training
+from forwardgrad.lab.commands import studies as study_commands
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.store.store import Store
@@ -244,6 +246,31 @@ def test_the_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     page = (tmp_path / "report.html").read_text()
     assert "backpropagation" in page
     assert "<svg" in page
+    report, *following = out.splitlines()[-4:]
+    assert report == f"report: {tmp_path / 'report.html'}"
+    assert following == [f"{purpose}: {command}" for purpose, command in training.next_commands(tmp_path)]
+    quality = shlex.split(training.next_commands(tmp_path)[0][1])[1:]
+    assert run(monkeypatch, capsys, *quality, "--repeats", 10, "--tangents", 1)[0] == 0  # fewer than it says: this is a test
+    assert "How good the estimates are" in (tmp_path / "report.md").read_text()
+
+
+def test_what_the_demo_names_next_works_as_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All commands of an installed package, in a shell: none needs a file of the checkout, and data are fetched before they are used."""
+    asked: list[Any] = []
+
+    def carried_out(studies: Sequence[Any], out: Path, place: Any) -> Any:
+        asked.extend((studies, place))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("forwardgrad.lab.data.fetch", lambda name, where: asked.append(name) or [])
+    monkeypatch.setattr(study_commands, "carry_out", carried_out)
+    _, listing, campaign = (command for _, command in training.next_commands(Path("a demo")))
+    fetch, reproduce = campaign.split(" && ")
+    assert [run(monkeypatch, capsys, *shlex.split(words)[1:])[0] for words in (listing, fetch, reproduce)] == [0, 0, 130]
+    fetched, studies, place = asked
+    assert {arm.run.data for study in studies for arm in study.arms} == {fetched} == {"mnist"}
+    assert place.jobs == 2
+    assert "--out 'a demo'" in training.next_commands(Path("a demo"))[0][1]
 
 
 def test_reproduce_runs_rows_shortened_and_says_so(
