@@ -11,26 +11,26 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from forwardgrad.lab.bench.arms import ARMS, Arm, Step
-from forwardgrad.lab.bench.cases import Case, build
+from forwardgrad.lab.bench.arms import ARMS, ArmStep, BenchArm
+from forwardgrad.lab.bench.cases import BenchCase, build
 
 CASES = (
-    Case("nn", 64, "contiguous"),
-    Case("nn", 8, "contiguous"),
-    Case("cnn", 64, "channels-last"),
-    Case("cifar-cnn", 64, "channels-last"),
-    Case("mlp-64x1024", 64, "contiguous"),
+    BenchCase("nn", 64, "contiguous"),
+    BenchCase("nn", 8, "contiguous"),
+    BenchCase("cnn", 64, "channels-last"),
+    BenchCase("cifar-cnn", 64, "channels-last"),
+    BenchCase("mlp-64x1024", 64, "contiguous"),
 )
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own, when it compiles
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model}-{case.batch}")
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
-def test_step(benchmark: BenchmarkFixture, arm: Arm, case: Case) -> None:
+def test_step(benchmark: BenchmarkFixture, arm: BenchArm, case: BenchCase) -> None:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         torch.compiler.reset()
-        step = Step(arm, build(case, torch.device("cpu")))
+        step = ArmStep(arm, build(case, torch.device("cpu")))
         step()
         benchmark.group = f"{case.model}, batch {case.batch}, {case.layout}, {torch.get_num_threads()} threads"
         benchmark.pedantic(step, rounds=20, warmup_rounds=2)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import forwardgrad as fg
 from forwardgrad.lab.bench import arms as bench_arms
-from forwardgrad.lab.bench.arms import ARMS, NAMED, Arm, Step, arms
-from forwardgrad.lab.bench.cases import Built, Case, build, cases, layouts
+from forwardgrad.lab.bench.arms import ARMS, NAMED, ArmStep, BenchArm, chosen_arms
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build, chosen_cases, layouts
 from forwardgrad.lab.bench.peers import PEERS, Loss, two_passes
 from forwardgrad.lab.errors import UserError
 
@@ -74,18 +74,18 @@ def test_the_two_passes_follow_the_formula_and_walk_back() -> None:
         assert torch.allclose(p, old - RATE * slope * direction, rtol=1e-8, atol=1e-10)
 
 
-def built(model: str = "mlp-2x8", batch: int = 4) -> Built:
+def built(model: str = "mlp-2x8", batch: int = 4) -> BuiltCase:
     torch.manual_seed(0)
-    return build(Case(model, batch, "contiguous"), torch.device("cpu"))
+    return build(BenchCase(model, batch, "contiguous"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.engine == "eager"], ids=lambda arm: arm.name)
-def test_an_arm_takes_a_whole_step(arm: Arm) -> None:
+def test_an_arm_takes_a_whole_step(arm: BenchArm) -> None:
     """All but the plain forward pass move the parameters; all see the same loss, zeroth order the mean of two points near by."""
     case = built()
-    plain = Step(NAMED["plain"], case)()
+    plain = ArmStep(NAMED["plain"], case)()
     before = [p.clone() for p in case.model.parameters()]
-    loss = Step(arm, case)()
+    loss = ArmStep(arm, case)()
     assert torch.allclose(loss, plain, atol=1e-3)
     moved = any(not torch.equal(p, b) for p, b in zip(case.model.parameters(), before, strict=True))
     assert moved == (arm.name != "plain")
@@ -95,7 +95,7 @@ def test_an_arm_takes_a_whole_step(arm: Arm) -> None:
 def test_an_arm_of_the_library_moves_as_its_estimator_says() -> None:
     case = built()
     twin = copy.deepcopy(case.model)
-    Step(NAMED["backprop"], case)()
+    ArmStep(NAMED["backprop"], case)()
     fg.estimate_grad_(lambda model: F.cross_entropy(model(case.images), case.labels), twin, fg.Backprop())
     for p, other in zip(case.model.parameters(), twin.parameters(), strict=True):
         assert p.grad is not None
@@ -109,7 +109,7 @@ def test_the_compiled_arm_takes_the_eager_step(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench_arms, "LR", 0.1)
     compiled, eager, still = built(), built(), built()
     for arm, case in ((f"{name}-compiled", compiled), (name, eager)):
-        step = Step(NAMED[arm], case)
+        step = ArmStep(NAMED[arm], case)
         for _ in range(2):
             step()
     for p, other, before in zip(*(case.model.parameters() for case in (compiled, eager, still)), strict=True):
@@ -118,20 +118,20 @@ def test_the_compiled_arm_takes_the_eager_step(name: str, monkeypatch: pytest.Mo
 
 
 def test_arms_by_name_and_by_estimator() -> None:
-    chosen = arms("low-rank, forward(tangents=2, perturb=low-rank(rank=2)); local-feedback")
+    chosen = chosen_arms("low-rank, forward(tangents=2, perturb=low-rank(rank=2)); local-feedback")
     assert [arm.name for arm in chosen[:3]] == ["plain", "backprop", "low-rank"]
     assert chosen[3].estimator == fg.ForwardGradient(tangents=2, perturb=fg.LowRank(2))
     assert chosen[4].estimator == fg.LocalLosses(feedback=True, head="pooled", cells=4)
-    assert arms("backprop,plain") == arms("plain") == [NAMED["plain"], NAMED["backprop"]]
-    assert [arm.name for arm in arms(None)] == [arm.name for arm in ARMS]
+    assert chosen_arms("backprop,plain") == chosen_arms("plain") == [NAMED["plain"], NAMED["backprop"]]
+    assert [arm.name for arm in chosen_arms(None)] == [arm.name for arm in ARMS]
 
 
 def test_a_law_is_that_of_the_arms_that_move_less() -> None:
     for law in (fg.Gaussian(), fg.Rademacher()):
-        told = {arm.name: getattr(arm.estimator, "law", None) for arm in arms(None, law.name)}
+        told = {arm.name: getattr(arm.estimator, "law", None) for arm in chosen_arms(None, law.name)}
         assert all(told[name] == law for name in ("low-rank", "low-rank-k16", "per-example", "activity"))
         assert told["forward"] == told["zeroth-order"] == fg.Gaussian()
-    usual = {arm.name: getattr(arm.estimator, "law", None) for arm in arms(None)}
+    usual = {arm.name: getattr(arm.estimator, "law", None) for arm in chosen_arms(None)}
     assert (usual["low-rank"], usual["per-example"], usual["activity"]) == (fg.Gaussian(), fg.Rademacher(), fg.Rademacher())
 
 
@@ -142,20 +142,20 @@ def test_a_spec_leaves_out_what_is_usual() -> None:
 
 
 def test_cases_of_a_sweep() -> None:
-    assert cases(None, "64,8", None, "contiguous")[:2] == [Case("nn", 64, "contiguous"), Case("nn", 8, "contiguous")]
-    depths = cases(None, "256", "depth", "fastest")
+    assert chosen_cases(None, "64,8", None, "contiguous")[:2] == [BenchCase("nn", 64, "contiguous"), BenchCase("nn", 8, "contiguous")]
+    depths = chosen_cases(None, "256", "depth", "fastest")
     assert [case.model for case in depths] == [f"mlp-{n}x1024" for n in (2, 4, 8, 16, 32, 64)]
     assert {case.batch for case in depths} == {256}
-    assert [case.batch for case in cases("cnn", "64", "batch", "fastest")] == [1, 4, 16, 64, 256, 1024, 4096]
+    assert [case.batch for case in chosen_cases("cnn", "64", "batch", "fastest")] == [1, 4, 16, 64, 256, 1024, 4096]
     with pytest.raises(UserError, match="unknown model 'mlp-2'"):
-        cases("mlp-2", "64", None, "fastest")
+        chosen_cases("mlp-2", "64", None, "fastest")
 
 
 def test_an_mlp_has_its_depth_width_and_a_signal_at_every_depth() -> None:
     deep = built("mlp-64x32")
     weights = [p for p in deep.model.parameters() if p.dim() == 2]
     assert [tuple(w.shape) for w in weights] == [(32, 784), *[(32, 32)] * 62, (10, 32)]
-    Step(NAMED["backprop"], deep)()
+    ArmStep(NAMED["backprop"], deep)()
     norms = [float(w.grad.norm()) for w in weights if w.grad is not None]
     assert len(norms) == 64
     assert min(norms) > 1e-6 * max(norms)
@@ -164,9 +164,9 @@ def test_an_mlp_has_its_depth_width_and_a_signal_at_every_depth() -> None:
 def test_an_order_in_memory_is_that_of_images_and_convolutions() -> None:
     on = torch.device("cpu")
     for layout, format in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
-        case = build(Case("cifar-cnn", 2, layout), torch.device("meta"))  # type: ignore[arg-type]
+        case = build(BenchCase("cifar-cnn", 2, layout), torch.device("meta"))  # type: ignore[arg-type]
         assert case.images.is_contiguous(memory_format=format)
         assert all(p.is_contiguous(memory_format=format) for p in case.model.parameters() if p.dim() == 4 and p.shape[1] > 1)
-    assert [case.layout for case in layouts(Case("cnn", 2), on)] == ["contiguous", "channels-last"]
-    assert [case.layout for case in layouts(Case("nn", 2), on)] == ["contiguous"]
-    assert layouts(Case("cnn", 2, "contiguous"), on) == [Case("cnn", 2, "contiguous")]
+    assert [case.layout for case in layouts(BenchCase("cnn", 2), on)] == ["contiguous", "channels-last"]
+    assert [case.layout for case in layouts(BenchCase("nn", 2), on)] == ["contiguous"]
+    assert layouts(BenchCase("cnn", 2, "contiguous"), on) == [BenchCase("cnn", 2, "contiguous")]

@@ -14,7 +14,7 @@ from tests.support.stored import ENVIRONMENT, reported, row
 
 from forwardgrad.lab.bench import measuring, process_peak, roofline, timing
 from forwardgrad.lab.bench.arms import NAMED, TABLE_1
-from forwardgrad.lab.bench.cases import Case
+from forwardgrad.lab.bench.cases import BenchCase
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.report.blocks import kinds
 from forwardgrad.lab.report.sections import bench as bench_section
@@ -98,8 +98,8 @@ def test_other_cases_are_kept_and_the_same_is_measured_anew(
 
 
 def test_the_order_in_memory_is_backpropagations_choice(tmp_path: Path) -> None:
-    method = measuring.Method(rounds=5)
-    found = measuring.measure_steps(Store(tmp_path), [Case("cnn", 1)], [NAMED["plain"]], method, device="cpu", say=lambda _: None)
+    options = measuring.BenchOptions(rounds=5)
+    found = measuring.measure_steps(Store(tmp_path), [BenchCase("cnn", 1)], [NAMED["plain"]], options, device="cpu", say=lambda _: None)
     (case,) = stored(tmp_path)
     assert json.loads(json.dumps(found)) == [case]  # what is returned is what is stored
     assert set(case["tried"]) == {"contiguous", "channels-last"}
@@ -123,17 +123,19 @@ def test_what_keeps_an_arm_from_running_is_said_and_the_others_go_on(
 
 def test_networks_with_table_ones_arms_are_known(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert measuring.measured(store, "cpu") == set()
-    measuring.measure_steps(store, [Case("logistic", 64)], TABLE_1, measuring.Method(rounds=5), device="cpu", say=lambda _: None)
-    measuring.measure_steps(store, [Case("mlp-2x8", 64)], [NAMED["plain"]], measuring.Method(rounds=5), device="cpu", say=lambda _: None)
-    assert measuring.measured(store, "cpu") == {"logistic"}
+    assert measuring.timed_networks(store, "cpu") == set()
+    measuring.measure_steps(store, [BenchCase("logistic", 64)], TABLE_1, measuring.BenchOptions(rounds=5), device="cpu", say=lambda _: None)
+    measuring.measure_steps(
+        store, [BenchCase("mlp-2x8", 64)], [NAMED["plain"]], measuring.BenchOptions(rounds=5), device="cpu", say=lambda _: None
+    )
+    assert measuring.timed_networks(store, "cpu") == {"logistic"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc, which is Linux's")
 @pytest.mark.parametrize("name", ["backprop", "forward", "low-rank"])
 def test_the_tally_of_tensors_is_the_peak_of_a_process(name: str) -> None:
     """Tensors of 2 to 4 MB each, and kernels that need no scratch."""
-    found = process_peak.process_peak(Case("mlp-4x1024", 512, "contiguous"), NAMED[name])
+    found = process_peak.process_peak(BenchCase("mlp-4x1024", 512, "contiguous"), NAMED[name])
     assert found["tally"] > 8_000_000
     assert process_peak.within_tolerance(found["tally"], found["process"]), found
 
@@ -147,7 +149,7 @@ def test_the_tolerance_is_no_more_than_it_says() -> None:
 def test_a_process_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_peak, "_ALLOCATOR", {"PYTHONPATH": "", "PYTHONHOME": "/nowhere"})
     with pytest.raises(UserError, match="--verify-memory: the process that measures plain on mlp-2x8 failed: "):
-        process_peak.process_peak(Case("mlp-2x8", 4, "contiguous"), NAMED["plain"])
+        process_peak.process_peak(BenchCase("mlp-2x8", 4, "contiguous"), NAMED["plain"])
 
 
 def between(value: float | None, width: float = 0.1) -> dict[str, Any]:

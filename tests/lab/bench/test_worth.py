@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import forwardgrad as fg
-from forwardgrad.lab.bench.worth_of_a_step import Worth, averaged, costs, estimates, single, worth
+from forwardgrad.lab.bench.worth_of_a_step import Worth, averaged, cosine_prices, estimates_needed, one_direction, worth
 
 N = 60  # dimensions; 0.3 then takes 6 estimates, 0.8 takes 109
 
@@ -22,9 +22,9 @@ def known(variance: float, length: float = 1.0, bias: float = 0.0) -> Worth:
 
 
 def test_without_bias_the_number_is_that_of_the_variance() -> None:
-    assert estimates(known(300.0), 0.5) == 100  # V·c²/(1 − c²)
-    assert estimates(known(99.0), 0.1) == 1
-    assert estimates(known(0.0), 0.99) == 1  # exact: one is enough
+    assert estimates_needed(known(300.0), 0.5) == 100  # V·c²/(1 − c²)
+    assert estimates_needed(known(99.0), 0.1) == 1
+    assert estimates_needed(known(0.0), 0.99) == 1  # exact: one is enough
 
 
 @pytest.mark.parametrize("cosine", [0.3, 0.5, 0.8])
@@ -32,7 +32,7 @@ def test_the_number_brings_simulated_gaussian_estimates_to_the_cosine(cosine: fl
     """400 means of as many Gaussian estimates (g·v)v as the formula says. Of so few that the length of their mean still varies, the mean
     cosine is up to a tenth off the formula's; the noise of 400 is 0.005 (standard error).
     """
-    count = estimates(known(N + 1.0), cosine)
+    count = estimates_needed(known(N + 1.0), cosine)
     assert count is not None
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(N, generator=generator, dtype=torch.float64)
@@ -46,27 +46,27 @@ def test_a_bias_ends_at_its_own_cosine() -> None:
     """m = g + b with b at right angles to g and as long: the limit is cos 45°."""
     tilted = known(100.0, length=1.0, bias=1.0)
     assert tilted["limit"] == pytest.approx(math.sqrt(0.5))
-    assert estimates(tilted, 0.71) is None
-    assert estimates(tilted, 0.7) is not None
-    assert estimates(tilted, 0.5) == 50  # V / (1/c² − 2)
-    assert estimates(known(100.0, length=-0.5, bias=3.0), 0.1) is None  # the wrong way round
+    assert estimates_needed(tilted, 0.71) is None
+    assert estimates_needed(tilted, 0.7) is not None
+    assert estimates_needed(tilted, 0.5) == 50  # V / (1/c² − 2)
+    assert estimates_needed(known(100.0, length=-0.5, bias=3.0), 0.1) is None  # the wrong way round
 
 
 def test_costs_are_estimates_times_seconds() -> None:
     measured = Worth(**{**known(300.0), "low": 150.0, "high": 600.0})  # type: ignore[typeddict-item]
-    near, far = costs(measured, 0.01, (0.5, 0.8))
+    near, far = cosine_prices(measured, 0.01, (0.5, 0.8))
     assert near == {"cosine": 0.5, "estimates": 100, "low": 50, "high": 200, "seconds": pytest.approx(1.0)}
     assert far["estimates"] == 534  # 300·0.64/0.36 = 533.3
-    assert costs(known(1.0, bias=1.0), 0.01, (0.9,))[0]["seconds"] is None
+    assert cosine_prices(known(1.0, bias=1.0), 0.01, (0.9,))[0]["seconds"] is None
 
 
 def test_averaging_divides_the_noise_of_independent_directions() -> None:
     assert averaged(known(300.0), 4)["variance"] == 75
     many = fg.ForwardGradient(tangents=16, perturb=fg.LowRank(1), chunk_size=4)
-    assert single(many) == (fg.ForwardGradient(perturb=fg.LowRank(1)), 16)
+    assert one_direction(many) == (fg.ForwardGradient(perturb=fg.LowRank(1)), 16)
     for whole in (fg.ForwardGradient(tangents=4, law=fg.Orthogonal()), fg.ForwardGradient(tangents=4, combine="projection"),
                   fg.ForwardGradient(tangents=4, clip=1.0), fg.Backprop()):  # fmt: skip
-        assert single(whole) == (whole, 1)
+        assert one_direction(whole) == (whole, 1)
 
 
 def problem() -> tuple[nn.Module, fg.Estimator]:
@@ -103,6 +103,6 @@ def test_a_biased_estimator_has_a_limit_and_one_that_shows_no_bias_has_none() ->
     readout = measured(fg.Readout())  # the last layer alone, exactly: the rest of the gradient is never seen
     assert readout["biased"]
     assert 0 < readout["limit"] < 1
-    assert estimates(readout, readout["limit"] + 0.01) is None
-    assert estimates(readout, readout["limit"] - 0.01) == 1
+    assert estimates_needed(readout, readout["limit"] + 0.01) is None
+    assert estimates_needed(readout, readout["limit"] - 0.01) == 1
     assert not measured(fg.ZerothOrder())["biased"]

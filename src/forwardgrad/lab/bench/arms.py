@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forwardgrad.directions import Gaussian, Law, Rademacher
 from forwardgrad.estimators import Backprop, Estimator, ForwardGradient, LocalLosses, ZerothOrder, from_config, to_config
-from forwardgrad.lab.bench.cases import Built, loss
+from forwardgrad.lab.bench.cases import BuiltCase, loss
 from forwardgrad.lab.bench.peers import PEERS
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import format_estimator, parse_estimator
@@ -23,7 +23,7 @@ LAW: dict[str, Law] = {law.name: law for law in (Gaussian(), Rademacher())}
 
 
 @dataclass(frozen=True)
-class Arm:
+class BenchArm:
     """A way to take a step: an estimator of this library, or a peer; neither for the plain forward pass.
 
     `kind` is its look in figures. `stands_for` is the library's estimator that has a peer's noise.
@@ -56,20 +56,20 @@ class Arm:
         return self.estimator or self.stands_for
 
 
-PLAIN = Arm("plain", "plain forward pass", "plain")
-BACKPROP = Arm("backprop", "backpropagation, plain torch", "backprop", Backprop(), peer="backpropagation")
-FORWARD = Arm("forward", "forward gradient", "forward", ForwardGradient())
-MOVED: tuple[Arm, ...] = (
+PLAIN = BenchArm("plain", "plain forward pass", "plain")
+BACKPROP = BenchArm("backprop", "backpropagation, plain torch", "backprop", Backprop(), peer="backpropagation")
+FORWARD = BenchArm("forward", "forward gradient", "forward", ForwardGradient())
+MOVED: tuple[BenchArm, ...] = (
     FORWARD,
-    Arm("low-rank", "rank 1", "low-rank", ForwardGradient(perturb=LowRank(1))),
-    *(Arm(f"low-rank-k{k}", f"rank 1, K = {k}", "low-rank", ForwardGradient(perturb=LowRank(1), tangents=k)) for k in (2, 4, 16)),
-    Arm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
-    Arm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
+    BenchArm("low-rank", "rank 1", "low-rank", ForwardGradient(perturb=LowRank(1))),
+    *(BenchArm(f"low-rank-k{k}", f"rank 1, K = {k}", "low-rank", ForwardGradient(perturb=LowRank(1), tangents=k)) for k in (2, 4, 16)),
+    BenchArm("per-example", "weights per example", "per-example", ForwardGradient(perturb=PerExample(), law=Rademacher())),
+    BenchArm("activity", "activities", "activity", ForwardGradient(perturb=Activity(), law=Rademacher())),
 )
 COMPILED, CAPTURED = "-compiled", "-graph"
 
 
-def _by(engine: EngineName, arm: Arm) -> Arm:
+def _by(engine: EngineName, arm: BenchArm) -> BenchArm:
     """The same step as one compiled function, or as one captured graph."""
     base, mark, count = arm.name.partition("-k")
     name, words = (COMPILED, "compiled") if engine == "compile" else (CAPTURED, "captured graph")
@@ -77,25 +77,25 @@ def _by(engine: EngineName, arm: Arm) -> Arm:
     return dataclasses.replace(arm, name=f"{base}{name}{mark}{count}", label=label, engine=engine, peer=None)
 
 
-ARMS: tuple[Arm, ...] = (
+ARMS: tuple[BenchArm, ...] = (
     PLAIN,
     BACKPROP,
     _by("compile", BACKPROP),
-    Arm("backprop-checkpoint", "backpropagation, checkpoints", "backprop", Backprop(checkpoint=True)),
+    BenchArm("backprop-checkpoint", "backpropagation, checkpoints", "backprop", Backprop(checkpoint=True)),
     *MOVED,
     *(_by("compile", arm) for arm in MOVED),
-    Arm("zeroth-order", "zeroth order", "zeroth-order", ZerothOrder()),
-    Arm("local-feedback", "local losses with feedback", "local", LocalLosses(feedback=True, head="pooled", cells=4)),
-    Arm("func-jvp", "func.jvp, plain torch", "peer", peer="func-jvp", stands_for=ForwardGradient()),
-    Arm("forward-ad", "forward_ad, plain torch", "peer", peer="dual-numbers", stands_for=ForwardGradient()),
-    Arm("mezo", "MeZO, plain torch", "peer", peer="two-passes", stands_for=ZerothOrder()),
+    BenchArm("zeroth-order", "zeroth order", "zeroth-order", ZerothOrder()),
+    BenchArm("local-feedback", "local losses with feedback", "local", LocalLosses(feedback=True, head="pooled", cells=4)),
+    BenchArm("func-jvp", "func.jvp, plain torch", "peer", peer="func-jvp", stands_for=ForwardGradient()),
+    BenchArm("forward-ad", "forward_ad, plain torch", "peer", peer="dual-numbers", stands_for=ForwardGradient()),
+    BenchArm("mezo", "MeZO, plain torch", "peer", peer="two-passes", stands_for=ZerothOrder()),
 )
-ON_GPU: tuple[Arm, ...] = tuple(_by("graph", arm) for arm in (BACKPROP, *MOVED))
+ON_GPU: tuple[BenchArm, ...] = tuple(_by("graph", arm) for arm in (BACKPROP, *MOVED))
 NAMED = {arm.name: arm for arm in (*ARMS, *ON_GPU)}
 TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I needs
 
 
-def arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> list[Arm]:
+def chosen_arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> list[BenchArm]:
     """The arms of a list of names and estimators' texts, all named ones of the device if left out; plain and backprop are always there.
 
     `law` takes the place of the law of the arms that move weights at rank one, weights per example and activities.
@@ -106,7 +106,7 @@ def arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> l
     return list(dict.fromkeys([PLAIN, BACKPROP, *chosen]))
 
 
-def _arm(word: str) -> Arm:
+def _arm(word: str) -> BenchArm:
     if word in NAMED:
         return NAMED[word]
     try:
@@ -118,7 +118,7 @@ def _arm(word: str) -> Arm:
         if "(" not in word:
             raise UserError(f"unknown arm {word!r}: {known}; an estimator can be written out, as in forward(tangents=2)") from error
         raise UserError(f"the arm {word!r} cannot be used: {error}; {known}") from error
-    return Arm(word, word, estimator.name, estimator)
+    return BenchArm(word, word, estimator.name, estimator)
 
 
 def _split(text: str) -> list[str]:
@@ -134,16 +134,16 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _with_law(arm: Arm, law: Law) -> Arm:
+def _with_law(arm: BenchArm, law: Law) -> BenchArm:
     if arm in NAMED.values() and isinstance(arm.estimator, ForwardGradient) and not arm.name.startswith(FORWARD.name):
         return dataclasses.replace(arm, estimator=dataclasses.replace(arm.estimator, law=law))
     return arm
 
 
-class Step:
+class ArmStep:
     """One whole step of an arm on the batch of a case, with what it keeps from step to step; the loss is its result."""
 
-    def __init__(self, arm: Arm, built: Built) -> None:
+    def __init__(self, arm: BenchArm, built: BuiltCase) -> None:
         self.state: dict[str, Tensor] = {}
         self._built = built
         self._optimizer = torch.optim.SGD(built.model.parameters(), LR)
@@ -152,7 +152,7 @@ class Step:
     def __call__(self) -> Tensor:
         return self._take()
 
-    def _made(self, arm: Arm) -> Callable[[], Tensor]:
+    def _made(self, arm: BenchArm) -> Callable[[], Tensor]:
         built, batch = self._built, (self._built.images, self._built.labels)
         if arm.peer is not None:
             return PEERS[arm.peer](built.model, lambda call: loss(call, *batch), self._optimizer)  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ class Step:
         step = self._training_step(arm, arm.estimator)
         return lambda: step(*batch).loss
 
-    def _training_step(self, arm: Arm, estimator: Estimator) -> TrainingStep:
+    def _training_step(self, arm: BenchArm, estimator: Estimator) -> TrainingStep:
         """The one place where the library's steps are made."""
         generator = torch.Generator(self._built.images.device).manual_seed(0)
         pieces = loss, self._built.model, self._optimizer, estimator

@@ -33,7 +33,7 @@ DEPTHS, WIDTHS, BATCHES = (2, 4, 8, 16, 32, 64), (64, 256, 1024, 4096), (1, 4, 1
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One network at one batch size; `layout` is the order in memory of images and convolutions."""
 
     model: str
@@ -49,14 +49,14 @@ class Case:
         return INPUTS[self.model][0] if self.model in INPUTS else "mnist"
 
 
-def cases(names: str | None, batches: str, sweep: Sweep | None, layout: Layout) -> list[Case]:
+def chosen_cases(names: str | None, batches: str, sweep: Sweep | None, layout: Layout) -> list[BenchCase]:
     """The cases that a command asks for; a sweep takes the place of the option that it varies."""
     if names is not None and sweep in ("depth", "width"):
         raise UserError(f"--sweep {sweep} has its own networks: leave --models out")
     chosen = {"depth": [f"mlp-{depth}x1024" for depth in DEPTHS], "width": [f"mlp-3x{width}" for width in WIDTHS]}
     networks = chosen.get(sweep or "") or _words(names or ("nn" if sweep == "batch" else PAPER))
     sizes = list(BATCHES) if sweep == "batch" else [_size(word) for word in _words(batches)]
-    return [Case(network, size, layout) for network in networks for size in sizes]
+    return [BenchCase(network, size, layout) for network in networks for size in sizes]
 
 
 def _words(text: str) -> list[str]:
@@ -70,10 +70,10 @@ def _size(word: str) -> int:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltCase:
     """A case ready to be timed."""
 
-    case: Case
+    case: BenchCase
     model: nn.Module
     images: Tensor
     labels: Tensor
@@ -83,7 +83,7 @@ class Built:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def build(case: Case, on: torch.device) -> Built:
+def build(case: BenchCase, on: torch.device) -> BuiltCase:
     """The network with its weights at their start, and a batch of random images with random labels; uses the global generator."""
     shape = INPUTS[case.model][1] if case.model in INPUTS else INPUTS["nn"][1]
     found = MLP.fullmatch(case.model)
@@ -92,7 +92,7 @@ def build(case: Case, on: torch.device) -> Built:
     if case.layout == "channels-last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
-    return Built(case, model, images, torch.randint(CLASSES, (case.batch,), device=on))
+    return BuiltCase(case, model, images, torch.randint(CLASSES, (case.batch,), device=on))
 
 
 def _mlp(shape: tuple[int, int, int], depth: int, width: int) -> nn.Sequential:
@@ -110,7 +110,7 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(images), labels)
 
 
-def layouts(case: Case, on: torch.device) -> Sequence[Case]:
+def layouts(case: BenchCase, on: torch.device) -> Sequence[BenchCase]:
     """The case in every order in memory that it leaves open; a network without convolutions has but one."""
     if case.layout != "fastest":
         return [case]

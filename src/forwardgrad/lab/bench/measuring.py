@@ -22,8 +22,8 @@ from forwardgrad.estimators import Backprop, Estimator
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import environment
 from forwardgrad.lab.bench import process_peak, random_numbers, roofline, timing, worth_of_a_step
-from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, Arm, Step
-from forwardgrad.lab.bench.cases import Built, Case, build, layouts, loss
+from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, ArmStep, BenchArm
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build, layouts, loss
 from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, ValueWithInterval, Worth
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
@@ -38,7 +38,7 @@ TRIED = 5  # rounds of backpropagation in each order in memory
 
 
 @dataclass(frozen=True)
-class Method:
+class BenchOptions:
     """How a case is measured: rounds, of which none begins after `seconds`; `repeats` estimates for their noise, 0 for none."""
 
     rounds: int = 30
@@ -56,7 +56,7 @@ class Method:
 
 
 def measure_steps(
-    store: Store, cases: Sequence[Case], arms: Sequence[Arm], method: Method, *, device: str, say: Callable[[str], None]
+    store: Store, cases: Sequence[BenchCase], arms: Sequence[BenchArm], options: BenchOptions, *, device: str, say: Callable[[str], None]
 ) -> list[CaseRecord]:
     """Measure the cases, and store each as it is done beside those of the same machine; returns what was stored of them."""
     on = environment.device(device)
@@ -66,10 +66,10 @@ def measure_steps(
     limits = roofline.ceilings(on)
     for index, case in enumerate(cases, 1):
         with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-            torch.manual_seed(method.seed)
+            torch.manual_seed(options.seed)
             chosen, tried = _laid_out(case, on)
             say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}, {chosen.layout}")
-            new = _measured(chosen, arms, method, limits, on, say)
+            new = _case_record(chosen, arms, options, limits, on, say)
         new["tried"] = tried
         _store(store, where, new)
         found.append(new)
@@ -77,7 +77,7 @@ def measure_steps(
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Inside, torch has this many threads; its own choice where None is given."""
     before = torch.get_num_threads()
     try:
@@ -88,7 +88,7 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measured(store: Store, device: str) -> set[str]:
+def timed_networks(store: Store, device: str) -> set[str]:
     """The networks whose steps of Table I's arms, at the paper's batch, are stored for this kind of device."""
     stored, on = _stored(store), environment.device(device)
     if stored["environment"].get("device") != environment.describe(on)["device"]:
@@ -97,13 +97,13 @@ def measured(store: Store, device: str) -> set[str]:
     return {case["model"] for case in stored["cases"] if case["batch"] == 64 and wanted <= {arm["name"] for arm in case["arms"]}}
 
 
-def replaces(store: Store, device: str) -> bool:
+def would_replace(store: Store, device: str) -> bool:
     """Whether a measurement made here would take the place of others: what was measured elsewhere cannot stand beside it."""
     stored, where = _stored(store), environment.describe(environment.device(device))
-    return bool(stored["cases"]) and not _alike(stored, where)
+    return bool(stored["cases"]) and not _same_machine(stored, where)
 
 
-def _alike(stored: dict[str, Any], where: dict[str, Any]) -> bool:
+def _same_machine(stored: dict[str, Any], where: dict[str, Any]) -> bool:
     return all(stored["environment"].get(key) == where[key] for key in SAME)
 
 
@@ -120,35 +120,40 @@ def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
     """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
     with store.changing():
         stored = _stored(store)
-        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _alike(stored, where) else []
+        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _same_machine(stored, where) else []
         write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
 
 
-def _laid_out(case: Case, on: torch.device) -> tuple[Case, dict[str, float]]:
+def _laid_out(case: BenchCase, on: torch.device) -> tuple[BenchCase, dict[str, float]]:
     """The case in the order in memory that is measured, and the seconds of backpropagation in each order, if there is a choice."""
-    options = layouts(case, on)
-    if len(options) == 1:
-        return options[0], {}
-    steps: dict[str, timing.Work] = {option.layout: Step(BACKPROP, build(option, on)) for option in options}
+    orders = layouts(case, on)
+    if len(orders) == 1:
+        return orders[0], {}
+    steps: dict[str, timing.Work] = {option.layout: ArmStep(BACKPROP, build(option, on)) for option in orders}
     found = timing.interleaved(steps, rounds=TRIED, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     tried = {layout: float(np.median(times)) for layout, times in found.items()}
-    return min(options, key=lambda option: tried[option.layout]), tried
+    return min(orders, key=lambda option: tried[option.layout]), tried
 
 
-def _measured(
-    case: Case, arms: Sequence[Arm], method: Method, limits: roofline.Ceilings, on: torch.device, say: Callable[[str], None]
+def _case_record(
+    case: BenchCase,
+    arms: Sequence[BenchArm],
+    options: BenchOptions,
+    limits: roofline.Ceilings,
+    on: torch.device,
+    say: Callable[[str], None],
 ) -> CaseRecord:
     built = build(case, on)
-    steps, failed = _begun(arms, built)
-    drawn = {arm.name: _drawn(arm, built) for arm in steps}
+    steps, failed = _first_steps(arms, built)
+    drawn = {arm.name: _redraws(arm, built) for arm in steps}
     works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
     works.update({f"draws of {name}": random_numbers.total(made) for name, made in drawn.items() if made})
-    how: dict[str, Any] = {"rounds": method.rounds, "seconds": method.seconds, "seed": method.seed}
+    how: dict[str, Any] = {"rounds": options.rounds, "seconds": options.seconds, "seed": options.seed}
     times = timing.interleaved(works, **how, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
-    found = [_arm(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, method) for arm in arms]
-    if method.repeats:
-        _add_worth(found, arms, steps, built, method, say)
+    found = [_arm_record(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, options) for arm in arms]
+    if options.repeats:
+        _add_worth(found, arms, steps, built, options, say)
     return {
         "layout": case.layout,
         "tried": {},
@@ -158,29 +163,29 @@ def _measured(
         "accelerator": on.type,
         "parameters": built.parameters,
         "rounds": len(next(iter(times.values()), ())),
-        "seed": method.seed,
-        "repeats": method.repeats,
+        "seed": options.seed,
+        "repeats": options.repeats,
         "arms": found,
         "command": environment.command(),
         "ceilings": limits._asdict(),
     }
 
 
-def _drawn(arm: Arm, built: Built) -> list[random_numbers.Redraw]:
+def _redraws(arm: BenchArm, built: BuiltCase) -> list[random_numbers.Redraw]:
     """The draws of a step, read off the same step taken eagerly: its generators are then not those of the step that is timed."""
-    step = Step(dataclasses.replace(arm, engine="eager"), built)
+    step = ArmStep(dataclasses.replace(arm, engine="eager"), built)
     if arm.engine != "eager":
         return random_numbers.of_a_graph(step, captured=arm.engine == "graph")
     step()  # an estimator's memory is drawn in the first step alone
     return random_numbers.of_an_eager_step(step)
 
 
-def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str, str]]:
+def _first_steps(arms: Sequence[BenchArm], built: BuiltCase) -> tuple[dict[BenchArm, ArmStep], dict[str, str]]:
     """Every arm after its first step; what kept one from it is told in its place, and the others go on."""
     steps, failed = {}, {}
     for arm in arms:
         try:
-            step = Step(arm, built)
+            step = ArmStep(arm, built)
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "engine=.* falls back", UserWarning)  # its time would be that of another arm
                 step()
@@ -190,15 +195,15 @@ def _begun(arms: Sequence[Arm], built: Built) -> tuple[dict[Arm, Step], dict[str
     return steps, failed
 
 
-def _arm(
-    arm: Arm,
-    step: Step | None,
+def _arm_record(
+    arm: BenchArm,
+    step: ArmStep | None,
     failed: str | None,
     times: dict[str, timing.Samples],
-    case: Case,
-    built: Built,
+    case: BenchCase,
+    built: BuiltCase,
     limits: roofline.Ceilings,
-    method: Method,
+    options: BenchOptions,
 ) -> ArmRecord:
     head: ArmRecord = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.spec, "engine": arm.engine, "failed": failed}
     if step is None:
@@ -217,7 +222,7 @@ def _arm(
         "further": None if one is None or plain is None else timing.further(mine, one, plain, arm.tangents),
         "examples_per_second": case.batch / middle,
         "peak_bytes": None if _unseen(arm, built) else process_peak.tally(step, built),
-        "process": _process(arm, case, built, method),
+        "process": _process(arm, case, built, options),
         "drawing": _drawing(arm, times),
         "roofline": _roofline(arm, step, limits, middle),
         "worth": None,
@@ -226,27 +231,27 @@ def _arm(
     }
 
 
-def _unseen(arm: Arm, built: Built) -> bool:
+def _unseen(arm: BenchArm, built: BuiltCase) -> bool:
     """Compiled code gives out its memory where a tally on the processor does not see it."""
     return arm.engine == "compile" and built.images.device.type == "cpu"
 
 
-def _process(arm: Arm, case: Case, built: Built, method: Method) -> dict[str, Any] | None:
+def _process(arm: BenchArm, case: BenchCase, built: BuiltCase, options: BenchOptions) -> dict[str, Any] | None:
     """The tally beside the peak of a process of its own, where that is asked for and can be had."""
-    if not method.verify_memory or _unseen(arm, built) or built.images.device.type != "cpu":
+    if not options.verify_memory or _unseen(arm, built) or built.images.device.type != "cpu":
         return None
     found = process_peak.process_peak(case, arm)
     return {**found, "agree": process_peak.within_tolerance(found["tally"], found["process"])}
 
 
-def _drawing(arm: Arm, times: dict[str, timing.Samples]) -> dict[str, ValueWithInterval] | None:
+def _drawing(arm: BenchArm, times: dict[str, timing.Samples]) -> dict[str, ValueWithInterval] | None:
     """How long the random numbers of a step take alone, and as a share of the step; None for an arm that draws none."""
     if (alone := times.get(f"draws of {arm.name}")) is None:
         return None
     return {"seconds": timing.median(alone), "share": timing.ratio(alone, times[arm.name])}
 
 
-def _roofline(arm: Arm, step: Step, limits: roofline.Ceilings, seconds: float) -> dict[str, Any] | None:
+def _roofline(arm: BenchArm, step: ArmStep, limits: roofline.Ceilings, seconds: float) -> dict[str, Any] | None:
     if arm.engine != "eager":  # under a count it would run as it is written
         return None
     needed = roofline.count(step)
@@ -255,7 +260,12 @@ def _roofline(arm: Arm, step: Step, limits: roofline.Ceilings, seconds: float) -
 
 
 def _add_worth(
-    found: list[ArmRecord], arms: Sequence[Arm], steps: dict[Arm, Step], built: Built, method: Method, say: Callable[[str], None]
+    found: list[ArmRecord],
+    arms: Sequence[BenchArm],
+    steps: dict[BenchArm, ArmStep],
+    built: BuiltCase,
+    options: BenchOptions,
+    say: Callable[[str], None],
 ) -> None:
     """What a step of each arm is worth; arms of equal noise share one measurement."""
 
@@ -270,15 +280,15 @@ def _add_worth(
     for record, arm in zip(found, arms, strict=True):
         if arm.estimates is None or arm not in steps:
             continue
-        one, averaged = worth_of_a_step.single(arm.estimates)
+        one, averaged = worth_of_a_step.one_direction(arm.estimates)
         if one not in known:
             say(f"    the noise of {arm.label}")
             try:
-                known[one] = worth_of_a_step.worth(one, of, built.model, repeats=method.repeats, exact=exact, state=steps[arm].state)
+                known[one] = worth_of_a_step.worth(one, of, built.model, repeats=options.repeats, exact=exact, state=steps[arm].state)
             except (RuntimeError, ValueError) as error:
                 known[one] = str(error).partition("\n")[0]
         if isinstance(worth := known[one], str):
             record["worth_failed"] = worth
         else:
             record["worth"] = mine = worth_of_a_step.averaged(worth, averaged)
-            record["to_cosine"] = worth_of_a_step.costs(mine, float(np.median(record["times"])), method.cosines)
+            record["to_cosine"] = worth_of_a_step.cosine_prices(mine, float(np.median(record["times"])), options.cosines)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from forwardgrad.diagnostics import peak_bytes
-from forwardgrad.lab.bench.arms import NAMED, Arm, Step, arms
-from forwardgrad.lab.bench.cases import Built, Case, build
+from forwardgrad.lab.bench.arms import NAMED, ArmStep, BenchArm, chosen_arms
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build
 from forwardgrad.lab.errors import UserError
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}  # of glibc
@@ -27,7 +27,7 @@ TOLERANCE = (0.05, 1_000_000)
 """How far the two may lie apart and still agree: a twentieth of the tally, and 1 MB for pages that are not tensors."""
 
 
-def tally(step: Step, built: Built) -> int:
+def tally(step: ArmStep, built: BuiltCase) -> int:
     """The most bytes that a step holds above parameters and input: its own tensors, gradients, and the estimator's memory."""
     step.forget_gradients()
     return peak_bytes(step, [built.images.device]) + step.state_bytes
@@ -38,7 +38,7 @@ def within_tolerance(counted: int, process: int) -> bool:
     return abs(counted - process) <= share * counted + fixed
 
 
-def process_peak(case: Case, arm: Arm) -> dict[str, int]:
+def process_peak(case: BenchCase, arm: BenchArm) -> dict[str, int]:
     """The tally and the process's peak of one step, both in bytes, from a fresh process with as many threads as this one.
 
     Raises UserError where the system does not tell, or the process failed.
@@ -54,10 +54,10 @@ def process_peak(case: Case, arm: Arm) -> dict[str, int]:
     return found
 
 
-def _measured(case: Case, arm: Arm) -> dict[str, int]:
+def _measured(case: BenchCase, arm: BenchArm) -> dict[str, int]:
     torch.manual_seed(0)
     built = build(case, torch.device("cpu"))
-    step = Step(arm, built)
+    step = ArmStep(arm, built)
     for _ in range(2):  # code, tables and workspaces are there from the first step on
         step()
     counted = tally(step, built)
@@ -79,8 +79,8 @@ def _resident(which: str) -> int:
 def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
-    (arm,) = [arm for arm in arms(asked["arm"], asked["law"]) if arm.name == asked["arm"]]
-    print(json.dumps(_measured(Case(**asked["case"]), arm)))
+    (arm,) = [arm for arm in chosen_arms(asked["arm"], asked["law"]) if arm.name == asked["arm"]]
+    print(json.dumps(_measured(BenchCase(**asked["case"]), arm)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SAME = ("device", "threads", "torch", "commit")  # what has to agree for measure
 
 
 @dataclass(frozen=True)
-class Setting:
+class QualitySetting:
     """Where estimators are measured: after `warm_up` steps of Adam with backpropagation, on one batch of the training split.
 
     Those that learn take `learn` steps first, with the weights held still, on other batches than the one of the measurement.
@@ -70,7 +70,13 @@ def estimators_at(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> l
 
 
 def measure_estimates(
-    store: Store, setting: Setting, chosen: Sequence[MeasuredEstimator], *, device: str, data_dir: Path | None, say: Callable[[str], None]
+    store: Store,
+    setting: QualitySetting,
+    chosen: Sequence[MeasuredEstimator],
+    *,
+    device: str,
+    data_dir: Path | None,
+    say: Callable[[str], None],
 ) -> SettingRecord:
     """Measure the estimators, and store them beside other settings measured on the same machine; returns what was stored of them."""
     if setting.repeats < LEAST or setting.repeats % 2:
@@ -88,7 +94,7 @@ def measure_estimates(
     return new
 
 
-def _kept(path: Path, where: dict[str, Any], setting: Setting) -> list[dict[str, Any]]:
+def _kept(path: Path, where: dict[str, Any], setting: QualitySetting) -> list[dict[str, Any]]:
     """The stored settings that were measured on the same machine and are not measured anew."""
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
         return []
@@ -102,7 +108,7 @@ def _kept(path: Path, where: dict[str, Any], setting: Setting) -> list[dict[str,
 
 
 def _measured(
-    setting: Setting, chosen: Sequence[MeasuredEstimator], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
+    setting: QualitySetting, chosen: Sequence[MeasuredEstimator], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
 ) -> SettingRecord:
     torch.manual_seed(stream(setting.seed, "initialisation"))
     model = models.build(setting.model, dataset.shape, dataset.classes).to(on)
@@ -136,7 +142,7 @@ def _measured(
 
 
 def _estimate(
-    setting: Setting,
+    setting: QualitySetting,
     arm: MeasuredEstimator,
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
@@ -156,7 +162,7 @@ def _estimate(
 
 
 def _learned(
-    setting: Setting, estimator: Estimator, model: nn.Module, dataset: data.Dataset, generator: torch.Generator
+    setting: QualitySetting, estimator: Estimator, model: nn.Module, dataset: data.Dataset, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The memory of an estimator after some steps with still weights, on batches that are not the measured one."""
     state: dict[str, Tensor] = {}
@@ -174,7 +180,7 @@ def _gradient(loss: Callable[[nn.Module], Tensor], model: nn.Module) -> dict[str
     return {name: p.grad for name, p in twin.named_parameters()}
 
 
-def _batches(setting: Setting, dataset: data.Dataset) -> Iterator[Callable[[nn.Module], Tensor]]:
+def _batches(setting: QualitySetting, dataset: data.Dataset) -> Iterator[Callable[[nn.Module], Tensor]]:
     """Losses of batches of the training split, shuffled anew in every epoch; the first is the one of the measurement."""
     epoch = 0
     while True:

@@ -56,7 +56,7 @@ def worth(
     return Worth(variance=spread[0], low=max(0.0, spread[1]), high=spread[2], length=length, square=square, limit=limit, biased=biased)
 
 
-def single(estimator: Estimator) -> tuple[Estimator, int]:
+def one_direction(estimator: Estimator) -> tuple[Estimator, int]:
     """The estimator with one direction, which is what is measured, and how many independent ones it averages."""
     if not isinstance(estimator, ForwardGradient) or isinstance(estimator.law, Orthogonal):
         return estimator, 1
@@ -71,10 +71,10 @@ def averaged(one: Worth, count: int) -> Worth:
     return {**one, **spread}  # type: ignore[typeddict-item]
 
 
-def estimates(found: Worth, cosine: float, variance: float | None = None) -> int | None:
+def estimates_needed(found: Worth, cosine: float, variance: float | None = None) -> int | None:
     """How many estimates have to be averaged for this cosine with the gradient; None where no number is enough.
 
-    >>> estimates(Worth(variance=300.0, low=200.0, high=400.0, length=1.0, square=1.0, limit=1.0, biased=False), 0.5)
+    >>> estimates_needed(Worth(variance=300.0, low=200.0, high=400.0, length=1.0, square=1.0, limit=1.0, biased=False), 0.5)
     100
     """
     room = found["length"] ** 2 / cosine**2 - found["square"]
@@ -84,10 +84,10 @@ def estimates(found: Worth, cosine: float, variance: float | None = None) -> int
     return max(1, math.ceil(round(needed, 6)))  # rounded: 100 is not 101 for the sake of its last bit
 
 
-def costs(found: Worth, seconds: float, cosines: Sequence[float]) -> list[CosinePrice]:
+def cosine_prices(found: Worth, seconds: float, cosines: Sequence[float]) -> list[CosinePrice]:
     """Estimates, with the interval of the variance, and seconds to each cosine; None where it is never reached."""
     told: list[CosinePrice] = []
     for cosine in cosines:
-        needed, low, high = (estimates(found, cosine, variance) for variance in (found["variance"], found["low"], found["high"]))
+        needed, low, high = (estimates_needed(found, cosine, variance) for variance in (found["variance"], found["low"], found["high"]))
         told.append(CosinePrice(cosine=cosine, estimates=needed, low=low, high=high, seconds=needed and needed * seconds))
     return told

@@ -32,19 +32,17 @@ def bench(
     out: Out = OUT,
 ) -> None:
     """Measure one whole step of every arm, all in turn in one run: time, memory, random numbers, the roofline, and what it is worth."""
-    from forwardgrad.lab import bench as benchmark
-    from forwardgrad.lab.bench import arms as bench_arms
-    from forwardgrad.lab.bench import cases as bench_cases
+    from forwardgrad.lab.bench import BenchOptions, chosen_arms, chosen_cases, measure_steps, torch_threads
     from forwardgrad.lab.report.sections import bench_text
 
-    cases = bench_cases.cases(models, batch_size, sweep, layout)
-    chosen = bench_arms.arms(arms, law, on_gpu=device.startswith("cuda"))
+    cases = chosen_cases(models, batch_size, sweep, layout)
+    chosen = chosen_arms(arms, law, on_gpu=device.startswith("cuda"))
     repeats = (0 if sweep else 20) if repeats is None else repeats
-    method = benchmark.Method(rounds, seconds, seed, repeats, numbers(cosine, "--cosine"), verify_memory)
+    options = BenchOptions(rounds, seconds, seed, repeats, numbers(cosine, "--cosine"), verify_memory)
     store = Store(out)
     store.check()
-    with benchmark.threads(threads):
-        found = benchmark.measure_steps(store, cases, chosen, method, device=device, say=_say)
+    with torch_threads(threads):
+        found = measure_steps(store, cases, chosen, options, device=device, say=_say)
     print("\n\n".join(bench_text(case) for case in found))
     write_report(store)
 
@@ -71,11 +69,11 @@ def quality(
     out: Out = OUT,
 ) -> None:
     """Measure bias, variance, angle and cost of estimators against the exact gradient of one batch, and add that to the report."""
-    from forwardgrad.lab.bench import Setting, estimators_at, measure_estimates
+    from forwardgrad.lab.bench import QualitySetting, estimators_at, measure_estimates
     from forwardgrad.lab.report.sections import quality_text
 
     chosen = estimators_at(parse_estimators(estimators), counts(tangents, "--tangents"))
-    setting = Setting(model, data, batch_size, repeats, warm_up, learn, seed)
+    setting = QualitySetting(model, data, batch_size, repeats, warm_up, learn, seed)
     store = Store(out)
     store.check()
     print(quality_text(measure_estimates(store, setting, chosen, device=device, data_dir=data_dir, say=_say)))

@@ -126,14 +126,12 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
     """Time a step of the networks that were not timed before in this store; what another machine or commit timed there is kept."""
-    from forwardgrad.lab import bench as benchmark
-    from forwardgrad.lab.bench import TABLE_1, Case
+    from forwardgrad.lab.bench import TABLE_1, BenchCase, BenchOptions, measure_steps, timed_networks, would_replace
     from forwardgrad.lab.report.sections import bench_text
 
-    if untimed := [Case(name, 64) for name in sorted(set(networks) - benchmark.measured(store, device))]:
-        if benchmark.replaces(store, device):
+    if untimed := [BenchCase(name, 64) for name in sorted(set(networks) - timed_networks(store, device))]:
+        if would_replace(store, device):
             print("bench.json is of another machine or commit and is kept: `forwardgrad bench` times steps here", file=sys.stderr)
             return
-        method = benchmark.Method(rounds=15)
-        found = benchmark.measure_steps(store, untimed, TABLE_1, method, device=device, say=lambda _: None)
+        found = measure_steps(store, untimed, TABLE_1, BenchOptions(rounds=15), device=device, say=lambda _: None)
         print("\n\n".join(bench_text(case) for case in found), file=sys.stderr)

@@ -259,7 +259,7 @@ def _goals_table(cases: Sequence[Record]) -> Table:
     return Table(("figure", "goal", "measured", "outcome"), (("Set beforehand", rows),), "Goals", meaning)
 
 
-def _goal_row(outcome: bench_goals.Outcome) -> tuple[Cell, ...]:
+def _goal_row(outcome: bench_goals.GoalOutcome) -> tuple[Cell, ...]:
     between = "" if outcome.low is None or outcome.high is None else f"{number(outcome.low)} to {number(outcome.high)}"
     value = NONE if outcome.value is None else Cell(number(outcome.value), between)
     tone = {"met": "", "missed": "warn", "too noisy": "warn"}.get(outcome.verdict, "quiet")

@@ -9,13 +9,13 @@ from typing import Any, Literal
 NN, CNN, CIFAR = ("nn", 64), ("cnn", 64), ("cifar-cnn", 64)
 DEEP, SHALLOW = ("mlp-64x1024", 256), ("mlp-8x1024", 256)
 TITLES = {NN: "NN", CNN: "CNN", CIFAR: "CIFAR CNN", ("nn", 8): "NN, batch 8"}
-Place = tuple[str, int]  # network and batch
+NetworkAndBatch = tuple[str, int]  # network and batch
 Quantity = Literal["to_backprop", "to_best_backprop", "to_plain", "further", "peak_bytes"]
 RANK_1, DENSE = ("low-rank", "low-rank-compiled"), ("forward", "forward-compiled")
 
 
 @dataclass(frozen=True)
-class Goal:
+class StepGoal:
     """A figure that is to be at most (with `strict`, below) a limit; `elsewhere` says how to get a figure that this command has not.
 
     The figure is what the better of some arms has of `quantity` in one case; of peak bytes, over that of another arm or case.
@@ -23,11 +23,11 @@ class Goal:
 
     figure: str
     limit: float
-    place: Place | None = None
+    place: NetworkAndBatch | None = None
     arms: tuple[str, ...] = RANK_1
     quantity: Quantity = "to_backprop"
     accelerator: Literal["cpu", "cuda"] = "cpu"
-    over: tuple[Place, str] | None = None
+    over: tuple[NetworkAndBatch, str] | None = None
     strict: bool = False
     elsewhere: str = ""
 
@@ -44,61 +44,61 @@ def _further(k: int) -> tuple[str, ...]:
     return f"low-rank-k{k}", f"low-rank-compiled-k{k}"
 
 
-def _deep(what: str, limit: float, over: tuple[Place, str], *, strict: bool = False) -> Goal:
+def _deep(what: str, limit: float, over: tuple[NetworkAndBatch, str], *, strict: bool = False) -> StepGoal:
     figure = f"peak memory of a rank-1 step, MLP of 64 layers / {what}"
-    return Goal(figure, limit, DEEP, ("low-rank",), "peak_bytes", over=over, strict=strict)
+    return StepGoal(figure, limit, DEEP, ("low-rank",), "peak_bytes", over=over, strict=strict)
 
 
 _TABLE_1 = "forwardgrad reproduce table1"
-GOALS: tuple[Goal, ...] = (
-    *(Goal(f"rank-1 step / backpropagation step, {TITLES[place]}", limit, place) for place, limit in AT_MOST),
-    *(Goal(f"the same / the faster of eager and compiled backpropagation, {TITLES[place]}", limit, place, quantity="to_best_backprop")
+GOALS: tuple[StepGoal, ...] = (
+    *(StepGoal(f"rank-1 step / backpropagation step, {TITLES[place]}", limit, place) for place, limit in AT_MOST),
+    *(StepGoal(f"the same / the faster of eager and compiled backpropagation, {TITLES[place]}", limit, place, quantity="to_best_backprop")
       for place, limit in AT_MOST),
-    *(Goal(f"rank-1 step / the fastest backpropagation step on a GPU, graphs on both sides, {TITLES[place]}", 0.67, place,
+    *(StepGoal(f"rank-1 step / the fastest backpropagation step on a GPU, graphs on both sides, {TITLES[place]}", 0.67, place,
            ("low-rank-graph",), "to_best_backprop", "cuda", elsewhere="forwardgrad bench --device cuda") for place in NETWORKS),
-    *(Goal(f"dense Gaussian step / backpropagation step, {TITLES[place]}", limit, place, DENSE)
+    *(StepGoal(f"dense Gaussian step / backpropagation step, {TITLES[place]}", limit, place, DENSE)
       for place, limit in ((NN, 1.5), (CNN, 1.05), (CIFAR, 1.05))),
-    *(Goal(f"rank-1 step / plain forward pass, {TITLES[place]}", 2.2, place, quantity="to_plain") for place in NETWORKS),
-    *(Goal(f"each further tangent of {k} / plain forward pass, {TITLES[place]}", 1.1, place, _further(k), "further")
+    *(StepGoal(f"rank-1 step / plain forward pass, {TITLES[place]}", 2.2, place, quantity="to_plain") for place in NETWORKS),
+    *(StepGoal(f"each further tangent of {k} / plain forward pass, {TITLES[place]}", 1.1, place, _further(k), "further")
       for place in NETWORKS for k in (2, 4, 16)),
     _deep("of a plain forward pass", 2.5, (DEEP, "plain")),
     _deep("of backpropagation with checkpoints", 0.5, (DEEP, "backprop-checkpoint"), strict=True),
     _deep("of 8 layers", 1.05, (SHALLOW, "low-rank")),
-    Goal("minutes for Table I, all 14 rows at full length, on one H200", 10, elsewhere=f"{_TABLE_1} --device cuda --engine graph"),
-    Goal("32 runs of the NN batched on one GPU / one run", 4, elsewhere="python benchmarks/batched_runs.py --device cuda"),
+    StepGoal("minutes for Table I, all 14 rows at full length, on one H200", 10, elsewhere=f"{_TABLE_1} --device cuda --engine graph"),
+    StepGoal("32 runs of the NN batched on one GPU / one run", 4, elsewhere="python benchmarks/batched_runs.py --device cuda"),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GoalOutcome:
     """A goal beside what was measured: `value` is None where there is nothing, and `verdict` says what that means."""
 
-    goal: Goal
+    goal: StepGoal
     value: float | None
     low: float | None
     high: float | None
     verdict: str
 
 
-def outcomes(cases: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+def outcomes(cases: Sequence[Mapping[str, Any]]) -> list[GoalOutcome]:
     """Every goal, met, missed, too noisy or not measured; those of the processor are read from cases on the processor alone."""
-    found: dict[str, dict[Place, Mapping[str, Any]]] = {"cpu": {}, "cuda": {}}
+    found: dict[str, dict[NetworkAndBatch, Mapping[str, Any]]] = {"cpu": {}, "cuda": {}}
     for case in cases:
         found[case["accelerator"]][case["model"], case["batch"]] = case
     return [_outcome(goal, found[goal.accelerator]) for goal in GOALS]
 
 
-def _outcome(goal: Goal, cases: dict[Place, Mapping[str, Any]]) -> Outcome:
+def _outcome(goal: StepGoal, cases: dict[NetworkAndBatch, Mapping[str, Any]]) -> GoalOutcome:
     if goal.place is None or (goal.elsewhere and goal.place not in cases):
-        return Outcome(goal, None, None, None, f"not measured here: {goal.elsewhere}")
+        return GoalOutcome(goal, None, None, None, f"not measured here: {goal.elsewhere}")
     value, low, high, refused = _read(goal, cases)
     if value is None:
-        return Outcome(goal, None, None, None, "too noisy" if refused else "not measured")
+        return GoalOutcome(goal, None, None, None, "too noisy" if refused else "not measured")
     met = value < goal.limit if goal.strict else value <= goal.limit
-    return Outcome(goal, value, low, high, "met" if met else "missed")
+    return GoalOutcome(goal, value, low, high, "met" if met else "missed")
 
 
-def _read(goal: Goal, cases: dict[Place, Mapping[str, Any]]) -> tuple[float | None, float | None, float | None, bool]:
+def _read(goal: StepGoal, cases: dict[NetworkAndBatch, Mapping[str, Any]]) -> tuple[float | None, float | None, float | None, bool]:
     assert goal.place is not None
     mine = [_arm(cases.get(goal.place), name) for name in goal.arms]
     if goal.quantity != "peak_bytes":
