@@ -12,7 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from forwardgrad.lab.bench.arms import ARMS, ArmStep, BenchArm
-from forwardgrad.lab.bench.cases import BenchCase, build
+from forwardgrad.lab.bench.cases import BenchCase, build_case
 
 CASES = (
     BenchCase("nn", 64, "contiguous"),
@@ -30,7 +30,7 @@ def test_step(benchmark: BenchmarkFixture, arm: BenchArm, case: BenchCase) -> No
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         torch.compiler.reset()
-        step = ArmStep(arm, build(case, torch.device("cpu")))
+        step = ArmStep(arm, build_case(case, torch.device("cpu")))
         step()
         benchmark.group = f"{case.model}, batch {case.batch}, {case.layout}, {torch.get_num_threads()} threads"
         benchmark.pedantic(step, rounds=20, warmup_rounds=2)

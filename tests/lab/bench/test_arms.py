@@ -12,21 +12,21 @@ from torch import Tensor, nn
 import forwardgrad as fg
 from forwardgrad.lab.bench import arms as bench_arms
 from forwardgrad.lab.bench.arms import ARMS, NAMED, ArmStep, BenchArm, chosen_arms
-from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build, chosen_cases, layouts
-from forwardgrad.lab.bench.peers import PEERS, Loss, two_passes
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case, chosen_cases, layouts
+from forwardgrad.lab.bench.peers import PEERS, PeerLoss, two_passes
 from forwardgrad.lab.errors import UserError
 
 RATE = 0.1
 
 
-def problem() -> tuple[nn.Module, Loss]:
+def problem() -> tuple[nn.Module, PeerLoss]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
     x, y = torch.randn(6, 1, 4, 4, dtype=torch.float64), torch.randint(4, (6,))
     return model, lambda call: F.cross_entropy(call(x), y)
 
 
-def gradient(model: nn.Module, loss: Loss) -> list[Tensor]:
+def gradient(model: nn.Module, loss: PeerLoss) -> list[Tensor]:
     return list(torch.autograd.grad(loss(model), list(model.parameters())))
 
 
@@ -76,7 +76,7 @@ def test_the_two_passes_follow_the_formula_and_walk_back() -> None:
 
 def built(model: str = "mlp-2x8", batch: int = 4) -> BuiltCase:
     torch.manual_seed(0)
-    return build(BenchCase(model, batch, "contiguous"), torch.device("cpu"))
+    return build_case(BenchCase(model, batch, "contiguous"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.engine == "eager"], ids=lambda arm: arm.name)
@@ -164,7 +164,7 @@ def test_an_mlp_has_its_depth_width_and_a_signal_at_every_depth() -> None:
 def test_an_order_in_memory_is_that_of_images_and_convolutions() -> None:
     on = torch.device("cpu")
     for layout, format in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
-        case = build(BenchCase("cifar-cnn", 2, layout), torch.device("meta"))  # type: ignore[arg-type]
+        case = build_case(BenchCase("cifar-cnn", 2, layout), torch.device("meta"))  # type: ignore[arg-type]
         assert case.images.is_contiguous(memory_format=format)
         assert all(p.is_contiguous(memory_format=format) for p in case.model.parameters() if p.dim() == 4 and p.shape[1] > 1)
     assert [case.layout for case in layouts(BenchCase("cnn", 2), on)] == ["contiguous", "channels-last"]

@@ -16,7 +16,7 @@ from forwardgrad.directions import laws
 from forwardgrad.directions.plan import planned
 from forwardgrad.lab.bench import random_numbers, roofline
 from forwardgrad.lab.bench.arms import ARMS, NAMED, ArmStep, BenchArm
-from forwardgrad.lab.bench.cases import BenchCase, build
+from forwardgrad.lab.bench.cases import BenchCase, build_case
 from forwardgrad.lab.bench.roofline import Ceilings, Count, count
 
 N, IN, OUT = 7, 5, 3
@@ -108,7 +108,7 @@ class Entries(TorchDispatchMode):
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.engine == "eager"], ids=lambda arm: arm.name)
 def test_the_draws_of_a_step_draw_as_much_as_the_step(arm: BenchArm) -> None:
     torch.manual_seed(0)
-    step = ArmStep(arm, build(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
+    step = ArmStep(arm, build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
     step()
     before = {kind: kind.fill_ for kind in fg.LAWS}
     made = random_numbers.of_an_eager_step(step)
@@ -123,7 +123,7 @@ def test_the_draws_of_a_step_draw_as_much_as_the_step(arm: BenchArm) -> None:
 
 def test_a_dense_gaussian_step_draws_a_number_a_weight() -> None:
     torch.manual_seed(0)
-    built = build(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))
+    built = build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))
     forward = next(arm for arm in ARMS if arm.name == "forward")
     made = random_numbers.of_an_eager_step(ArmStep(forward, built))
     with Entries() as again:
@@ -135,7 +135,7 @@ def test_a_dense_gaussian_step_draws_a_number_a_weight() -> None:
 def test_a_step_that_is_a_graph_draws_each_number_once(name: str) -> None:
     """Low-rank factors are drawn twice by an eager step, which does not keep them."""
     torch.manual_seed(0)
-    step = ArmStep(NAMED[name], build(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
+    step = ArmStep(NAMED[name], build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu")))
     made = random_numbers.of_a_graph(step, captured=False)
     with planned() as plan, Entries() as planning:
         step()
@@ -152,7 +152,7 @@ def test_streams_of_a_graph_are_made_by_a_compiled_function(monkeypatch: pytest.
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda seeds: calls.append(function(seeds)))
     made = random_numbers.of_a_graph(
-        ArmStep(NAMED["forward"], build(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))), captured=False
+        ArmStep(NAMED["forward"], build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))), captured=False
     )
     random_numbers.total(made)()
     assert [tuple(found.shape) for found in calls] == [(1, 784 * 8)]

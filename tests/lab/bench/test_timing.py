@@ -19,7 +19,7 @@ def timed(rounds: int, seed: int = 0, seconds: float | None = None, warm_up: int
     calls: list[str] = []
     clock = [0.0]
 
-    def work(name: str) -> timing.Work:
+    def work(name: str) -> timing.TimedWork:
         def run() -> None:
             calls.append(name)
             clock[0] += ord(name) - ord("a") + 1

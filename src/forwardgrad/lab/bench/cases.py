@@ -83,7 +83,7 @@ class BuiltCase:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def build(case: BenchCase, on: torch.device) -> BuiltCase:
+def build_case(case: BenchCase, on: torch.device) -> BuiltCase:
     """The network with its weights at their start, and a batch of random images with random labels; uses the global generator."""
     shape = INPUTS[case.model][1] if case.model in INPUTS else INPUTS["nn"][1]
     found = MLP.fullmatch(case.model)
@@ -114,6 +114,6 @@ def layouts(case: BenchCase, on: torch.device) -> Sequence[BenchCase]:
     """The case in every order in memory that it leaves open; a network without convolutions has but one."""
     if case.layout != "fastest":
         return [case]
-    convolves = any(p.dim() == 4 for p in build(case, torch.device("meta")).model.parameters())
+    convolves = any(p.dim() == 4 for p in build_case(case, torch.device("meta")).model.parameters())
     options: tuple[Layout, ...] = ("contiguous", "channels-last") if convolves else ("contiguous",)
     return [dataclasses.replace(case, layout=layout) for layout in options]

@@ -23,14 +23,13 @@ from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import environment
 from forwardgrad.lab.bench import process_peak, random_numbers, roofline, timing, worth_of_a_step
 from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, ArmStep, BenchArm
-from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build, layouts, loss
-from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, ValueWithInterval, Worth
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case, layouts, loss
+from forwardgrad.lab.bench.records import SAME_MACHINE, ArmRecord, CaseRecord, ValueWithInterval, Worth
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA
 from forwardgrad.lab.training import allocation
 
-SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
 CaseKey = Literal["model", "batch", "layout", "accelerator"]
 SAME_CASE: tuple[CaseKey, ...] = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
 IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
@@ -104,7 +103,7 @@ def would_replace(store: Store, device: str) -> bool:
 
 
 def _same_machine(stored: dict[str, Any], where: dict[str, Any]) -> bool:
-    return all(stored["environment"].get(key) == where[key] for key in SAME)
+    return all(stored["environment"].get(key) == where[key] for key in SAME_MACHINE)
 
 
 def _stored(store: Store) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def _laid_out(case: BenchCase, on: torch.device) -> tuple[BenchCase, dict[str, f
     orders = layouts(case, on)
     if len(orders) == 1:
         return orders[0], {}
-    steps: dict[str, timing.Work] = {option.layout: ArmStep(BACKPROP, build(option, on)) for option in orders}
+    steps: dict[str, timing.TimedWork] = {option.layout: ArmStep(BACKPROP, build_case(option, on)) for option in orders}
     found = timing.interleaved(steps, rounds=TRIED, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     tried = {layout: float(np.median(times)) for layout, times in found.items()}
     return min(orders, key=lambda option: tried[option.layout]), tried
@@ -143,10 +142,10 @@ def _case_record(
     on: torch.device,
     say: Callable[[str], None],
 ) -> CaseRecord:
-    built = build(case, on)
+    built = build_case(case, on)
     steps, failed = _first_steps(arms, built)
     drawn = {arm.name: _redraws(arm, built) for arm in steps}
-    works: dict[str, timing.Work] = {arm.name: step for arm, step in steps.items()}
+    works: dict[str, timing.TimedWork] = {arm.name: step for arm, step in steps.items()}
     works.update({f"draws of {name}": random_numbers.total(made) for name, made in drawn.items() if made})
     how: dict[str, Any] = {"rounds": options.rounds, "seconds": options.seconds, "seed": options.seed}
     times = timing.interleaved(works, **how, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))

@@ -14,11 +14,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp
 
 PeerStep = Callable[[], Tensor]
-Loss = Callable[[Callable[..., Tensor]], Tensor]
+PeerLoss = Callable[[Callable[..., Tensor]], Tensor]
 """The loss of a model, or of anything that can be called in its place."""
 
 
-def backpropagation(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> PeerStep:
+def backpropagation(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimizer) -> PeerStep:
     """`loss.backward()` and `optimizer.step()`."""
 
     def step() -> Tensor:
@@ -31,7 +31,7 @@ def backpropagation(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimiz
     return step
 
 
-def func_jvp(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> PeerStep:
+def func_jvp(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimizer) -> PeerStep:
     """`torch.func.jvp` of a functional call, with a dense Gaussian tangent.
 
     The parameters are live, that is, they require gradients, and nothing says no_grad: torch also records a graph for reverse mode.
@@ -54,7 +54,7 @@ def func_jvp(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> 
     return step
 
 
-def dual_numbers(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> PeerStep:
+def dual_numbers(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimizer) -> PeerStep:
     """The dual-number loop of `torch.autograd.forward_ad`, under no_grad: the leanest that plain torch gives for dense tangents."""
     parameters = dict(model.named_parameters())
 
@@ -74,7 +74,7 @@ def dual_numbers(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer)
     return step
 
 
-def two_passes(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, epsilon: float = 1e-3) -> PeerStep:
+def two_passes(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimizer, epsilon: float = 1e-3) -> PeerStep:
     """MeZO's step (Malladi et al. 2023, algorithm 1): the parameters walk to θ + εz, to θ − εz and back, z drawn from its seed each time.
 
     Its update is that of SGD along (f(θ + εz) − f(θ − εz))/2ε · z, written into the parameters as z is drawn a fourth time.
@@ -101,7 +101,7 @@ def two_passes(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, e
     return step
 
 
-PEERS: dict[str, Callable[[nn.Module, Loss, torch.optim.Optimizer], PeerStep]] = {
+PEERS: dict[str, Callable[[nn.Module, PeerLoss, torch.optim.Optimizer], PeerStep]] = {
     "backpropagation": backpropagation,
     "func-jvp": func_jvp,
     "dual-numbers": dual_numbers,

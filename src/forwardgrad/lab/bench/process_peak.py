@@ -19,7 +19,7 @@ import torch
 
 from forwardgrad.diagnostics import peak_bytes
 from forwardgrad.lab.bench.arms import NAMED, ArmStep, BenchArm, chosen_arms
-from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case
 from forwardgrad.lab.errors import UserError
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}  # of glibc
@@ -56,7 +56,7 @@ def process_peak(case: BenchCase, arm: BenchArm) -> dict[str, int]:
 
 def _measured(case: BenchCase, arm: BenchArm) -> dict[str, int]:
     torch.manual_seed(0)
-    built = build(case, torch.device("cpu"))
+    built = build_case(case, torch.device("cpu"))
     step = ArmStep(arm, built)
     for _ in range(2):  # code, tables and workspaces are there from the first step on
         step()

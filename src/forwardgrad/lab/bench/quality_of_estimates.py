@@ -17,14 +17,13 @@ from forwardgrad.diagnostics import LEAST, quality
 from forwardgrad.estimators import Backprop, Estimator, from_config, to_config
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import data, environment
-from forwardgrad.lab.bench.records import EstimateRecord, SettingRecord
+from forwardgrad.lab.bench.records import SAME_MACHINE, EstimateRecord, SettingRecord
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA, format_estimator, stream
 from forwardgrad.lab.training import models
 
 LR = 1e-3  # of the warm-up's Adam
-SAME = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _kept(path: Path, where: dict[str, Any], setting: QualitySetting) -> list[di
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
         return []
     check(path, stored, {"environment": dict, "settings": list})
-    if any(stored["environment"].get(key) != where.get(key) for key in SAME):
+    if any(stored["environment"].get(key) != where.get(key) for key in SAME_MACHINE):
         return []
     place = {key: value for key, value in dataclasses.asdict(setting).items() if key not in ("repeats", "learn")}
     for other in stored["settings"]:

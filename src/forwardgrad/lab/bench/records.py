@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+SAME_MACHINE = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
+
 
 class ValueWithInterval(TypedDict):
     """A value with its 95 % interval; where it is refused, all three are None and `refused` says why."""

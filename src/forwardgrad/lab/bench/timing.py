@@ -18,7 +18,7 @@ from scipy import stats
 
 from forwardgrad.lab.bench.records import ValueWithInterval
 
-Work = Callable[[], object]
+TimedWork = Callable[[], object]
 Samples = np.ndarray[Any, np.dtype[np.float64]]
 
 WARM_UP = 3
@@ -31,7 +31,7 @@ NOISY = (
 
 
 def interleaved(
-    works: Mapping[str, Work],
+    works: Mapping[str, TimedWork],
     *,
     rounds: int,
     warm_up: int = WARM_UP,

@@ -22,7 +22,7 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
     from forwardgrad.lab.execution import execute, ready
     from forwardgrad.lab.store import Progress
 
-    check(place)
+    check_place(place)
     store, progress = Store(out), Progress()
     store.check()
     campaigns = [
@@ -49,7 +49,7 @@ def show_cost(study: Study, out: Path, place: Place) -> None:
     """Print what a study would cost, from a timed warm-up of every arm; nothing is stored."""
     from forwardgrad.lab.tuning import Planner, cost_table, costs
 
-    check(place)
+    check_place(place)
     with tempfile.TemporaryDirectory() as away:
         store = Store(out if (out / "runs").is_dir() else Path(away))
         print(cost_table(costs(Planner(study, store, _pace(place)), place.data_dir), place))
@@ -57,7 +57,7 @@ def show_cost(study: Study, out: Path, place: Place) -> None:
         print(words)
 
 
-def check(place: Place) -> None:
+def check_place(place: Place) -> None:
     """Tell before anything runs, not in the first run, what is not there."""
     if place.executor == "process":  # nodes of a cluster look for themselves
         from forwardgrad.lab.environment import device

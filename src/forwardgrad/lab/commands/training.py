@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from forwardgrad.lab import recipes
-from forwardgrad.lab.commands.carrying import carry_out, check
+from forwardgrad.lab.commands.carrying import carry_out, check_place
 from forwardgrad.lab.commands.ending import end_of_run, end_of_studies
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
 from forwardgrad.lab.commands.options import (
@@ -85,7 +85,7 @@ def train(
     )
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
     place = Place(device=device, data_dir=data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
-    check(place)
+    check_place(place)
     from forwardgrad.lab.execution import execute
     from forwardgrad.lab.store import Progress, describe
 
