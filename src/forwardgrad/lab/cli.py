@@ -36,7 +36,7 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """Run the command line: whatever keeps a command from its result is one sentence and a status of its own (`commands.ending`)."""
+    """Run the command line. A command that cannot have its result ends with one sentence and a status (`commands.ending`)."""
     interrupts.listen()
     for stream in (sys.stdout, sys.stderr):  # a path, or a stored name, may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):

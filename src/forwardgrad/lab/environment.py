@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, hardware, commit and command, without any path of the machine."""
+"""Where a number was measured: versions, hardware, commit and command. No path of the machine is among them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from forwardgrad.lab.errors import UserError
 
 
 def device(name: str) -> torch.device:
-    """The torch device of this name, refused in one sentence where the machine has none."""
+    """The torch device of this name; UserError for an unknown name, or a GPU that is not there."""
     try:
         chosen = torch.device(name)
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def describe(on: torch.device) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line; where the data lay on this machine is left out of it."""
+    """The command line, without the folder where the data lay on this machine."""
     words = sys.argv[1:]
     private = {i + 1 for i, word in enumerate(words) if word == "--data-dir"}
     shown = ["DIR" if i in private else "--data-dir=DIR" if word.startswith("--data-dir=") else word for i, word in enumerate(words)]

@@ -136,9 +136,9 @@ def test_a_law_is_that_of_the_arms_that_move_less() -> None:
 
 
 def test_a_spec_leaves_out_what_is_usual() -> None:
-    assert NAMED["forward"].spec == "forward"
-    assert NAMED["per-example"].spec == "forward(law=rademacher, perturb=per-example)"
-    assert NAMED["mezo"].spec is None
+    assert NAMED["forward"].estimator_text == "forward"
+    assert NAMED["per-example"].estimator_text == "forward(law=rademacher, perturb=per-example)"
+    assert NAMED["mezo"].estimator_text is None
 
 
 def test_cases_of_a_sweep() -> None:

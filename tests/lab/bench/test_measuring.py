@@ -164,7 +164,7 @@ def arm(name: str, seconds: float, to_backprop: float | None, **rest: Any) -> di
         "name": name,
         "label": known.label,
         "kind": known.kind,
-        "spec": known.spec,
+        "spec": known.estimator_text,
         "engine": known.engine,
         "failed": None,
         "times": [seconds] * 5,

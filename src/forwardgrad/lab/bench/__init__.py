@@ -1,6 +1,6 @@
 """What a step costs and what an estimate is worth, measured on one machine in one run.
 
-In: arms and networks. Out: rows of numbers with intervals.
+In: arms and networks. Out: records of numbers with intervals, which are also stored. Nothing is printed here.
 """
 
 from forwardgrad._lazy import attach

@@ -1,4 +1,4 @@
-"""The arms of the benchmark: what a whole training step is made with."""
+"""The arms of the benchmark: the ways to take a whole training step that it compares."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ LAW: dict[str, Law] = {law.name: law for law in (Gaussian(), Rademacher())}
 
 @dataclass(frozen=True)
 class BenchArm:
-    """A way to take a step: an estimator of this library, or a peer; neither for the plain forward pass.
+    """A way to take a step: with an estimator of this library, or as a peer in plain torch does.
 
-    `kind` is its look in figures. `stands_for` is the library's estimator that has a peer's noise.
+    The plain forward pass has neither. `kind` is the look of the arm in figures. `stands_for` is the library's estimator whose noise a
+    peer has.
     """
 
     name: str
@@ -38,8 +39,8 @@ class BenchArm:
     stands_for: Estimator | None = None
 
     @property
-    def spec(self) -> str | None:
-        """The estimator as the command line takes it, without the options that are its defaults."""
+    def estimator_text(self) -> str | None:
+        """The estimator as the command line takes it. Options that have their defaults are left out."""
         if self.estimator is None:
             return None
         config, usual = to_config(self.estimator), to_config(from_config({"name": self.estimator.name}))
@@ -47,11 +48,11 @@ class BenchArm:
 
     @property
     def tangents(self) -> int:
-        """How many directions it averages; 1 for arms without directions."""
+        """How many directions a step averages; 1 for an arm without directions."""
         return int(getattr(self.estimator, "tangents", 1))
 
     @property
-    def estimates(self) -> Estimator | None:
+    def noise_estimator(self) -> Estimator | None:
         """The estimator whose noise a step of this arm has."""
         return self.estimator or self.stands_for
 
@@ -96,9 +97,12 @@ TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I n
 
 
 def chosen_arms(text: str | None, law: str | None = None, *, on_gpu: bool = False) -> list[BenchArm]:
-    """The arms of a list of names and estimators' texts, all named ones of the device if left out; plain and backprop are always there.
+    """The arms that a list of names and estimators' texts asks for. Plain and backprop are always among them.
 
-    `law` takes the place of the law of the arms that move weights at rank one, weights per example and activities.
+    `text`: names and texts, between commas or semicolons. None stands for all named arms of the device.
+    `law`: takes the place of the law of the arms that move weights at rank one, weights per example and activities.
+
+    Raises UserError for an arm that does not exist.
     """
     chosen = [*ARMS, *(ON_GPU if on_gpu else ())] if text is None else [_arm(word) for word in _split(text)]
     if law is not None:
@@ -141,7 +145,10 @@ def _with_law(arm: BenchArm, law: Law) -> BenchArm:
 
 
 class ArmStep:
-    """One whole step of an arm on the batch of a case, with what it keeps from step to step; the loss is its result."""
+    """One whole step of an arm on the batch of a case; calling it takes the step and returns the loss.
+
+    `state` is what the estimator keeps from step to step.
+    """
 
     def __init__(self, arm: BenchArm, built: BuiltCase) -> None:
         self.state: dict[str, Tensor] = {}
@@ -162,7 +169,7 @@ class ArmStep:
         return lambda: step(*batch).loss
 
     def _training_step(self, arm: BenchArm, estimator: Estimator) -> TrainingStep:
-        """The one place where the library's steps are made."""
+        """A step of the library. Directions come from a generator of the step's own."""
         generator = torch.Generator(self._built.images.device).manual_seed(0)
         pieces = loss, self._built.model, self._optimizer, estimator
         return TrainingStep(*pieces, generator=generator, state=self.state, engine=arm.engine)
@@ -172,5 +179,5 @@ class ArmStep:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.state.values())
 
     def forget_gradients(self) -> None:
-        """What the last step left in `.grad` belongs to no later one."""
+        """Drop what the last step left in `.grad`, so that no later step pays for its memory."""
         self._optimizer.zero_grad()

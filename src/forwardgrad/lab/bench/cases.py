@@ -1,4 +1,4 @@
-"""What a step is timed on: a network, a batch and an order in memory, the same for all arms."""
+"""What a step is timed on: a network, a batch and an order in memory. They are the same for all arms."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BenchCase:
 
 
 def chosen_cases(names: str | None, batches: str, sweep: Sweep | None, layout: Layout) -> list[BenchCase]:
-    """The cases that a command asks for; a sweep takes the place of the option that it varies."""
+    """The cases that a command asks for. A sweep takes the place of the option that it varies."""
     if names is not None and sweep in ("depth", "width"):
         raise UserError(f"--sweep {sweep} has its own networks: leave --models out")
     chosen = {"depth": [f"mlp-{depth}x1024" for depth in DEPTHS], "width": [f"mlp-3x{width}" for width in WIDTHS]}
@@ -71,7 +71,7 @@ def _size(word: str) -> int:
 
 @dataclass(frozen=True)
 class BuiltCase:
-    """A case ready to be timed."""
+    """A case that is ready to be timed: its network, and a batch of images and labels."""
 
     case: BenchCase
     model: nn.Module
@@ -84,7 +84,10 @@ class BuiltCase:
 
 
 def build_case(case: BenchCase, on: torch.device) -> BuiltCase:
-    """The network with its weights at their start, and a batch of random images with random labels; uses the global generator."""
+    """The network with its weights at their start, and a batch of random images with random labels.
+
+    All are drawn from the global generator.
+    """
     shape = INPUTS[case.model][1] if case.model in INPUTS else INPUTS["nn"][1]
     found = MLP.fullmatch(case.model)
     model = _mlp(shape, int(found[1]), int(found[2])) if found else models.build(case.model, shape, CLASSES)
@@ -96,7 +99,10 @@ def build_case(case: BenchCase, on: torch.device) -> BuiltCase:
 
 
 def _mlp(shape: tuple[int, int, int], depth: int, width: int) -> nn.Sequential:
-    """He's initialisation: with PyTorch's own, errors shrink by layer until an arm would compute with denormal numbers."""
+    """An MLP with He's initialisation.
+
+    With PyTorch's own the errors shrink from layer to layer, until an arm computes with denormal numbers, which are slow.
+    """
     sizes = [math.prod(shape), *[width] * (depth - 1), CLASSES]
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(sizes):
@@ -111,7 +117,7 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def layouts(case: BenchCase, on: torch.device) -> Sequence[BenchCase]:
-    """The case in every order in memory that it leaves open; a network without convolutions has but one."""
+    """The case in every order in memory that it leaves open. A network without convolutions has one order alone."""
     if case.layout != "fastest":
         return [case]
     convolves = any(p.dim() == 4 for p in build_case(case, torch.device("meta")).model.parameters())

@@ -1,7 +1,8 @@
-"""`forwardgrad bench`: every arm's whole step on one machine in one run, into OUT/bench.json.
+"""The measurement of `forwardgrad bench`: a whole step of every arm on one machine in one run, stored in OUT/bench.json.
 
-What is measured of each arm: its time, in turn with all others; the most bytes it holds; how long its random numbers take; the operations
-and bytes it needs, against what the machine gives at most; and the estimates it takes to a given cosine with the gradient.
+Of each arm it measures the time, in turn with all other arms. It measures the most bytes that a step holds, and how long its random
+numbers take. It counts operations and bytes, and compares them with the most that the machine gives. It finds how many estimates an arm
+needs until their mean has a given cosine with the gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ TRIED = 5  # rounds of backpropagation in each order in memory
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How a case is measured: rounds, of which none begins after `seconds`; `repeats` estimates for their noise, 0 for none."""
+    """How a case is measured.
+
+    `rounds` are timed, but none begins after `seconds`. `repeats` estimates tell the noise of an arm; 0 leaves that out.
+
+    Raises UserError for a cosine outside (0, 1), and for a number of repeats that is odd or too small.
+    """
 
     rounds: int = 30
     seconds: float | None = None
@@ -57,7 +63,10 @@ class BenchOptions:
 def measure_steps(
     store: Store, cases: Sequence[BenchCase], arms: Sequence[BenchArm], options: BenchOptions, *, device: str, say: Callable[[str], None]
 ) -> list[CaseRecord]:
-    """Measure the cases, and store each as it is done beside those of the same machine; returns what was stored of them."""
+    """Measure the cases, and return what is stored of each.
+
+    A case is stored as soon as it is done, beside the cases that were measured on the same machine. `say` gets a line about each stage.
+    """
     on = environment.device(device)
     where, found = environment.describe(on), []
     allocation.keep()
@@ -77,7 +86,7 @@ def measure_steps(
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Inside, torch has this many threads; its own choice where None is given."""
+    """Inside, torch has this many threads; None leaves its own choice."""
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -88,7 +97,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def timed_networks(store: Store, device: str) -> set[str]:
-    """The networks whose steps of Table I's arms, at the paper's batch, are stored for this kind of device."""
+    """The networks that were timed on this kind of device, with Table I's arms at the paper's batch."""
     stored, on = _stored(store), environment.device(device)
     if stored["environment"].get("device") != environment.describe(on)["device"]:
         return set()
@@ -97,7 +106,7 @@ def timed_networks(store: Store, device: str) -> set[str]:
 
 
 def would_replace(store: Store, device: str) -> bool:
-    """Whether a measurement made here would take the place of others: what was measured elsewhere cannot stand beside it."""
+    """Whether a measurement made here would take the place of stored ones, because another machine or commit made them."""
     stored, where = _stored(store), environment.describe(environment.device(device))
     return bool(stored["cases"]) and not _same_machine(stored, where)
 
@@ -116,7 +125,7 @@ def _stored(store: Store) -> dict[str, Any]:
 
 
 def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
-    """Beside the cases measured before on the same machine; one that is measured anew is replaced."""
+    """Store a case beside those that were measured on the same machine. It replaces an earlier measurement of itself."""
     with store.changing():
         stored = _stored(store)
         kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _same_machine(stored, where) else []
@@ -124,7 +133,10 @@ def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
 
 
 def _laid_out(case: BenchCase, on: torch.device) -> tuple[BenchCase, dict[str, float]]:
-    """The case in the order in memory that is measured, and the seconds of backpropagation in each order, if there is a choice."""
+    """The case in the order in memory in which backpropagation is fastest, and the seconds it takes in each order.
+
+    There are no seconds where there is no choice.
+    """
     orders = layouts(case, on)
     if len(orders) == 1:
         return orders[0], {}
@@ -171,7 +183,7 @@ def _case_record(
 
 
 def _redraws(arm: BenchArm, built: BuiltCase) -> list[random_numbers.Redraw]:
-    """The draws of a step, read off the same step taken eagerly: its generators are then not those of the step that is timed."""
+    """The draws of an arm's step. They are read off a second, eager step, so that the timed step keeps its generators to itself."""
     step = ArmStep(dataclasses.replace(arm, engine="eager"), built)
     if arm.engine != "eager":
         return random_numbers.of_a_graph(step, captured=arm.engine == "graph")
@@ -180,7 +192,7 @@ def _redraws(arm: BenchArm, built: BuiltCase) -> list[random_numbers.Redraw]:
 
 
 def _first_steps(arms: Sequence[BenchArm], built: BuiltCase) -> tuple[dict[BenchArm, ArmStep], dict[str, str]]:
-    """Every arm after its first step; what kept one from it is told in its place, and the others go on."""
+    """Every arm after its first step, and why the others could not take one."""
     steps, failed = {}, {}
     for arm in arms:
         try:
@@ -204,7 +216,14 @@ def _arm_record(
     limits: roofline.Ceilings,
     options: BenchOptions,
 ) -> ArmRecord:
-    head: ArmRecord = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.spec, "engine": arm.engine, "failed": failed}
+    head: ArmRecord = {
+        "name": arm.name,
+        "label": arm.label,
+        "kind": arm.kind,
+        "spec": arm.estimator_text,
+        "engine": arm.engine,
+        "failed": failed,
+    }
     if step is None:
         return head
     mine, plain, backprop = times[arm.name], times.get(PLAIN.name), times.get(BACKPROP.name)
@@ -231,12 +250,12 @@ def _arm_record(
 
 
 def _unseen(arm: BenchArm, built: BuiltCase) -> bool:
-    """Compiled code gives out its memory where a tally on the processor does not see it."""
+    """Whether the tally cannot see the arm's memory: compiled code on the processor allocates outside torch's operators."""
     return arm.engine == "compile" and built.images.device.type == "cpu"
 
 
 def _process(arm: BenchArm, case: BenchCase, built: BuiltCase, options: BenchOptions) -> dict[str, Any] | None:
-    """The tally beside the peak of a process of its own, where that is asked for and can be had."""
+    """The tally beside the peak of a process of its own; None where that is not asked for, or cannot be had."""
     if not options.verify_memory or _unseen(arm, built) or built.images.device.type != "cpu":
         return None
     found = process_peak.process_peak(case, arm)
@@ -244,7 +263,7 @@ def _process(arm: BenchArm, case: BenchCase, built: BuiltCase, options: BenchOpt
 
 
 def _drawing(arm: BenchArm, times: dict[str, timing.Samples]) -> dict[str, ValueWithInterval] | None:
-    """How long the random numbers of a step take alone, and as a share of the step; None for an arm that draws none."""
+    """How long the random numbers of a step take alone, and which share of the step that is; None for an arm that draws none."""
     if (alone := times.get(f"draws of {arm.name}")) is None:
         return None
     return {"seconds": timing.median(alone), "share": timing.ratio(alone, times[arm.name])}
@@ -266,7 +285,7 @@ def _add_worth(
     options: BenchOptions,
     say: Callable[[str], None],
 ) -> None:
-    """What a step of each arm is worth; arms of equal noise share one measurement."""
+    """Add to the records what a step of each arm is worth. Arms of equal noise share one measurement."""
 
     def of(model: torch.nn.Module) -> torch.Tensor:
         return loss(model, built.images, built.labels)
@@ -277,9 +296,9 @@ def _add_worth(
     exact = {name: p.grad for name, p in twin.named_parameters()}
     known: dict[Estimator, Worth | str] = {}
     for record, arm in zip(found, arms, strict=True):
-        if arm.estimates is None or arm not in steps:
+        if arm.noise_estimator is None or arm not in steps:
             continue
-        one, averaged = worth_of_a_step.one_direction(arm.estimates)
+        one, averaged = worth_of_a_step.one_direction(arm.noise_estimator)
         if one not in known:
             say(f"    the noise of {arm.label}")
             try:

@@ -1,5 +1,6 @@
-"""The tally of a step's memory checked against the operating system: the same step in a process of its own, and that process's peak.
+"""The tally of a step's memory, checked against the operating system.
 
+The same step runs in a process of its own, and the system tells the most memory that the process held.
 There, every tensor of 64 kB or more is a piece of memory that goes back to the system when it is freed, so the peak of the resident memory
 follows the tensors alive. It also sees what the tally cannot: scratch inside kernels, and pages that the allocator keeps. Linux only.
 """
@@ -28,7 +29,10 @@ TOLERANCE = (0.05, 1_000_000)
 
 
 def tally(step: ArmStep, built: BuiltCase) -> int:
-    """The most bytes that a step holds above parameters and input: its own tensors, gradients, and the estimator's memory."""
+    """The most bytes that a step holds above parameters and input.
+
+    They are its tensors, the gradients, and what the estimator keeps from step to step.
+    """
     step.forget_gradients()
     return peak_bytes(step, [built.images.device]) + step.state_bytes
 
@@ -39,7 +43,7 @@ def within_tolerance(counted: int, process: int) -> bool:
 
 
 def process_peak(case: BenchCase, arm: BenchArm) -> dict[str, int]:
-    """The tally and the process's peak of one step, both in bytes, from a fresh process with as many threads as this one.
+    """The tally and the process's peak of one step, both in bytes. The fresh process has as many threads as this one.
 
     Raises UserError where the system does not tell, or the process failed.
     """

@@ -1,4 +1,4 @@
-"""Estimators measured against the exact gradient of one batch of a network of the paper, into OUT/quality.json."""
+"""The measurement of `forwardgrad quality`: estimators against the exact gradient of one batch, stored in OUT/quality.json."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class QualitySetting:
 
 @dataclass(frozen=True)
 class MeasuredEstimator:
-    """An estimator as it is measured, and how it is called whatever its K."""
+    """An estimator with its number of tangents K, and the label that it has whatever its K."""
 
     label: str
     tangents: int | None
@@ -52,7 +52,10 @@ class MeasuredEstimator:
 
 
 def estimators_at(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> list[MeasuredEstimator]:
-    """Every estimator with every K, once where it has no tangents; UserError for one that does not exist."""
+    """Every estimator with every K. An estimator without tangents is there once.
+
+    Raises UserError for an estimator that does not exist, or that is there twice.
+    """
     found = []
     for config in configs:
         label = format_estimator({key: value for key, value in config.items() if key != "tangents"})
@@ -77,7 +80,12 @@ def measure_estimates(
     data_dir: Path | None,
     say: Callable[[str], None],
 ) -> SettingRecord:
-    """Measure the estimators, and store them beside other settings measured on the same machine; returns what was stored of them."""
+    """Measure the estimators in one setting, and return what is stored of them.
+
+    They are stored beside the settings that were measured on the same machine. `say` gets a line about each estimator.
+
+    Raises UserError where the number of repeats is odd or too small, or the batch is larger than the training split.
+    """
     if setting.repeats < LEAST or setting.repeats % 2:
         raise UserError(f"--repeats must be an even number of at least {LEAST}, not {setting.repeats}")
     on = environment.device(device)
@@ -148,7 +156,7 @@ def _estimate(
     exact: dict[str, Tensor | None],
     dataset: data.Dataset,
 ) -> EstimateRecord:
-    """One estimator; what keeps it from being measured is told in its place, and the others go on."""
+    """One estimator, measured. Where that fails, the record says why, and the others go on."""
     on = next(model.parameters()).device
     generator = torch.Generator(on).manual_seed(stream(setting.seed, f"directions of {arm.label}, {arm.tangents}"))
     found, failed = None, None
@@ -163,7 +171,7 @@ def _estimate(
 def _learned(
     setting: QualitySetting, estimator: Estimator, model: nn.Module, dataset: data.Dataset, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The memory of an estimator after some steps with still weights, on batches that are not the measured one."""
+    """What an estimator with a memory learned in some steps, on other batches than the measured one. The weights stand still."""
     state: dict[str, Tensor] = {}
     if estimator.stateful:
         still, batches = copy.deepcopy(model), _batches(setting, dataset)

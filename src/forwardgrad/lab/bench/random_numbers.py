@@ -1,4 +1,4 @@
-"""The random numbers of one step, drawn again on their own: how much of a step is spent on drawing."""
+"""The random numbers of one step, drawn again on their own: this tells how much of a step is spent on drawing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Timings of several pieces of work in one run: in turn, in a random order that a seed fixes, with intervals for medians and ratios.
+"""Timings of several pieces of work in one run, with intervals for medians and ratios.
 
-A ratio is that of two medians. Its interval is the percentile bootstrap's over whole rounds, so that what slowed a round down as a whole
-is in both. A value whose interval is wider than half of it says nothing, and is refused.
+The pieces take turns. Every round has a random order of its own, which a seed fixes. A ratio is that of two medians. Its interval is the
+percentile bootstrap's over whole rounds, so that what slows down a whole round is in both. A value whose interval is wider than half of
+it says nothing, and is refused.
 """
 
 from __future__ import annotations
@@ -42,10 +43,18 @@ def interleaved(
 ) -> dict[str, Samples]:
     """The seconds of every piece of work in every round, each timed once a round.
 
-    Right before it is timed each piece of work is done once more, so that it finds what it left in the processor's caches, as a step of
-    training does, and not what the others left. A round that begins after `seconds` is not measured any more, but there are never fewer
-    than five. `now` tells the time when all that was asked of the device is done; what runs beside the host is timed so many `times` in a
-    row, as training asks for step after step without waiting, and counts as one of them on average.
+    Each piece of work is done once more right before it is timed. So it finds in the processor's caches what it left there itself, as a
+    step of training does, and not what the others left.
+
+    Args:
+        works: what is timed, by name.
+        rounds: how many rounds there are at most.
+        warm_up: how often everything is done before the first round.
+        seed: of the orders.
+        seconds: no round begins later than this, but there are never fewer than five.
+        times: how often a piece is done in a row; what counts is the mean. A device that works beside the host is asked for one step
+            after the other, as in training.
+        now: the time when all that was asked of the device is done.
     """
     found: dict[str, list[float]] = {name: [] for name in works}
     with _collected_between_rounds() as collect:
@@ -67,13 +76,16 @@ def interleaved(
 
 
 def order(names: list[str], seed: int, index: int) -> list[str]:
-    """The order of one round: another in every round, the same for the same seed."""
+    """The order of one round. It differs from round to round, and is the same for the same seed."""
     return random.Random(f"{seed}/{index}").sample(names, len(names))
 
 
 @contextmanager
 def _collected_between_rounds() -> Iterator[Callable[[], int]]:
-    """Garbage is collected when nothing is timed: whoever happens to reach the threshold would pay for all."""
+    """Inside, garbage is collected when the caller asks for it, and not while work is timed.
+
+    Else the work that happens to reach the collector's threshold would pay for all.
+    """
     enabled = gc.isenabled()
     gc.disable()
     free = gc.get_freeze_count() == 0
@@ -101,7 +113,7 @@ def ratio(over: Samples, under: Samples) -> ValueWithInterval:
 
 
 def further(many: Samples, one: Samples, unit: Samples, count: int) -> ValueWithInterval:
-    """What each of `count` − 1 further tangents costs in units of another median: (t_K − t_1)/(K − 1) over t_unit."""
+    """What each of `count` − 1 further tangents costs: (t_K − t_1)/(K − 1) over t_unit, where each t is a median."""
 
     def statistic(a: Samples, b: Samples, c: Samples, axis: int = -1) -> Any:
         return (np.median(a, axis=axis) - np.median(b, axis=axis)) / (count - 1) / np.median(c, axis=axis)

@@ -37,8 +37,8 @@ def worth(
 ) -> Worth:
     """Measure an estimator against the exact gradient of one batch.
 
-    The variance is that of the estimator's formula where it has one. What is without bias by its formula, or in which no bias was found,
-    counts as without: the bias itself is known much less well than that.
+    The variance is that of the estimator's formula, where it has one. An estimator counts as unbiased if its formula says so, or if the
+    measurement found no bias: a handful of estimates tells that a bias is there long before it tells how large it is.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     learn, memory = (LEARN, state) if estimator.stateful else (0, None)
@@ -57,7 +57,10 @@ def worth(
 
 
 def one_direction(estimator: Estimator) -> tuple[Estimator, int]:
-    """The estimator with one direction, which is what is measured, and how many independent ones it averages."""
+    """The estimator with a single direction, and how many independent directions it averages.
+
+    The single one is measured: the noise of their mean follows from it.
+    """
     if not isinstance(estimator, ForwardGradient) or isinstance(estimator.law, Orthogonal):
         return estimator, 1
     if estimator.combine != "mean" or estimator.stateful or not estimator.unbiased:
@@ -85,7 +88,7 @@ def estimates_needed(found: Worth, cosine: float, variance: float | None = None)
 
 
 def cosine_prices(found: Worth, seconds: float, cosines: Sequence[float]) -> list[CosinePrice]:
-    """Estimates, with the interval of the variance, and seconds to each cosine; None where it is never reached."""
+    """How many estimates, and how many seconds, it takes to each cosine; None where it is never reached."""
     told: list[CosinePrice] = []
     for cosine in cosines:
         needed, low, high = (estimates_needed(found, cosine, variance) for variance in (found["variance"], found["low"], found["high"]))

@@ -1,4 +1,4 @@
-"""Studies carried out from the command line, or only their cost told."""
+"""Studies that the command line carries out, or whose cost it tells."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from forwardgrad.lab.tuning import Campaign
 
 
 def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store, list[Campaign]]:
-    """Run what is not finished of some studies, one after the other, under the live display; returns the store that they are in.
+    """Run the unfinished runs of some studies, one study after the other, under the live display; returns the store they are in.
 
-    Before the first of them writes anything, all of them are planned and what they need is looked at.
+    All studies are planned, and what they need is checked, before the first of them writes anything.
     """
     from forwardgrad.lab.environment import command
     from forwardgrad.lab.execution import execute, ready
@@ -58,7 +58,7 @@ def show_cost(study: Study, out: Path, place: Place) -> None:
 
 
 def check_place(place: Place) -> None:
-    """Tell before anything runs, not in the first run, what is not there."""
+    """Raise UserError for a device or a package that is not there, before anything runs."""
     if place.executor == "process":  # nodes of a cluster look for themselves
         from forwardgrad.lab.environment import device
 
@@ -70,7 +70,7 @@ def check_place(place: Place) -> None:
 
 
 def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
-    """What looks at runs before a record names them. Data that only the nodes of a cluster see is not looked for here."""
+    """A function that checks runs before a record names them. It does not look for data that only the nodes of a cluster see."""
 
     def look(runs: Sequence[Run]) -> None:
         from forwardgrad.lab.tuning import check_buildable
@@ -82,7 +82,7 @@ def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
 
 
 def _pace(place: Place) -> Callable[[Run], Pace]:
-    """What a step costs here, measured when it is asked for."""
+    """A function that measures what a step of a run costs here."""
 
     def pace(run: Run) -> Pace:
         from forwardgrad.lab.tuning import measure_pace

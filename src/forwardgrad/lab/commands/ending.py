@@ -1,4 +1,4 @@
-"""How a command ends, for the job script that started it: a status, and one sentence where it is not 0."""
+"""How a command ends: with a status for the job script that started it, and with one sentence where the status is not 0."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ asked for, such as missing data; 3 the run of `train` diverged, or all trials of
 
 
 def end(status: int, words: str) -> NoReturn:
-    """Say why a command ends with this status, and end it."""
+    """End the command with this status, and say why."""
     print(f"forwardgrad: {words}", file=sys.stderr)
     raise typer.Exit(status)
 
 
 def end_of_run(result: dict[str, Any], folder: Path) -> None:
-    """Go on where a single run finished; else end with what a run that failed or diverged ends with."""
+    """Return if a single run finished; else end the command with the status of a run that failed or diverged."""
     if result["status"] == "failed":
         end(FAILED, f"the run failed: {shlex.quote(str(folder / 'error.txt'))} says why, and --retry-failed runs it again")
     if result["status"] == "diverged":
@@ -34,9 +34,9 @@ def end_of_run(result: dict[str, Any], folder: Path) -> None:
 
 
 def end_of_studies(store: Store, campaigns: Sequence[Campaign]) -> None:
-    """Go on where every study has all its results; else end with what is missing of them.
+    """Return if every study has all its results; else end the command, and say what is missing.
 
-    A final run that diverged is a result, and so is a trial that did where another one finished.
+    A final run that diverged is a result. So is a trial that diverged, if another trial of its arm finished.
     """
     results = [result for campaign in campaigns for result in campaign.results.values()]
     failed = sum(result["status"] == "failed" for result in results)

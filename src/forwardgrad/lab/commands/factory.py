@@ -1,4 +1,4 @@
-"""A user's own model and loss, or estimator, for a command: named by import path or by file, called, and checked."""
+"""A user's own model and loss, or estimator: a command is told an import path or a file, and this module loads and checks it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an estimator's text can name: every estimator and component with its options, read from the classes themselves."""
+"""The list of all estimators and components with their options, read from the classes themselves."""
 
 from __future__ import annotations
 

@@ -81,5 +81,5 @@ def quality(
 
 
 def _say(words: str) -> None:
-    """How far a measurement is, beside its result."""
+    """Print how far a measurement is, apart from its result."""
     print(words, file=sys.stderr)

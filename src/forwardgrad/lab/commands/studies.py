@@ -125,7 +125,10 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:
-    """Time a step of the networks that were not timed before in this store; what another machine or commit timed there is kept."""
+    """Time a step of the networks that were not timed before in this store.
+
+    Times of another machine or commit are kept, and nothing is timed beside them.
+    """
     from forwardgrad.lab.bench import TABLE_1, BenchCase, BenchOptions, measure_steps, timed_networks, would_replace
     from forwardgrad.lab.report.sections import bench_text
 

@@ -1,4 +1,4 @@
-"""The benchmark as a reader sees it: tables for a terminal, and the part of a report on the cost of a step. Loads without torch."""
+"""The part of a report on the cost of a step, and the same rows for a terminal. Loads without torch."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def _words(cell: Cell) -> str:
 
 
 def bench_section(stored: Record) -> Section:
-    """Every case that is stored."""
+    """The section on every case that is stored."""
     cases = stored["cases"]
     return _section("bench", "The cost of one step", cases, "cost-of-one-step", [_goals_table(cases)])
 
 
 def cost_section(stored: Record) -> Section:
-    """Measurements of the time alone, as versions before 0.2 stored them in cost.json."""
+    """The section on the time alone, which versions before 0.2 stored in cost.json."""
     cases = [_upgraded(network) for network in stored["networks"]]
     return _section("cost", "The time of a step, as measured earlier", cases, "cost-of-a-step", [])
 
@@ -150,7 +150,7 @@ def _row(arm: Record, case: Record) -> tuple[Cell, ...]:
 
 
 def _full(row: tuple[Cell, ...], case: Record, cases: Sequence[Record]) -> tuple[Cell, ...]:
-    """The row under the columns of all cases: a cosine that this case has not is left out."""
+    """The row under the columns of all cases. A cosine that this case was not asked for stays empty."""
     told = dict(zip(_heads(case), row, strict=True))
     return tuple(told.get(head, NONE) for head in _all_heads(cases))
 
@@ -197,7 +197,7 @@ def _to_cosine(arm: Record, cosine: float) -> Cell:
 
 
 def _notes(cases: Sequence[Record]) -> list[str]:
-    """What the reader of a table has to know of how it came about."""
+    """What the reader of a table has to know about the measurement."""
     notes = []
     refused = [found["refused"] for found in _ratios(cases) if found["refused"]]
     if refused:
@@ -312,7 +312,7 @@ def _sweep(name: str, axis: str, fixed: str, points: Sequence[tuple[float, Recor
 
 
 def _trends(points: Sequence[tuple[float, Record]], read: Callable[[Record], Record]) -> list[figures.Trend]:
-    """Arms that ran at more than two places: fewer make no line."""
+    """Lines of the arms that ran at more than two places: two make no line."""
     lines: dict[str, list[tuple[float, Record]]] = {}
     ran = [arm for _, case in points for arm in case["arms"] if not arm["failed"]]
     kinds, often = {arm["label"]: str(arm["kind"]) for arm in ran}, Counter(arm["label"] for arm in ran)

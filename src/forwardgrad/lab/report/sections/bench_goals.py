@@ -1,4 +1,4 @@
-"""What a step is to cost, set beforehand, against what was measured. Loads without torch."""
+"""What a step was meant to cost, set before the measurement, and what it costs. Loads without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ RANK_1, DENSE = ("low-rank", "low-rank-compiled"), ("forward", "forward-compiled
 
 @dataclass(frozen=True)
 class StepGoal:
-    """A figure that is to be at most (with `strict`, below) a limit; `elsewhere` says how to get a figure that this command has not.
+    """A figure that is to be at most a limit, or below it with `strict`.
+
+    `elsewhere` is the command that gives a figure which this measurement does not have.
 
     The figure is what the better of some arms has of `quantity` in one case; of peak bytes, over that of another arm or case.
     """
@@ -81,7 +83,7 @@ class GoalOutcome:
 
 
 def outcomes(cases: Sequence[Mapping[str, Any]]) -> list[GoalOutcome]:
-    """Every goal, met, missed, too noisy or not measured; those of the processor are read from cases on the processor alone."""
+    """Every goal with its outcome: met, missed, too noisy or not measured. Goals of the processor ask its own cases alone."""
     found: dict[str, dict[NetworkAndBatch, Mapping[str, Any]]] = {"cpu": {}, "cuda": {}}
     for case in cases:
         found[case["accelerator"]][case["model"], case["batch"]] = case

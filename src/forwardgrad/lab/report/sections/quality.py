@@ -35,7 +35,7 @@ Record = Mapping[str, Any]  # what is stored of one estimator, or of one setting
 
 
 def quality_section(stored: Record) -> Section:
-    """Every setting that was measured: its table rows, and its plot where an estimator has tangents."""
+    """The section on every setting that was measured: a table, and a plot for each setting with an estimate."""
     table = Table(HEADS, _groups(stored["settings"]), "Estimators", MEANING)
     pictures = [_picture(index, setting) for index, setting in enumerate(stored["settings"]) if _measured(setting)]
     verdict = " ".join(_sentence(setting) for setting in stored["settings"])
@@ -44,7 +44,7 @@ def quality_section(stored: Record) -> Section:
 
 
 def quality_text(setting: Record) -> str:
-    """The rows of one setting, aligned, for a terminal: of the intervals only those of the bias."""
+    """The rows of one setting, aligned, for a terminal. Of the intervals, only those of the bias are there."""
     rows: list[tuple[str, ...]] = [
         ("estimator", "K", "bias²", "unbiased?", "length", "variance", "theory", "cosine", "of mean", "passes", "time", "peak")
     ]
@@ -139,7 +139,7 @@ def _trends(setting: Record, read: Callable[[Record], dict[str, float]], *, theo
 
 
 def _sentence(setting: Record) -> str:
-    """What the best and the worst estimate of a setting come to, and which claims of theory the measurement contradicts."""
+    """Which estimate of a setting comes closest to the gradient, and in which a bias was found."""
     measured = _measured(setting)
     where = f"{tables.MODELS.get(setting['model'], setting['model'])} on {tables.DATA.get(setting['data'], setting['data'])}"
     inexact = [estimate for estimate in measured if estimate["estimator"]["name"] != "backprop"]
