@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.store.packing import pack
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store, read_table
 from forwardgrad.lab.studies.length import Length
@@ -123,6 +125,13 @@ def test_final_runs(block: str, store: Store, monkeypatch: pytest.MonkeyPatch) -
     rows = made(block, "finals", store, monkeypatch)
     assert [(row["study"], row["arm"], row["seed"]) for row in rows] == [("small", a, s) for a in ("backprop", "forward") for s in (0, 1)]
     assert all((store.folder(row["run"]) / "result.json").exists() for row in rows)
+
+
+@pytest.mark.parametrize("block", lines_that_make("packed"))
+def test_packed_runs(block: str, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(store.root, tmp_path / "results")
+    pack(there := Store(tmp_path / "results"))
+    assert_the_tables(made(block, "packed", there, monkeypatch), store, "evaluations.csv")
 
 
 def test_every_column_and_every_field_is_explained(store: Store) -> None:

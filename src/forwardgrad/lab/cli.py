@@ -26,6 +26,7 @@ for command in (
     measuring.quality,
     reading.report,
     reading.watch,
+    reading.pack,
 ):
     app.command()(command)
 app.command("list")(reading.list_runs)

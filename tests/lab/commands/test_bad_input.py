@@ -106,6 +106,8 @@ BAD: list[tuple[str, ...]] = [
     ("list", "OUT", "--csv", "NOWHERE/runs.csv"),
     ("watch", "NOWHERE"),
     ("watch", "OUT", "--twice"),
+    ("pack", "NOWHERE"),
+    ("pack", "OUT", "--thinner"),
     ("estimators", *OUT),
     ("data", "fetch", "imagenet"),
     ("data", "fetch", "mnist", "imagenet", "--data-dir", "OUT"),

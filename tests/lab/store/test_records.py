@@ -19,6 +19,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.report.claims.judged import judge
 from forwardgrad.lab.store import results
+from forwardgrad.lab.store.files import PACKED
 from forwardgrad.lab.store.store import Store, read_study, write_json
 from forwardgrad.lab.studies.length import Length, Pace
 from forwardgrad.lab.studies.run import SCHEMA, Optimizer, Run
@@ -157,8 +158,8 @@ def test_a_study_that_is_called_like_a_further_record_stays_its_own(tmp_path: Pa
 
 def test_the_published_record_is_kept_to_the_byte(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for name in ("runs", "studies"):
-        shutil.copytree(ROOT / "results" / name, tmp_path / name, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "results" / "studies", tmp_path / "studies", dirs_exist_ok=True)
+    shutil.copy(ROOT / "results" / PACKED, tmp_path)
     before = contents(store)
     published = paper.table1().computed(engine="graph")
     carried(store, published, "forwardgrad reproduce table1 --engine graph", stop=0)  # all is there: nothing is trained

@@ -10,6 +10,8 @@ import pytest
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import store
+from forwardgrad.lab.store.files import parse_json
+from forwardgrad.lab.store.packed import packed_runs
 from forwardgrad.lab.studies.run import Optimizer, Run, from_json, stream, to_json
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,12 +22,18 @@ def test_json_and_back() -> None:
     assert from_json(json.loads(json.dumps(to_json(RUN)))) == RUN
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results" / "runs").glob("*/run.json")), ids=lambda path: path.parent.name)
-def test_stored_runs_keep_their_identity(path: Path) -> None:
-    stored = store.read_json(path)
-    assert stored is not None
+PUBLISHED = packed_runs(ROOT / "results")
+
+
+def test_published_runs_are_there() -> None:
+    assert len(PUBLISHED) == 114
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_stored_runs_keep_their_identity(name: str) -> None:
+    stored = parse_json(Path("run.json"), PUBLISHED[name]["run.json"])
     assert to_json(from_json(stored)) == stored
-    assert from_json(stored).identity == path.parent.name
+    assert from_json(stored).identity == name
 
 
 def test_an_option_that_came_later_is_described_only_where_it_is_used() -> None:

@@ -129,7 +129,7 @@ def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
     with store.changing():
         stored = _stored(store)
         kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _same_machine(stored, where) else []
-        write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]})
+        write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]}, depth=4)
 
 
 def _laid_out(case: BenchCase, on: torch.device) -> tuple[BenchCase, dict[str, float]]:

@@ -97,7 +97,7 @@ def measure_estimates(
         new = _measured(setting, chosen, dataset, on, say)
     path = store.root / "quality.json"
     with store.changing():
-        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, setting), new]})
+        write_json(path, {"schema": SCHEMA, "environment": where, "settings": [*_kept(path, where, setting), new]}, depth=4)
     return new
 
 

@@ -51,7 +51,7 @@ def show_cost(study: Study, out: Path, place: Place) -> None:
 
     check_place(place)
     with tempfile.TemporaryDirectory() as away:
-        store = Store(out if (out / "runs").is_dir() else Path(away))
+        store = Store(out if Store.there(out) else Path(away))
         print(cost_table(costs(Planner(study, store, _pace(place)), place.data_dir), place))
     if words := place.crowded:
         print(words)

@@ -12,6 +12,7 @@ import typer
 
 from forwardgrad.lab.commands.options import write_report
 from forwardgrad.lab.store import Store, catalogue
+from forwardgrad.lab.store import pack as pack_runs
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]
 Column = Literal[
@@ -57,6 +58,21 @@ def list_runs(
         _show(shown)
     ended = ", ".join(f"{counted[name]:,} {name}" for name in catalogue.STATUSES if counted[name])
     print(f"{len(found):,} run{'' if len(found) == 1 else 's'}{f': {ended}' if ended else ''}", file=sys.stderr)
+
+
+def pack(
+    directory: Directory,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Of every step's training loss keep only what the report reads; the rest is deleted.")
+    ] = False,
+) -> None:
+    """Put the finished runs of an output folder into one file, which every command reads as it reads their folders."""
+    from forwardgrad.lab.report import thinning_of
+
+    store = Store(directory, create=False)
+    before = len(store.runs())
+    held = pack_runs(store, thinning_of(store) if thin else None)
+    print(f"{held:,} of {before:,} runs: {directory / 'runs.jsonl.gz'}" if held else "no run has finished: nothing to pack")
 
 
 def _show(shown: list[catalogue.Row]) -> None:

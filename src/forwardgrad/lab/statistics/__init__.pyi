@@ -1,6 +1,7 @@
 from forwardgrad.lab.statistics import budget as budget
 from forwardgrad.lab.statistics import comparison as comparison
 from forwardgrad.lab.statistics import stats as stats
+from forwardgrad.lab.statistics import summary as summary
 from forwardgrad.lab.statistics import walk as walk
 from forwardgrad.lab.statistics.budget import TOLERANCE as TOLERANCE
 from forwardgrad.lab.statistics.budget import WITHIN as WITHIN
@@ -11,3 +12,5 @@ from forwardgrad.lab.statistics.comparison import LEVEL as LEVEL
 from forwardgrad.lab.statistics.comparison import Interval as Interval
 from forwardgrad.lab.statistics.comparison import Permutation as Permutation
 from forwardgrad.lab.statistics.stats import Curve as Curve
+from forwardgrad.lab.statistics.summary import LossSummary as LossSummary
+from forwardgrad.lab.statistics.summary import summarized as summarized

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
+from forwardgrad.lab.statistics.summary import LossSummary
+
 CONFIDENCE = 0.95
 
 
@@ -89,25 +91,38 @@ def median(values: Sequence[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def binned(curves: Sequence[Sequence[float]], bins: int = 400) -> Curve:
+def binned(curves: Sequence[Sequence[float] | LossSummary], bins: int = 400) -> Curve:
     """Losses of steps 1, 2, … of one run or several, pooled into at most `bins` equal bins; what is not finite is a gap."""
     longest = max((len(curve) for curve in curves), default=0)
     if not longest:
         return Curve((), (), (), ())
-    width = math.ceil(longest / bins)
-    values = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
-    places = np.concatenate([np.arange(len(curve)) // width for curve in curves])
-    places, values = places[np.isfinite(values)], values[np.isfinite(values)]
-    count = math.ceil(longest / width)
-    sizes = np.bincount(places, minlength=count)
+    width = bin_width(longest, bins)
+    first, sizes, sums, lows, highs = (np.concatenate(parts) for parts in zip(*(_parts(curve, width) for curve in curves), strict=True))
+    places, count = first.astype(int) // width, math.ceil(longest / width)
     low, high = np.full(count, np.inf), np.full(count, -np.inf)
-    np.minimum.at(low, places, values)
-    np.maximum.at(high, places, values)
-    there = sizes > 0
-    means = np.bincount(places, weights=values, minlength=count)[there] / sizes[there]
+    np.minimum.at(low, places, lows)
+    np.maximum.at(high, places, highs)
+    held = np.bincount(places, weights=sizes, minlength=count)
+    there = held > 0
+    means = np.bincount(places, weights=sums, minlength=count)[there] / held[there]
     starts = np.arange(count) * width + 1
     centres = (starts + np.minimum(starts + width - 1, longest)) / 2
     return Curve(_tuple(centres[there]), _tuple(means), _tuple(low[there]), _tuple(high[there]))
+
+
+def bin_width(longest: int, bins: int) -> int:
+    """The steps of a bin where the longest of some runs has at most `bins` of them."""
+    return math.ceil(longest / bins)
+
+
+def _parts(curve: Sequence[float] | LossSummary, width: int) -> tuple[np.ndarray, ...]:
+    """First step, size, sum, least and greatest of what a curve is pooled of: the finite values one by one, or the bins of a summary."""
+    if isinstance(curve, LossSummary):
+        kept = curve.at(width)
+        return tuple(np.asarray(each, dtype=float) for each in (kept.first, kept.sizes, kept.sums, kept.low, kept.high))
+    values = np.asarray(curve, dtype=float)
+    steps = np.flatnonzero(np.isfinite(values))
+    return steps.astype(float), np.ones(len(steps)), values[steps], values[steps], values[steps]
 
 
 def pooled(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from forwardgrad.lab.statistics.summary import WINDOW, LossSummary, running_means
 from forwardgrad.lab.studies import Optimizer
 
 
@@ -30,17 +31,17 @@ def growth(
     return found
 
 
-def first_outside(losses: Sequence[float], low: float, high: float, window: int = 20) -> float:
+def first_outside(losses: Sequence[float] | LossSummary, low: float, high: float, window: int = WINDOW) -> float:
     """The first step at which the mean loss of the last `window` steps lies outside the bounds, or is no number; infinity if none does.
 
     >>> first_outside([1.0] * 30 + [9.0] * 30, 0.5, 2.0, window=20)
     33.0
     """
-    total = 0.0
-    for step, loss in enumerate(losses, 1):
-        if not math.isfinite(loss):
+    if isinstance(losses, LossSummary):
+        if window != WINDOW:
+            raise ValueError(f"a summary holds means of {WINDOW} losses, not of {window}")
+        return losses.first_outside(low, high)
+    for step, mean in running_means(losses, window):
+        if not low <= mean <= high:
             return float(step)
-        total += loss - (losses[step - window - 1] if step > window else 0.0)
-        if step >= window and not low <= total / window <= high:
-            return float(step)
-    return math.inf
+    return next((float(step) for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), math.inf)

@@ -2,6 +2,7 @@ from forwardgrad.lab.store import catalogue as catalogue
 from forwardgrad.lab.store import failure as failure
 from forwardgrad.lab.store import records as records
 from forwardgrad.lab.store import results as results
+from forwardgrad.lab.store.packing import pack as pack
 from forwardgrad.lab.store.progress import Progress as Progress
 from forwardgrad.lab.store.progress import describe as describe
 from forwardgrad.lab.store.progress import watch as watch

@@ -22,6 +22,7 @@ from typing import Any
 
 from forwardgrad.lab.errors import UserError
 
+PACKED = "runs.jsonl.gz"  # in an output folder: finished runs in one file
 SEAL = "sha256"  # the field of a JSON object that holds the digest of the others
 LARGEST = 1 << 30  # bytes of a stored JSON file or table
 LARGEST_INT, LARGEST_FLOAT = 1 << 63, 1e100
@@ -89,11 +90,29 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
-    """An object as a JSON file that carries its own digest."""
+def write_json(path: Path, value: dict[str, Any], *, durable: bool = True, depth: int | None = None) -> None:
+    """An object as a JSON file that carries its own digest; what lies deeper than `depth` stands on one line."""
+    write_whole(path, sealed_json(value, depth=depth), durable=durable)
+
+
+def sealed_json(value: dict[str, Any], *, depth: int | None = None) -> bytes:
+    """The content of a file of `write_json`."""
     plain = json.loads(json.dumps(value, allow_nan=False))
     plain.pop(SEAL, None)
-    write_whole(path, (json.dumps({**plain, SEAL: _seal(plain)}, indent=1) + "\n").encode(), durable=durable)
+    sealed = {**plain, SEAL: _seal(plain)}
+    return ((json.dumps(sealed, indent=1) if depth is None else _lines(sealed, depth)) + "\n").encode()
+
+
+def _lines(value: Any, depth: int, indent: str = "") -> str:
+    """JSON with one line for every part at `depth`, so that a change of one part is a change of one line."""
+    if not depth or not value or not isinstance(value, (dict, list)):
+        return json.dumps(value)
+    inner = f"{indent} "
+    if isinstance(value, dict):
+        parts, ends = [f"{json.dumps(name)}: {_lines(part, depth - 1, inner)}" for name, part in value.items()], "{}"
+    else:
+        parts, ends = [_lines(part, depth - 1, inner) for part in value], "[]"
+    return f"{ends[0]}\n{inner}{f',{chr(10)}{inner}'.join(parts)}\n{indent}{ends[1]}"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -121,6 +140,10 @@ def _seal(value: dict[str, Any]) -> str:
 
 def damaged(path: Path, why: object) -> UserError:
     """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
+    if path.name == PACKED:
+        return UserError(f"{path} is damaged ({why}): put back a copy of it, or delete it to run the runs in it again")
+    if path.parent.parent.name == "runs" and not path.parent.exists() and (pack := path.parents[2] / PACKED).exists():
+        return damaged(pack, f"{path.name} of run {path.parent.name}: {why}")
     if path.parent.parent.name in ("runs", "batches"):
         return UserError(f"{path} is damaged ({why}): delete the folder {path.parent} to run it again")
     return UserError(f"{path} is damaged ({why}): delete this file and run its command again; finished runs are kept")

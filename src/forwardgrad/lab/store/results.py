@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.store.packed import LOSSES, SUMMARY, left_out, run_file
 from forwardgrad.lab.store.store import Store, Stored, beside, damaged, parse_json, table_beside
 from forwardgrad.lab.studies import BACKWARD, Run, from_json, to_json
 
@@ -64,13 +65,30 @@ class Done:
     def evaluations(self) -> dict[str, list[float]]:
         return self._columns("evaluations.csv", ("step", "epoch", "seconds", "validation_loss", "validation_accuracy"))
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether training losses were kept: not of a run that failed before its first, nor of one that was packed without them."""
+        if left_out(self.folder, LOSSES):
+            return run_file(self.folder, SUMMARY) is not None
+        return self.result["status"] != "failed" or LOSSES in self.files
+
+    def loss_summary(self) -> dict[str, Any] | None:
+        """What `forwardgrad pack --thin` kept of the training losses; None for a run that has all of them."""
+        if not left_out(self.folder, LOSSES) or (content := run_file(self.folder, SUMMARY)) is None:
+            return None
+        path = self.folder / SUMMARY
+        stored = parse_json(path, content)
+        if stored.pop("run", None) != self.folder.name:
+            raise damaged(path, "it is of another run")
+        return stored
+
     def losses(self) -> list[float]:
         """The training loss of every step; not kept, because a study's worth of them is large."""
-        return self._columns("losses.csv.gz", ("step", "loss"))["loss"]
+        return self._columns(LOSSES, ("step", "loss"))["loss"]
 
     def derivatives(self) -> list[float]:
         """The directional derivative of every step, empty for estimators that have none and for runs that did not keep it."""
-        return self._columns("losses.csv.gz", ("step", "loss")).get("derivative", [])
+        return self._columns(LOSSES, ("step", "loss")).get("derivative", [])
 
     @functools.cached_property
     def walk(self) -> dict[str, list[float]]:
@@ -78,6 +96,11 @@ class Done:
         return table_beside(self.folder, "walk.csv", self.files)
 
     def _columns(self, name: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
+        if left_out(self.folder, name):
+            raise UserError(
+                f"{name} of run {self.folder.name} was left out when {self.folder.parent.parent} was packed: "
+                "train it again in another output folder, and put its folder beside the pack"
+            )
         table = table_beside(self.folder, name, self.files)
         if not table and self.result["status"] == "failed":  # it ended before it could leave any
             return {column: [] for column in wanted}

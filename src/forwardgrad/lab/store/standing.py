@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store.store import Store, read_json, read_result, read_study
+from forwardgrad.lab.store.files import PACKED, parse_json, read_json
+from forwardgrad.lab.store.packed import packed_runs, run_file
+from forwardgrad.lab.store.store import Store, read_result, read_study
 from forwardgrad.lab.studies import format_estimator
 
 FRESH_SECONDS = 60.0  # a run that has said nothing for longer is not under way: it was killed, or its machine is lost
@@ -161,7 +163,7 @@ class Watch:
     def snapshot(self, now: float | None = None) -> Snapshot:
         now = time.time() if now is None else now
         records, unread = self._studies()
-        self._look()
+        unread += self._look()
         studies, arms, inside = [], [], set[str]()
         for record in records:
             mine = _identities(record)
@@ -194,13 +196,19 @@ class Watch:
                 unread.append(str(error))
         return found, unread
 
-    def _look(self) -> None:
-        """Read what is new in the folders of the runs."""
+    def _look(self) -> list[str]:
+        """Read what is new of the runs; returns what is to say of a pack that cannot be read."""
+        packed, unread = set[str](), list[str]()
         try:
             with os.scandir(self.store.root / "runs") as entries:
                 there = {entry.name for entry in entries if entry.is_dir()}
         except OSError:
             there = set()
+        try:
+            packed |= packed_runs(self.store.root).keys()
+        except UserError as error:
+            unread.append(str(error))
+        there |= packed
         if self.runs is not None:
             there &= set(self.runs) | {run for _, record in self._records.values() for run in _identities(record)}
         self.ended = {run: ended for run, ended in self.ended.items() if run in there}
@@ -208,15 +216,22 @@ class Watch:
         for run in sorted(there - self.ended.keys()):
             folder = self.store.folder(run)
             try:
-                begun = (folder / "run.json").stat().st_mtime
                 if (result := read_result(folder)) is not None:
-                    told = (folder / "result.json").stat().st_mtime
+                    begun, told = self._times(folder, result)
                     best = None if result["status"] != "finished" or (loss := result["validation_loss"]) is None else float(loss)
                     self.ended[run] = Ended(result, max(0, result["steps"]), best, max(0.0, result["seconds"], told - begun), begun, told)
                 else:
-                    self._going[run] = _going(folder / "status.json", begun)
+                    self._going[run] = _going(folder / "status.json", (folder / "run.json").stat().st_mtime)
             except (UserError, OSError, OverflowError):
                 continue
+        return unread
+
+    def _times(self, folder: Path, result: dict[str, Any]) -> tuple[float, float]:
+        """When a run began and ended; one in a pack as if all of them had ended when the pack was written."""
+        if (folder / "result.json").exists():
+            return (folder / "run.json").stat().st_mtime, (folder / "result.json").stat().st_mtime
+        told = (self.store.root / PACKED).stat().st_mtime
+        return told - max(0.0, result["seconds"]), told
 
     def _arm(self, record: dict[str, Any], arm: dict[str, Any], now: float) -> ArmNow:
         trials = [trial["run"] for trial in arm["trials"]]
@@ -320,9 +335,10 @@ class Watch:
         """What a run outside studies is called: as the caller says, else after its description."""
         if (given := self.names.get(run)) is not None:
             return given
+        folder = self.store.folder(run)
         if run not in self._called:
             try:
-                told = read_json(self.store.folder(run) / "run.json") or {}
+                told = parse_json(folder / "run.json", content) if (content := run_file(folder, "run.json")) is not None else {}
                 words = told["data"], told["model"], format_estimator(told["estimator"]), told["optimizer"]["name"]
                 self._called[run] = f"{' '.join(words)} seed {told['seed']}"
             except (UserError, KeyError, TypeError, ValueError, AttributeError):

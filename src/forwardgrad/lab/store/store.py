@@ -8,6 +8,7 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     walk.csv            the parameters' norm over that before the first step, and the relative step, now and then
                     losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
                     result.json         written last, with the digests of the files beside it: a folder that has it is finished
+OUT/runs.jsonl.gz                       finished runs that `forwardgrad pack` took out of their folders (`forwardgrad.lab.store.packed`)
 OUT/batches/<identity>/batch.json       the runs that are trained as one program, until all of them have a result
                        checkpoint.pt    the state that all of them go on from
 OUT/studies/<name>.json                 which runs belong to which arm of a comparison
@@ -22,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store.files import (
+    PACKED,
     check,
     damaged,
     digest,
@@ -48,6 +49,7 @@ from forwardgrad.lab.store.files import (
     write_table,
     write_whole,
 )
+from forwardgrad.lab.store.packed import IDENTITY, packed_runs, run_file
 from forwardgrad.lab.studies import SCHEMA, identity
 
 __all__ = [  # with the files that it is made of, so that those who read or write a store need no other module
@@ -160,7 +162,7 @@ def beside(folder: Path, name: str, files: dict[str, str]) -> bytes | None:
     """The content of a file that result.json vouches for by `files`, None where it names no such file; UserError where it is another."""
     if name not in files:
         return None
-    if (content := read_whole(folder / name)) is None or digest(content) != files[name]:
+    if (content := run_file(folder, name)) is None or digest(content) != files[name]:
         raise damaged(folder / name, "it is missing" if content is None else "it is not what the result was written beside")
     return content
 
@@ -214,8 +216,13 @@ class Store:
                     pass
             except OSError as error:
                 raise UserError(f"cannot write to the output folder {root} ({error.strerror}): choose another with --out") from error
-        elif not (root / "runs").is_dir():
+        elif not self.there(root):
             raise UserError(f"{root} is not an output folder of forwardgrad: it has no runs")
+
+    @staticmethod
+    def there(root: Path) -> bool:
+        """Whether a folder is an output folder: it holds folders of runs, or a pack of them."""
+        return (root / "runs").is_dir() or (root / PACKED).exists()
 
     def folder(self, identity: str) -> Path:
         return self.root / "runs" / identity
@@ -230,7 +237,8 @@ class Store:
 
     def runs(self) -> list[str]:
         """The identities of all runs that were begun."""
-        return sorted(path.name for path in (self.root / "runs").iterdir() if IDENTITY.fullmatch(path.name))
+        folders = {path.name for path in (self.root / "runs").glob("*") if IDENTITY.fullmatch(path.name)}
+        return sorted(folders | packed_runs(self.root).keys())
 
     def studies(self) -> list[dict[str, Any]]:
         """Every stored study; UserError for one that is damaged or of another version."""
@@ -257,7 +265,6 @@ class Store:
             lock.release()
 
 
-IDENTITY = re.compile(r"[0-9a-f]{12}")
 NUMBER, MAYBE = (int, float), (int, float, type(None))
 RESULT = {
     "status": str,
@@ -311,7 +318,8 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def _stored(folder: Path, name: str | None = None) -> Stored | None:
     """What is in a run's folder; `name` is what the description has to hash to."""
     path = folder / "result.json"
-    result, asked = read_json(path), read_whole(folder / "run.json")  # in this order: what is written last is read first
+    written, asked = run_file(folder, "result.json"), run_file(folder, "run.json")  # in this order: what is written last is read first
+    result = None if written is None else parse_json(path, written)
     if asked is None:
         if result is not None:
             raise damaged(folder / "run.json", "it is missing")

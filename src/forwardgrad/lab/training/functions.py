@@ -101,7 +101,7 @@ def write(store: Store) -> dict[str, Any]:
         "environment": environment.describe(torch.device("cpu")),
         "functions": [_compare(task) for task in TASKS],
     }
-    write_json(path, result)
+    write_json(path, result, depth=4)
     return result
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from forwardgrad.lab.recipes import TABLE1
-from forwardgrad.lab.statistics import stats
-from forwardgrad.lab.store import ArmResult, Done, StudyResult, finite
+from forwardgrad.lab.statistics import LossSummary, stats, summary
+from forwardgrad.lab.store import ArmResult, Done, StudyResult, damaged, finite
 from forwardgrad.lab.studies import format_value
 
 TARGETS = {"cifar10": (2.2, 2.0, 1.5, 1.0)}  # validation losses whose first sight is timed
@@ -313,12 +313,22 @@ def _to(target: float) -> Callable[[ArmResult], Cell]:
 
 def has_curve(run: Done) -> bool:
     """Whether a run was evaluated: one that failed may never have been, and then has no table."""
-    return not (run.result["status"] == "failed" and not (run.folder / "evaluations.csv").exists())
+    return run.result["status"] != "failed" or "evaluations.csv" in run.files
 
 
 def has_losses(run: Done) -> bool:
     """The same of the training losses."""
-    return not (run.result["status"] == "failed" and not (run.folder / "losses.csv.gz").exists())
+    return run.has_losses
+
+
+def training_losses(run: Done) -> Sequence[float] | LossSummary:
+    """The training losses of a run, or what a thin pack kept of them."""
+    if (stored := run.loss_summary()) is None:
+        return run.losses()
+    try:
+        return summary.from_json(stored)
+    except (TypeError, ValueError, LookupError) as error:
+        raise damaged(run.folder / "losses.json", error) from error
 
 
 def reached(done: Done, column: str, target: float) -> float:

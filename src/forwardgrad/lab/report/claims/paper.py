@@ -232,7 +232,7 @@ def fails(evidence: Evidence) -> Judged:
 
 
 def _exploded(run: Done) -> float:
-    return walk.first_outside(run.losses(), -math.inf, 2 * LN10) if tables.has_losses(run) else math.nan
+    return walk.first_outside(tables.training_losses(run), -math.inf, 2 * LN10) if tables.has_losses(run) else math.nan
 
 
 def explodes(evidence: Evidence) -> Judged:

@@ -79,11 +79,11 @@ def _planned(arm: ArmResult, run: Done) -> int:
 
 
 def left(run: Done) -> float:
-    return walk.first_outside(run.losses(), GUESSING - MARGIN, GUESSING + MARGIN)
+    return walk.first_outside(tables.training_losses(run), GUESSING - MARGIN, GUESSING + MARGIN)
 
 
 def exploded(run: Done) -> float:
-    return walk.first_outside(run.losses(), -math.inf, TIMES * GUESSING)
+    return walk.first_outside(tables.training_losses(run), -math.inf, TIMES * GUESSING)
 
 
 def _when(find: Callable[[Done], float]) -> Callable[[ArmResult], Cell]:
@@ -164,7 +164,7 @@ def _losses(study: StudyResult) -> Picture:
     lines = []
     for arm in study.arms:
         for run in arm.done[:1]:
-            at, curve = _equivalent(arm, run), stats.binned([run.losses()], BINS)
+            at, curve = _equivalent(arm, run), stats.binned([tables.training_losses(run)], BINS)
             places = tuple(at[min(round(step), len(at) - 1)] for step in curve.at)
             shown = stats.Curve(places, curve.mean, curve.low, curve.high)
             lines.append(figures.Line(arm.kind, shown, stopped=tables.lost(run), label=arm.label))

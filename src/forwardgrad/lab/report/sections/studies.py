@@ -15,6 +15,7 @@ from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult, finite
 
 TRAINING = "training loss (cross-entropy, nats)"
+STEP_BINS = FIGURE_1_BINS, FIGURE_2_BINS = (400, 150)  # most bins of steps that a curve of training losses has
 VALIDATION = "validation loss (cross-entropy, nats)"
 READING = (
     "The published 'test loss' is no loss of the test set: it is that of the last mini-batch of 16 shuffled test images. Readings of 16 "
@@ -63,9 +64,9 @@ def _pictures(study: StudyResult) -> Iterable[str | Picture | Views]:
 def _training(name: str, arms: Sequence[ArmResult], heading: str = "") -> Picture:
     """Both arms' training loss in one panel: the paper's Figure 1."""
     title = " and ".join(dict.fromkeys(str(arm.record["group"]) for arm in arms))
-    panel = figures.Panel(title, _lines(arms, 400), _notes(arms))
+    panel = figures.Panel(title, _lines(arms, FIGURE_1_BINS), _notes(arms))
     drawing = figures.curves(name, [[panel]], xlabel=STEP, ylabel=TRAINING)
-    return Picture(name, drawing, f"{heading}Training loss per optimizer step, {title}. {_bins(400)}{_note_sentence(arms)}")
+    return Picture(name, drawing, f"{heading}Training loss per optimizer step, {title}. {_bins(FIGURE_1_BINS)}{_note_sentence(arms)}")
 
 
 def _figure_2(study: StudyResult) -> Picture:
@@ -77,14 +78,14 @@ def _figure_2(study: StudyResult) -> Picture:
         for optimizer, words in (("sgd", "SGD"), ("nesterov", "Nesterov"), ("adam", "Adam")):
             mnist = [arm for arm in study.arms if arm.data == "mnist" and arm.run["model"] == model]
             arms = [arm for arm in mnist if arm.run["optimizer"]["name"] == optimizer]
-            lines = _lines(arms, 150)
+            lines = _lines(arms, FIGURE_2_BINS)
             shown += arms
             row.append(figures.Panel(f"{shape} · {words}", lines, _notes(arms) if lines else "unfinished" if arms else "not run"))
         rows.append(row)
     name = f"{study.name}-figure-2"
     drawing = figures.curves(name, rows, xlabel=STEP, ylabel=TRAINING)
     caption = "Figure 2. Training loss per optimizer step on MNIST, both arms (Nesterov's at its look-ahead point)."
-    return Picture(name, drawing, f"{caption} {_bins(150)}{_note_sentence(shown)}")
+    return Picture(name, drawing, f"{caption} {_bins(FIGURE_2_BINS)}{_note_sentence(shown)}")
 
 
 def _bins(bins: int) -> str:
@@ -94,7 +95,7 @@ def _bins(bins: int) -> str:
 def _lines(arms: Sequence[ArmResult], bins: int) -> tuple[figures.Line, ...]:
     lines = []
     for arm in arms:
-        curve = stats.binned([run.losses() for run in arm.done if tables.has_losses(run)], bins)
+        curve = stats.binned([tables.training_losses(run) for run in arm.done if tables.has_losses(run)], bins)
         if curve.at:
             lines.append(figures.Line(arm.kind, curve, _end(arm), all(map(tables.lost, arm.done)), arm.label))
     return tuple(lines)
