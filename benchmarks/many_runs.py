@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.lab.store import Store, write_json, write_result
 from forwardgrad.lab.store.files import write_table
-from forwardgrad.lab.store.store import Store, write_json, write_result
 from forwardgrad.lab.studies.run import SCHEMA, Optimizer, Run, to_json
 
 KINDS = ("backprop", "forward", "local", "feedback", "zeroth-order")

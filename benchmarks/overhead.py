@@ -26,11 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from forwardgrad.estimators.base import Estimate
-from forwardgrad.lab import environment
+from forwardgrad.lab import environment, store
 from forwardgrad.lab.data.datasets import load
 from forwardgrad.lab.data.splits import Dataset, Split
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import POLL_SECONDS
 from forwardgrad.lab.store.standing import Watch
 from forwardgrad.lab.studies.estimator_text import parse_estimator

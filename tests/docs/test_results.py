@@ -15,9 +15,10 @@ import pytest
 
 from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.store.files import read_table
 from forwardgrad.lab.store.packing import pack
 from forwardgrad.lab.store.progress import Progress
-from forwardgrad.lab.store.store import Store, read_table
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.study import Arm, Study

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_digits
 
-from forwardgrad.lab.store.store import Store, read_result
+from forwardgrad.lab.store.run_files import read_result
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
 
 THROWS, ALWAYS_DIES, DIES_ONCE, EXHAUSTS, EXITS, FULL = 101, 102, 103, 104, 105, 106  # seeds

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from forwardgrad.lab import environment
+from forwardgrad.lab import environment, store
 from forwardgrad.lab.data import datasets
 from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
-from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length

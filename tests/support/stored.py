@@ -10,7 +10,9 @@ from typing import Any
 
 from forwardgrad.lab.report import document
 from forwardgrad.lab.report.figures.drawing import Drawing
-from forwardgrad.lab.store.store import Store, read_result, write_json, write_result, write_table
+from forwardgrad.lab.store.files import write_json, write_table
+from forwardgrad.lab.store.run_files import read_result, write_result
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import SCHEMA, Run, to_json
 from forwardgrad.lab.studies.study import Arm, Study
 

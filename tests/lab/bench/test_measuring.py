@@ -19,7 +19,8 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.report.blocks import kinds
 from forwardgrad.lab.report.sections import bench as bench_section
 from forwardgrad.lab.report.sections import bench_goals
-from forwardgrad.lab.store.store import Store, write_json
+from forwardgrad.lab.store.files import write_json
+from forwardgrad.lab.store.store import Store
 
 TINY = ("bench", "--models", "mlp-2x8", "--batch-size", 4, "--rounds", 5)
 LIMITS = roofline.Ceilings(1e11, 1e10)

@@ -13,7 +13,8 @@ from tests.lab.commands.test_cli import run
 import forwardgrad as fg
 from forwardgrad.lab.report import document
 from forwardgrad.lab.report.sections import quality as quality_section
-from forwardgrad.lab.store.store import Store, write_json
+from forwardgrad.lab.store.files import write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.estimator_text import format_estimator, parse_estimators
 
 ON_DIGITS = ("quality", "--data", "digits", "--model", "logistic", "--batch-size", 16, "--repeats", 20, "--tangents", "1,4")

@@ -24,8 +24,9 @@ from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.execution.workers import ready
 from forwardgrad.lab.store import failure
+from forwardgrad.lab.store.locks import Busy, alone, held
 from forwardgrad.lab.store.progress import Progress
-from forwardgrad.lab.store.store import Busy, Store, alone, held
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import batched, functions, loop
 from forwardgrad.lab.training.loop import SingleRun

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 from tests.support import disk
 
-from forwardgrad.lab import cli, environment
+from forwardgrad.lab import cli, environment, store
 from forwardgrad.lab.commands.carrying import carry_out
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution.place import Place
-from forwardgrad.lab.store import store
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run

@@ -12,8 +12,9 @@ from tests.support.stored import tried
 from forwardgrad.estimators import from_config
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes.beyond import METHODS, NETWORKS, SHORT, beyond
+from forwardgrad.lab.store.files import write_json
 from forwardgrad.lab.store.results import studies
-from forwardgrad.lab.store.store import Store, write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Run, to_json
 from forwardgrad.lab.tuning.campaign import run_study
 

@@ -13,7 +13,8 @@ from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.recipes.beyond import beyond
 from forwardgrad.lab.report import document, figures
 from forwardgrad.lab.report.figures import plots
-from forwardgrad.lab.store.store import Store, read_json, write_json
+from forwardgrad.lab.store.files import read_json, write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Precision, Run
 from forwardgrad.lab.tuning.campaign import run_study
 

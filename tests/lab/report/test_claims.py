@@ -20,7 +20,8 @@ from forwardgrad.lab.report.claims import evidence, verdict
 from forwardgrad.lab.report.claims import judged as claims
 from forwardgrad.lab.report.claims.evidence import CONFIRMED, OPEN, REFUTED
 from forwardgrad.lab.store import results
-from forwardgrad.lab.store.store import Store, read_json, write_json, write_table
+from forwardgrad.lab.store.files import read_json, write_json, write_table
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.study import Study
 
 NN, CNN, CIFAR = ["1", "2", "3", "4", "5", "6"], ["7", "8", "9", "10", "11", "12"], ["13", "14"]

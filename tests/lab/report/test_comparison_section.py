@@ -17,8 +17,11 @@ from forwardgrad.lab.report.figures.drawing import Drawing
 from forwardgrad.lab.report.sections import comparison, comparison_verdict
 from forwardgrad.lab.report.sections.studies import Picture
 from forwardgrad.lab.store import results
+from forwardgrad.lab.store.files import read_json, write_json
 from forwardgrad.lab.store.results import StudyResult
-from forwardgrad.lab.store.store import Store, read_json, read_study, write_json, write_result
+from forwardgrad.lab.store.run_files import write_result
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.study import Study
 
 GROUP = "MLP · digits · SGD"

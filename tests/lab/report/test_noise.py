@@ -18,7 +18,9 @@ from forwardgrad.lab.recipes import paper as recipes
 from forwardgrad.lab.recipes.noise import EPOCHS, LABELS
 from forwardgrad.lab.report import document, figures
 from forwardgrad.lab.statistics import walk
-from forwardgrad.lab.store.store import Store, read_result, write_result, write_table
+from forwardgrad.lab.store.files import write_table
+from forwardgrad.lab.store.run_files import read_result, write_result
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Run
 from forwardgrad.lab.tuning.campaign import run_study
 

@@ -18,7 +18,8 @@ from forwardgrad.lab.report import document
 from forwardgrad.lab.report.blocks.as_html import GROUND
 from forwardgrad.lab.report.figures import style
 from forwardgrad.lab.statistics import stats
-from forwardgrad.lab.store.store import Store, read_json, read_table, write_json
+from forwardgrad.lab.store.files import read_json, read_table, write_json
+from forwardgrad.lab.store.store import Store
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -13,7 +13,9 @@ from tests.support.stored import ENVIRONMENT, put, record, reported, row, seeds,
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.report import document, figures
-from forwardgrad.lab.store.store import Store, read_study, write_json
+from forwardgrad.lab.store.files import write_json
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import SCHEMA
 
 

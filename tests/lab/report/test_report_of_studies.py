@@ -12,7 +12,8 @@ from tests.support.stored import fail, put, record, reported, row, seeds, tried,
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.report import figures
-from forwardgrad.lab.store.store import Store, read_json, write_json
+from forwardgrad.lab.store.files import read_json, write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.study import Study
 
 DIGITS = "MLP · digits · SGD"

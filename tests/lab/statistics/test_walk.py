@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from forwardgrad.lab import store
 from forwardgrad.lab.statistics import walk
-from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import builders, loop, models
 

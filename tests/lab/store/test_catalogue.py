@@ -18,7 +18,8 @@ from tests.support.stored import put, record, seeds, tried
 from forwardgrad.lab import cli
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.store import catalogue
-from forwardgrad.lab.store.store import Store, write_json
+from forwardgrad.lab.store.files import write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run, to_json
 from forwardgrad.lab.studies.study import Study
 

@@ -19,12 +19,12 @@ import pytest
 import torch
 from tests.support.stored import put, record, seeds, tried, undrawn
 
-from forwardgrad.lab import cli
+from forwardgrad.lab import cli, store
 from forwardgrad.lab.commands.options import estimator_of
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.report.figures import plots
 from forwardgrad.lab.report.sections import comparison_figures
-from forwardgrad.lab.store import store
+from forwardgrad.lab.store.files import digest
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run, to_json
 
@@ -237,7 +237,7 @@ def test_100_stores_of_wrong_types_with_right_digests_are_told(kept: Store, call
             path.write_text(json.dumps(value))
         if before is not None and path != result:
             vouched = store.read_json(result) or {}
-            vouched["files"][path.name] = store.digest(path.read_bytes())
+            vouched["files"][path.name] = digest(path.read_bytes())
             store.write_json(result, vouched)
         try:
             refused += call("report", kept.root)[0] == 2

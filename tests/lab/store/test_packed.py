@@ -21,17 +21,18 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import executing
 from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.recipes import noise, paper
-from forwardgrad.lab.report import document, thinning
+from forwardgrad.lab.report import document
 from forwardgrad.lab.report.figures import plots
-from forwardgrad.lab.report.sections import comparison_figures
+from forwardgrad.lab.report.sections import comparison_figures, thinning
 from forwardgrad.lab.statistics import stats, summary, walk
 from forwardgrad.lab.store import catalogue, packing, results
 from forwardgrad.lab.store.files import PACKED
+from forwardgrad.lab.store.locks import alone
 from forwardgrad.lab.store.packed import as_lines, packed_runs
 from forwardgrad.lab.store.packing import pack
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.standing import snapshot
-from forwardgrad.lab.store.store import Store, alone
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.study import Study
 

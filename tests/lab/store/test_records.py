@@ -19,8 +19,9 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.report.claims.judged import judge
 from forwardgrad.lab.store import results
-from forwardgrad.lab.store.files import PACKED
-from forwardgrad.lab.store.store import Store, read_study, write_json
+from forwardgrad.lab.store.files import PACKED, write_json
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length, Pace
 from forwardgrad.lab.studies.run import SCHEMA, Optimizer, Run
 from forwardgrad.lab.studies.study import Arm, Study

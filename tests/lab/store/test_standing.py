@@ -22,9 +22,10 @@ from tests.support.stored import put, record, seeds, timed, tried, under_way
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import progress, standing
+from forwardgrad.lab.store.files import read_json, write_json
 from forwardgrad.lab.store.progress import Display, Progress
 from forwardgrad.lab.store.standing import Watch, snapshot
-from forwardgrad.lab.store.store import Store, read_json, write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.study import Arm, Study
@@ -331,7 +332,7 @@ from forwardgrad.lab.store import Progress
 from forwardgrad.lab.studies import Optimizer, Run
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import Arm, Study
-from forwardgrad.lab.tuning import run_study
+from forwardgrad.lab.tuning.campaign import run_study
 
 run = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), int(sys.argv[2]))
 store, study = Store(Path(sys.argv[1])), Study("pair", "A pair", (Arm("only", "g", "backprop", "b", run),), seeds=2)

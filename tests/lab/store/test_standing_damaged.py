@@ -13,9 +13,10 @@ from tests.support.stored import fail, put, record, seeds, tried, under_way
 
 from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.store import progress
+from forwardgrad.lab.store.files import read_json, write_json
 from forwardgrad.lab.store.progress import follow
 from forwardgrad.lab.store.standing import Watch, snapshot
-from forwardgrad.lab.store.store import Store, read_json, write_json
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.study import Study
 
 

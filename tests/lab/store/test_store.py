@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tests.support.stored import put
 
+from forwardgrad.lab import store
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import results, store
+from forwardgrad.lab.store import results
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from forwardgrad.lab import store
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import store
 from forwardgrad.lab.store.files import parse_json
 from forwardgrad.lab.store.packed import packed_runs
 from forwardgrad.lab.studies.run import Optimizer, Run, from_json, stream, to_json

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from forwardgrad.lab import cli
+from forwardgrad.lab import cli, store
 from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
-from forwardgrad.lab.store import store
 from forwardgrad.lab.store.progress import Progress
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from forwardgrad.lab import store
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import store
 from forwardgrad.lab.studies import import_path
 from forwardgrad.lab.studies.run import Optimizer, Run, from_json, to_json
 from forwardgrad.lab.training import builders

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forwardgrad.engines import compiled
-from forwardgrad.lab.store import store
+from forwardgrad.lab import store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import loop
 

@@ -14,9 +14,9 @@ from torch import Generator, Tensor
 
 from forwardgrad.engines import eager
 from forwardgrad.estimators import Backprop, Estimate, Estimator, configuration
+from forwardgrad.lab import store
 from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run, stream
 from forwardgrad.lab.training import builders, divergence, evaluation, loop, models, schedule, training
 from forwardgrad.lab.training.training import Training

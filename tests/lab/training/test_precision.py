@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from forwardgrad.lab import store
 from forwardgrad.lab.data.splits import Dataset, Split
-from forwardgrad.lab.store import store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import evaluation, loop, precision
 

@@ -19,8 +19,9 @@ from tests.lab.training.test_loop import left_behind
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution.dispatch import execute
 from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.store.files import read_table
 from forwardgrad.lab.store.progress import Progress
-from forwardgrad.lab.store.store import Store, read_table
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.training import loop, tensorboard
 

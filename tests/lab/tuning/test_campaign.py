@@ -11,7 +11,8 @@ import pytest
 from tests.lab.studies.test_study import Fake, arm
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store.store import Store, read_study
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length, Pace, paced_alike
 from forwardgrad.lab.studies.run import Optimizer, Run
 from forwardgrad.lab.studies.space import LogUniform, Range, Whole

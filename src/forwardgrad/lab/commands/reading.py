@@ -67,11 +67,11 @@ def pack(
     ] = False,
 ) -> None:
     """Put the finished runs of an output folder into one file, which every command reads as it reads their folders."""
-    from forwardgrad.lab.report import thinning_of
+    from forwardgrad.lab.report import pack_thin
 
     store = Store(directory, create=False)
     before = len(store.runs())
-    held = pack_runs(store, thinning_of(store) if thin else None)
+    held = pack_thin(store) if thin else pack_runs(store)
     print(f"{held:,} of {before:,} runs: {directory / 'runs.jsonl.gz'}" if held else "no run has finished: nothing to pack")
 
 

@@ -1,2 +1,2 @@
 from forwardgrad.lab.report.document import write as write
-from forwardgrad.lab.report.thinning import thinning_of as thinning_of
+from forwardgrad.lab.report.packing import pack_thin as pack_thin

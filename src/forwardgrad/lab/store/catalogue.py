@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.lab.store.files import write_whole
 from forwardgrad.lab.store.results import described, environment
-from forwardgrad.lab.store.store import Store, Stored, write_whole
+from forwardgrad.lab.store.run_files import Stored
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies import format_estimator
 
 Row = dict[str, Any]

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store.store import Store, alone, read_json, read_result, write_json, write_result, write_whole
+from forwardgrad.lab.store.files import read_json, write_json, write_whole
+from forwardgrad.lab.store.locks import alone
+from forwardgrad.lab.store.run_files import read_result, write_result
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies import Run, to_json
 
 LONGEST = 300  # characters of a reason

@@ -28,9 +28,10 @@ _read: dict[Path, tuple[tuple[int, int, int], dict[str, Files]]] = {}  # every p
 
 def run_file(folder: Path, name: str) -> bytes | None:
     """The content of one file of a run, from its folder or from the pack beside the folders; None where neither has it."""
-    if not (folder / "result.json").exists() and (files := packed_runs(folder.parent.parent).get(folder.name)) is not None:
-        return files.get(name)
-    return read_whole(folder / name)
+    if (folder / "result.json").exists() and (content := read_whole(folder / name)) is not None:
+        return content  # else another process has packed it since
+    files = packed_runs(folder.parent.parent).get(folder.name)
+    return read_whole(folder / name) if files is None else files.get(name)
 
 
 def left_out(folder: Path, name: str) -> bool:

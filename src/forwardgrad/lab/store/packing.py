@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.store.files import PACKED, damaged, parse_table, sealed_json, sync, write_whole
+from forwardgrad.lab.store.locks import Busy, alone
 from forwardgrad.lab.store.packed import HELD, LOSSES, SUMMARY, Files, as_lines, packed_runs, run_file
-from forwardgrad.lab.store.store import Busy, Store, alone, beside
+from forwardgrad.lab.store.run_files import beside
+from forwardgrad.lab.store.store import Store
 
 Thin = Callable[[str, dict[str, list[float]]], dict[str, Any] | bool]  # of a run and its losses: True keeps all, False none, else a summary
 

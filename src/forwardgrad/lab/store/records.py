@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store.store import Store, read_study
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 
 Row = dict[str, Any]
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.store.files import damaged, parse_json
 from forwardgrad.lab.store.packed import LOSSES, SUMMARY, left_out, run_file
-from forwardgrad.lab.store.store import Store, Stored, beside, damaged, parse_json, table_beside
+from forwardgrad.lab.store.run_files import Stored, beside, table_beside
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies import BACKWARD, Run, from_json, to_json
 
 

@@ -17,7 +17,9 @@ from typing import Any
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store.files import PACKED, parse_json, read_json
 from forwardgrad.lab.store.packed import packed_runs, run_file
-from forwardgrad.lab.store.store import Store, read_result, read_study
+from forwardgrad.lab.store.run_files import read_result
+from forwardgrad.lab.store.schema import read_study
+from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies import format_estimator
 
 FRESH_SECONDS = 60.0  # a run that has said nothing for longer is not under way: it was killed, or its machine is lost

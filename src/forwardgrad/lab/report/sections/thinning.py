@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from forwardgrad.lab.report.sections import STEP_BINS
+from forwardgrad.lab.report.sections.studies import STEP_BINS
 from forwardgrad.lab.statistics import stats, summarized
 from forwardgrad.lab.store import Store, results
 

@@ -1,0 +1,67 @@
+"""What a run's folder holds, and the result that vouches for it. Loads without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from forwardgrad.lab.store.files import check, damaged, digest, parse_json, parse_table, read_whole, sync, write_json
+from forwardgrad.lab.store.packed import run_file
+from forwardgrad.lab.store.schema import checked_result
+from forwardgrad.lab.studies import identity
+
+BESIDE = ("run.json", "environment.json", "evaluations.csv", "walk.csv", "losses.csv.gz", "error.txt")  # what result.json vouches for
+
+
+class Stored(NamedTuple):
+    """What a run's folder holds: the description, the result if there is one by now, and the digests of the files beside it."""
+
+    description: dict[str, Any]
+    result: dict[str, Any] | None
+    files: dict[str, str]
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json, with the digests of the files beside it; the run is finished, and stays so, once this returns."""
+    found = {name: content for name in BESIDE if (content := read_whole(folder / name)) is not None}
+    write_json(folder / "result.json", {**result, "files": {name: digest(content) for name, content in found.items()}})
+    sync(folder.parent)
+
+
+def beside(folder: Path, name: str, files: dict[str, str]) -> bytes | None:
+    """The content of a file that result.json vouches for by `files`, None where it names no such file; UserError where it is another."""
+    if name not in files:
+        return None
+    if (content := run_file(folder, name)) is None or digest(content) != files[name]:
+        raise damaged(folder / name, "it is missing" if content is None else "it is not what the result was written beside")
+    return content
+
+
+def table_beside(folder: Path, name: str, files: dict[str, str]) -> dict[str, list[float]]:
+    """The columns of such a file; none where there is no such file."""
+    return {} if (content := beside(folder, name, files)) is None else parse_table(folder / name, content)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The checked result of the run in a folder, None where it has none."""
+    return None if (found := read_stored(folder)) is None else found.result
+
+
+def read_stored(folder: Path, name: str | None = None) -> Stored | None:
+    """What is in a run's folder; `name` is what the description has to hash to."""
+    path = folder / "result.json"
+    written, asked = run_file(folder, "result.json"), run_file(folder, "run.json")  # in this order: what is written last is read first
+    result = None if written is None else parse_json(path, written)
+    if asked is None:
+        if result is not None:
+            raise damaged(folder / "run.json", "it is missing")
+        return None
+    description = parse_json(folder / "run.json", asked)
+    if name is not None and identity(description) != name:
+        raise damaged(folder / "run.json", "it is not what its folder is named after")
+    if result is None:
+        return Stored(description, None, {})
+    files = check(path, result, {"files": dict}).pop("files")
+    if files.get("run.json") != digest(asked):
+        raise damaged(path, "it belongs to another run.json")
+    return Stored(description, checked_result(path, result), files)
