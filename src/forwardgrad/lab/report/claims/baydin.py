@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from forwardgrad.lab.report.blocks import Judged, Reading, count, number, tables
+from forwardgrad.lab.report.blocks import Judged, Reading, count, number, run_curves, tables
 from forwardgrad.lab.report.claims import evidence as known
 from forwardgrad.lab.report.claims import findings
 from forwardgrad.lab.report.claims.evidence import GUESSING, LEARNED, Decide, Evidence, above, accurate, below, between, rows, status
@@ -152,7 +152,7 @@ def _times(pair: findings.Pair) -> list[float]:
 
 def _time(run: Done, other: Done) -> float:
     target = other.validation_loss
-    return known.ratio(tables.reached(run, "seconds", target), tables.reached(other, "seconds", target))
+    return known.ratio(run_curves.reached(run, "seconds", target), run_curves.reached(other, "seconds", target))
 
 
 def minimises(name: str) -> Decide:

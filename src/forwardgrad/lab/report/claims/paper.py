@@ -6,7 +6,7 @@ import itertools
 import math
 
 from forwardgrad.lab.recipes import TITLES
-from forwardgrad.lab.report.blocks import Judged, Reading, count, exact, number, percent, tables
+from forwardgrad.lab.report.blocks import Judged, Reading, count, exact, number, percent, run_curves, study_tables, tables
 from forwardgrad.lab.report.claims import evidence as known
 from forwardgrad.lab.report.claims.evidence import (
     LEARNED,
@@ -102,8 +102,8 @@ def zero(evidence: Evidence) -> Judged:
 
 def _common(forward: ArmResult, backprop: ArmResult) -> tuple[float, float, float] | None:
     """The lowest target that both arms reach, and the median steps that each takes to it."""
-    for target in sorted(tables.TARGETS.get(str(forward.data), tables.TARGETS_ELSEWHERE)):
-        steps = [stats.median([tables.reached(run, "step", target) for run in arm.done]) for arm in (forward, backprop)]
+    for target in sorted(study_tables.TARGETS.get(str(forward.data), study_tables.TARGETS_ELSEWHERE)):
+        steps = [stats.median([run_curves.reached(run, "step", target) for run in arm.done]) for arm in (forward, backprop)]
         if all(map(math.isfinite, steps)):
             return target, steps[0], steps[1]
     return None
@@ -232,7 +232,7 @@ def fails(evidence: Evidence) -> Judged:
 
 
 def _exploded(run: Done) -> float:
-    return walk.first_outside(tables.training_losses(run), -math.inf, 2 * LN10) if tables.has_losses(run) else math.nan
+    return walk.first_outside(run_curves.training_losses(run), -math.inf, 2 * LN10) if run.has_losses else math.nan
 
 
 def explodes(evidence: Evidence) -> Judged:
@@ -261,7 +261,7 @@ def clipping(evidence: Evidence) -> Judged:
     for alike in _alike(evidence).values():
         if len(alike) == 2:
             for clipped, arm in alike.items():
-                found[clipped] += map(tables.lost, arm.done)
+                found[clipped] += map(run_curves.lost, arm.done)
     shares = {clipped: known.wilson(sum(lost), len(lost)) for clipped, lost in found.items() if lost}
     names = {True: "Clipped", False: "Not clipped"}
     readings = tuple(Reading(names[c], f"lost {between(share, percent)}", count(share.n, "run")) for c, share in shares.items())

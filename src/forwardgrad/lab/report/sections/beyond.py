@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from forwardgrad.lab.recipes import TABLE1, TITLES
-from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, Views, exact, tables
+from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, Views, arm_cells, exact, tables
 from forwardgrad.lab.report.claims import MINUS, MODELS, findings, goals
 from forwardgrad.lab.report.sections import learning
 from forwardgrad.lab.report.sections.studies import further_tables
@@ -73,17 +73,17 @@ def _table(title: str, arms: Sequence[ArmResult], others: Sequence[StudyResult])
 def _makers(arms: Sequence[ArmResult], backprop: ArmResult | None) -> list[Callable[[ArmResult], Cell]]:
     devices = {run.environment.get("device") for arm in arms for run in arm.done}
     return [
-        lambda arm: Cell(arm.label, format_estimator(arm.run["estimator"]) if arm.run else "", arm.kind, tables.source(arm)),
+        lambda arm: Cell(arm.label, format_estimator(arm.run["estimator"]) if arm.run else "", arm.kind, arm_cells.source(arm)),
         _rate,
-        tables.epochs,
-        tables.accuracy,
-        tables.test_loss,
+        arm_cells.epochs,
+        arm_cells.accuracy,
+        arm_cells.test_loss,
         lambda arm: _gap(arm, backprop),
         _steps,
         lambda arm: _time(arm, len(devices) > 1),
         _memory,
         _forward_only,
-        tables.outcome,
+        arm_cells.outcome,
     ]
 
 
@@ -99,8 +99,8 @@ def _published(row: Arm) -> tuple[Cell, ...]:
 def _trained(arm: ArmResult, row: Arm) -> tuple[Cell, ...]:
     """A row of Table I from runs of ours."""
     _, rate, *_, only, _ = _published(row)
-    cells = (tables.epochs(arm), tables.accuracy(arm), tables.test_loss(arm), NONE, _steps(arm), _time(arm, False), _memory(arm))
-    return (dataclasses.replace(_paper_arm(row), link=tables.source(arm)), rate, *cells, only, tables.outcome(arm))
+    cells = (arm_cells.epochs(arm), arm_cells.accuracy(arm), arm_cells.test_loss(arm), NONE, _steps(arm), _time(arm, False), _memory(arm))
+    return (dataclasses.replace(_paper_arm(row), link=arm_cells.source(arm)), rate, *cells, only, arm_cells.outcome(arm))
 
 
 def _paper_arm(row: Arm) -> Cell:
@@ -149,7 +149,7 @@ def _time(arm: ArmResult, name_device: bool) -> Cell:
     if seconds is None:
         return NONE
     where = sorted({str(run.environment.get("device", "unknown")) for run in arm.done}) if name_device else []
-    return Cell(tables.duration(seconds), ", ".join(filter(None, (f"{tables.per_step(arm).text} a step", arm.shared, *where))))
+    return Cell(tables.duration(seconds), ", ".join(filter(None, (f"{arm_cells.per_step(arm).text} a step", arm.shared, *where))))
 
 
 def _memory(arm: ArmResult) -> Cell:

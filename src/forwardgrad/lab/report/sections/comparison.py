@@ -6,7 +6,20 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from forwardgrad.lab.report.blocks import NONE, TARGETS, TARGETS_ELSEWHERE, Block, Cell, Picture, Table, duration, number, percent, tables
+from forwardgrad.lab.report.blocks import (
+    NONE,
+    TARGETS,
+    TARGETS_ELSEWHERE,
+    Block,
+    Cell,
+    Picture,
+    Table,
+    arm_cells,
+    duration,
+    number,
+    percent,
+    tables,
+)
 from forwardgrad.lab.report.sections import comparison_figures, learning
 from forwardgrad.lab.report.sections import comparison_verdict as verdict
 from forwardgrad.lab.report.sections.comparison_figures import BANDS, Searched
@@ -60,7 +73,7 @@ def typical(study: StudyResult) -> Table | None:
     for title, arms in study.groups.items():
         shown = [arm for arm in arms if arm.done]
         if any(len(arm.done) > 1 for arm in shown):
-            rows.append((title, tuple((tables.arm_cell(arm), _lost_cell(arm), *_losses(arm), *_accuracies(arm)) for arm in shown)))
+            rows.append((title, tuple((arm_cells.arm_cell(arm), _lost_cell(arm), *_losses(arm), *_accuracies(arm)) for arm in shown)))
     heads = ("mean", "median", "IQM")
     columns = ("arm", "lost", *(f"{what}, {head}" for what in ("loss", "accuracy") for head in heads))
     return Table(columns, tuple(rows), "Test loss and accuracy over seeds", TYPICAL) if rows else None
@@ -126,8 +139,8 @@ def _pair_row(pair: Pair) -> tuple[Cell, ...]:
     test, (one, two) = pair.test, pair.lost
     ranks = ", signed ranks" if test.statistic == "signed ranks" else ""
     return (
-        tables.arm_cell(pair.first),
-        tables.arm_cell(pair.second),
+        arm_cells.arm_cell(pair.first),
+        arm_cells.arm_cell(pair.second),
         Cell("lost runs", f"{one} and {two}", "warn") if one or two else interval_cell(pair.lead, signed),
         Cell(verdict.p_value(test.p), f"n = {test.n}, least {verdict.p_value(test.least)}{ranks}"),
         Cell(verdict.p_value(pair.corrected), tables.count(pair.comparisons, "comparison")),
@@ -144,7 +157,7 @@ def reached(study: StudyResult) -> list[Table]:
         targets = [target for target in targets_of(data) if any(_hits(arm, target) for arm in arms)]
         rows = []
         for title, group in StudyResult(study.name, study.title, arms).groups.items():
-            rows.append((title, tuple((tables.arm_cell(arm), *(_time(arm, target) for target in targets)) for arm in group)))
+            rows.append((title, tuple((arm_cells.arm_cell(arm), *(_time(arm, target) for target in targets)) for arm in group)))
         if targets:
             caption = f"Steps and seconds to a loss on {tables.DATA.get(str(data), str(data))}"
             found.append(Table(("arm", *(f"to loss {target}" for target in targets)), tuple(rows), caption, REACHED))
@@ -198,13 +211,13 @@ def _search_row(arm: ArmResult, found: Searched) -> tuple[Cell, ...]:
     first, last = (_best_cell(found.best, place) for place in (0, -1))
     counts = Cell(str(len(arm.trials)), waiting), Cell(str(gone), "", "warn" if gone else "quiet")
     if found.rates is None:
-        return (tables.arm_cell(arm), *counts, first, last, NONE, NONE)
+        return (arm_cells.arm_cell(arm), *counts, first, last, NONE, NONE)
     rates = found.rates
     bound = "at least, " if rates.below or rates.above else ""
     alone = rates.low == rates.high
     good = Cell(number(rates.best)) if alone else Cell(f"{number(rates.low)} to {number(rates.high)}", f"best {number(rates.best)}")
     width = Cell("no other rate" if alone else number(rates.decades), f"{bound}of {tables.count(len(rates.rates), 'rate')}")
-    return (tables.arm_cell(arm), *counts, first, last, good, width)
+    return (arm_cells.arm_cell(arm), *counts, first, last, good, width)
 
 
 def _best_cell(best: BestOf, place: int) -> Cell:

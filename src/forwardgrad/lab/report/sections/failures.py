@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from forwardgrad.lab.report.blocks import Cell, Table, tables
+from forwardgrad.lab.report.blocks import Cell, Table, arm_cells, run_curves
 from forwardgrad.lab.store import ArmResult, StudyResult
 
 
@@ -21,14 +21,15 @@ def lost_runs(study: StudyResult) -> Table | None:
 
 
 def _lost_finals(arm: ArmResult) -> list[tuple[Cell, ...]]:
-    return [_lost_row(arm, f"seed {seed}", run.folder.name, run.result) for seed, run in sorted(arm.by_seed.items()) if tables.lost(run)]
+    runs = [(seed, run) for seed, run in sorted(arm.by_seed.items()) if run_curves.lost(run)]
+    return [_lost_row(arm, f"seed {seed}", run.folder.name, run.result) for seed, run in runs]
 
 
 def _lost_trials(arm: ArmResult) -> list[tuple[Cell, ...]]:
     tried = zip(arm.record["trials"], arm.trials, strict=True)
     bad = [(trial, result) for trial, result in tried if result and result["status"] != "finished"]
-    return [_lost_row(arm, f"trial {tables.values_text(trial['values'])}", trial["run"], result) for trial, result in bad]
+    return [_lost_row(arm, f"trial {arm_cells.values_text(trial['values'])}", trial["run"], result) for trial, result in bad]
 
 
 def _lost_row(arm: ArmResult, run: str, identity: str, result: dict[str, Any]) -> tuple[Cell, ...]:
-    return (tables.arm_cell(arm), Cell(run, identity, "ids"), Cell(f"{result['steps']:,}"), Cell(tables.ended(result), tone="warn"))
+    return (arm_cells.arm_cell(arm), Cell(run, identity, "ids"), Cell(f"{result['steps']:,}"), Cell(arm_cells.ended(result), tone="warn"))

@@ -8,7 +8,20 @@ from collections.abc import Callable, Sequence
 
 from forwardgrad.lab.recipes import EXPLODED, LEFT, PAPER
 from forwardgrad.lab.report import figures
-from forwardgrad.lab.report.blocks import NONE, Block, Cell, Picture, Section, Table, count, hyperparameters, number, tables
+from forwardgrad.lab.report.blocks import (
+    NONE,
+    Block,
+    Cell,
+    Picture,
+    Section,
+    Table,
+    arm_cells,
+    count,
+    hyperparameters,
+    number,
+    run_curves,
+    tables,
+)
 from forwardgrad.lab.report.claims import findings
 from forwardgrad.lab.report.sections.studies import TRAINING
 from forwardgrad.lab.statistics import stats, walk
@@ -79,11 +92,11 @@ def _planned(arm: ArmResult, run: Done) -> int:
 
 
 def left(run: Done) -> float:
-    return walk.first_outside(tables.training_losses(run), GUESSING - MARGIN, GUESSING + MARGIN)
+    return walk.first_outside(run_curves.training_losses(run), GUESSING - MARGIN, GUESSING + MARGIN)
 
 
 def exploded(run: Done) -> float:
-    return walk.first_outside(tables.training_losses(run), -math.inf, TIMES * GUESSING)
+    return walk.first_outside(run_curves.training_losses(run), -math.inf, TIMES * GUESSING)
 
 
 def _when(find: Callable[[Done], float]) -> Callable[[ArmResult], Cell]:
@@ -122,7 +135,7 @@ def _mean(values: Sequence[float]) -> Cell:
 
 
 MAKERS: tuple[Callable[[ArmResult], Cell], ...] = (
-    tables.arm_cell,
+    arm_cells.arm_cell,
     lambda arm: Cell(hyperparameters(arm)),
     lambda arm: Cell(", ".join(dict.fromkeys(f"{run.result['steps']:,}" for run in arm.done)) or arm.progress, arm.shortened or ""),
     _when(left),
@@ -130,7 +143,7 @@ MAKERS: tuple[Callable[[ArmResult], Cell], ...] = (
     _expected,
     lambda arm: _mean(_ends(arm)[0]),
     lambda arm: _mean(_ends(arm)[1]),
-    lambda arm: tables.estimated([run.validation_loss for run in arm.done], number, 0.0, math.inf),
+    lambda arm: arm_cells.estimated([run.validation_loss for run in arm.done], number, 0.0, math.inf),
 )
 
 
@@ -164,10 +177,10 @@ def _losses(study: StudyResult) -> Picture:
     lines = []
     for arm in study.arms:
         for run in arm.done[:1]:
-            at, curve = _equivalent(arm, run), stats.binned([tables.training_losses(run)], BINS)
+            at, curve = _equivalent(arm, run), stats.binned([run_curves.training_losses(run)], BINS)
             places = tuple(at[min(round(step), len(at) - 1)] for step in curve.at)
             shown = stats.Curve(places, curve.mean, curve.low, curve.high)
-            lines.append(figures.Line(arm.kind, shown, stopped=tables.lost(run), label=arm.label))
+            lines.append(figures.Line(arm.kind, shown, stopped=run_curves.lost(run), label=arm.label))
     drawing = figures.curves(f"{study.name}-loss", [[figures.Panel("training loss", tuple(lines))]], xlabel=EQUIVALENT, ylabel=TRAINING)
     caption = f"Training loss, seed 0, on the same axis. Line: mean of each of at most {BINS} bins of steps; band: least to greatest."
     return Picture(f"{study.name}-loss", drawing, caption)

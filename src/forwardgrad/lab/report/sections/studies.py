@@ -7,7 +7,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from forwardgrad.lab.report import figures
-from forwardgrad.lab.report.blocks import Block, Cell, Picture, Section, Table, Views, exact, number, tables
+from forwardgrad.lab.report.blocks import (
+    Block,
+    Cell,
+    Picture,
+    Section,
+    Table,
+    Views,
+    arm_cells,
+    exact,
+    number,
+    run_curves,
+    study_tables,
+    tables,
+)
 from forwardgrad.lab.report.claims import findings
 from forwardgrad.lab.report.sections import comparison_verdict, failures, learning
 from forwardgrad.lab.report.sections.learning import STEP
@@ -32,7 +45,7 @@ def study_section(study: StudyResult) -> Section:
     blocks: list[Block] = [
         (*headlines, *findings.details(study)),
         *([READING] if published else []),
-        tables.results(study),
+        study_tables.results(study),
         *_pictures(study),
         *further_tables(study),
     ]
@@ -41,7 +54,7 @@ def study_section(study: StudyResult) -> Section:
 
 def further_tables(study: StudyResult) -> list[Table]:
     """Time to a loss, the search, and every run that was lost: for each study the same, where there is something to show."""
-    return [*tables.speed(study), *(table for table in (tables.tuning(study), failures.lost_runs(study)) if table)]
+    return [*study_tables.speed(study), *(table for table in (study_tables.tuning(study), failures.lost_runs(study)) if table)]
 
 
 def _pictures(study: StudyResult) -> Iterable[str | Picture | Views]:
@@ -95,9 +108,9 @@ def _bins(bins: int) -> str:
 def _lines(arms: Sequence[ArmResult], bins: int) -> tuple[figures.Line, ...]:
     lines = []
     for arm in arms:
-        curve = stats.binned([tables.training_losses(run) for run in arm.done if tables.has_losses(run)], bins)
+        curve = stats.binned([run_curves.training_losses(run) for run in arm.done if run.has_losses], bins)
         if curve.at:
-            lines.append(figures.Line(arm.kind, curve, _end(arm), all(map(tables.lost, arm.done)), arm.label))
+            lines.append(figures.Line(arm.kind, curve, _end(arm), all(map(run_curves.lost, arm.done)), arm.label))
     return tuple(lines)
 
 
@@ -230,7 +243,7 @@ def _provenance(arm: ArmResult) -> tuple[Cell, ...]:
     runs = f"n = {len(arm.done)}" + ("" if arm.complete else f" of {arm.planned}")
     environments = [run.environment for run in arm.done]
     return (
-        Cell(arm.label, group, arm.kind, anchor=tables.source(arm)),
+        Cell(arm.label, group, arm.kind, anchor=arm_cells.source(arm)),
         Cell(str(arm.record["command"]), tone="code"),
         Cell(runs, " ".join(arm.record["runs"]), "ids"),
         *_machine(environments),
