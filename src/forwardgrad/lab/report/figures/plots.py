@@ -11,30 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from forwardgrad.lab.report.figures.drawing import Drawing, Sketch, Trace, render
+from forwardgrad.lab.report.figures.lines import Line, add_legend, label_plainly, limit_losses, looks_of, trace_of
 from forwardgrad.lab.report.figures.style import FURTHER, INK, LEVEL, LOOKS, QUIET, with_rest
-from forwardgrad.lab.statistics import Curve
-
-
-@dataclass(frozen=True)
-class Line:
-    """One arm's curve in a panel; `end` says in words which runs ended early, `stopped` that all of them did.
-
-    `label` is the arm's name where it is not that of its kind; a `computed` line is drawn in dots, without a place in the legend.
-    """
-
-    kind: str
-    curve: Curve
-    end: str | None = None
-    stopped: bool = False
-    label: str = ""
-    computed: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.label or (LOOKS[self.kind]["name"] if self.kind in LOOKS else self.kind)
 
 
 @dataclass(frozen=True)
@@ -91,54 +72,18 @@ def curves(
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(tall, wide, squeeze=False, sharex="row", sharey=True)  # a network trained for less keeps a readable row
         lines = [line for row in rows for panel in row for line in panel.lines]
-        _scale(grid[0][0], lines, log)
-        looks = _looks(lines)
+        limit_losses(grid[0][0], lines, log)
+        looks = looks_of(lines)
         sketches = []
         for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
             _panel(axes, panel, marks, looks)
-            sketches.append(Sketch(axes, panel.title, [_trace(line, looks[line.name]) for line in panel.lines]))
+            sketches.append(Sketch(axes, panel.title, [trace_of(line, looks[line.name]) for line in panel.lines]))
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)
         figure.supylabel(ylabel, fontsize=9.5, color=INK)
-        _legend(figure, looks, marks)
+        add_legend(figure, looks, marks)
         return figure, sketches
 
     return render(name, draw, xlabel, ylabel)
-
-
-def _trace(line: Line, look: Mapping[str, Any]) -> Trace:
-    name, curve = f"{line.name}, computed" if line.computed else line.name, line.curve
-    return Trace(name, look["color"], curve.at, curve.mean, curve.low, curve.high)
-
-
-def _looks(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
-    """The look of every arm by its name: that of its kind for the first of the kind, one of the rest for the others."""
-    first: dict[str, str] = {}
-    for line in lines:
-        first.setdefault(line.kind, line.name)
-    looks = {first[kind]: look for kind, look in (LOOKS | FURTHER).items() if kind in first}
-    return with_rest(looks, [line.name for line in lines])
-
-
-def _scale(axes: Axes, lines: Sequence[Line], log: bool | None) -> None:
-    """Limits from the means, not the bands: one bad mini-batch must not flatten every curve."""
-    means = [value for line in lines for value in line.curve.mean if value > 0]
-    if not means:
-        axes.set_ylim(0, 1)
-        return
-    least, most = max(min(means), 1e-5), max(means)
-    if log or (log is None and most / least > 15):
-        axes.set_yscale("log", nonpositive="clip")
-        axes.set_ylim(least / 1.4, most * 1.6)
-        _plain_ticks(axes, most / least)
-    else:
-        axes.set_ylim(0, most * 1.12)
-
-
-def _plain_ticks(axes: Axes, span: float) -> None:
-    """Ticks of a logarithmic axis without powers of ten where a reader can do without."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else f"{value:.0e}"))
-    axes.yaxis.set_minor_locator(NullLocator())  # labelled lines say as much, and hundreds of ticks take seconds to draw
 
 
 def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, Any]]) -> None:
@@ -161,16 +106,6 @@ def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, 
     for place, line in enumerate(line for line in panel.lines if line.end):
         words = f"× {line.name}: {line.end}"  # the name, not the colour: words need more contrast than lines
         axes.text(0.97, 0.96 - 0.08 * place, words, transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=INK)
-
-
-def _legend(figure: Figure, looks: Mapping[str, dict[str, Any]], marks: bool) -> None:
-    handles = [
-        Line2D([], [], color=look["color"], linestyle=look["linestyle"], linewidth=2, label=name,
-               marker=look["marker"] if marks else None, markersize=5)
-        for name, look in looks.items()
-    ]  # fmt: skip
-    if handles:
-        figure.legend(handles=handles, loc="outside upper left", ncols=2 if len(handles) <= 2 else 3, handlelength=3.2)
 
 
 def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> Drawing:
@@ -301,7 +236,7 @@ def trends(name: str, panels: Sequence[tuple[str, Sequence[Trend]]], *, xlabel: 
             if positive and max(positive) / min(positive) > 15:
                 axes.set_yscale("log", nonpositive="mask")
                 axes.set_ylim(min(positive) / 2, max(positive) * 2)
-                _plain_ticks(axes, max(positive) / min(positive))
+                label_plainly(axes, max(positive) / min(positive))
             for trend in group:
                 _trend(axes, trend, looks[trend.label])
         figure.supxlabel(xlabel, fontsize=9.5, color=INK)

@@ -64,16 +64,16 @@ def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> Drawing:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if max(rates) / min(rates) < FINE else (1.0,), numticks=12))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: exact(rate)))
         axes.xaxis.set_minor_locator(NullLocator())
-        figures._scale(axes, lines, None)
-        looks = figures._looks(lines)
+        figures.limit_losses(axes, lines, None)
+        looks = figures.looks_of(lines)
         crossed = 0
         for arm, line in zip(arms, lines, strict=True):
             _rates(axes, arm, line.curve, looks[line.name], 1 - ROW * crossed)
             crossed += bool(arm.lost)
         figure.supxlabel("learning rate", fontsize=9.5, color=INK)
         figure.supylabel("validation loss (nats)", fontsize=9.5, color=INK)
-        figures._legend(figure, looks, True)
-        traces = [figures._trace(line, looks[line.name]) for line in lines if line.curve.at]
+        figures.add_legend(figure, looks, True)
+        traces = [figures.trace_of(line, looks[line.name]) for line in lines if line.curve.at]
         return figure, [Sketch(axes, title, traces)]
 
     return render(name, draw, "learning rate", "validation loss (nats)")
