@@ -31,7 +31,7 @@ from forwardgrad.lab.data.datasets import load
 from forwardgrad.lab.data.splits import Dataset, Split
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store.progress import POLL_SECONDS
-from forwardgrad.lab.store.standing import Watch
+from forwardgrad.lab.store.standing import StoreWatch
 from forwardgrad.lab.studies.estimator_text import parse_estimator
 from forwardgrad.lab.studies.run import Optimizer, Run, to_json
 from forwardgrad.lab.training import builders, loop
@@ -131,7 +131,7 @@ def pieces(training: Training, folder: Path, step: float) -> dict[str, float]:
     """Seconds a step of what comes seldom."""
     watched = typical(training.step_with_memory) - step
     checkpoint = typical(lambda: store.write_whole(folder / "checkpoint.pt", training.state.dump()))
-    watch = Watch(store.Store(folder.parent.parent), runs=[training.run.identity])
+    watch = StoreWatch(store.Store(folder.parent.parent), runs=[training.run.identity])
     return {
         "watching the memory, once an epoch": max(0.0, watched) / training.schedule.per_epoch,
         "a checkpoint a minute": checkpoint * step / CHECKPOINT_SECONDS,

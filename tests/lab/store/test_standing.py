@@ -21,10 +21,10 @@ from rich.console import Console
 from tests.support.stored import put, record, seeds, timed, tried, under_way
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import progress, standing
+from forwardgrad.lab.store import progress, runs_now, standing, time_left
 from forwardgrad.lab.store.files import read_json, write_json
 from forwardgrad.lab.store.progress import Display, Progress
-from forwardgrad.lab.store.standing import Watch, snapshot
+from forwardgrad.lab.store.standing import StoreWatch, snapshot
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length
 from forwardgrad.lab.studies.run import Optimizer, Run
@@ -73,7 +73,7 @@ def test_rate_best_and_time_left_are_what_one_works_out_by_hand(store: Store) ->
     assert (one.diverged, one.failed) == (1, 0)
     rest = 700 * 2 / 100  # it took 2 s for 100 steps, evaluations included
     pace = (3 * 4 + 2) / (3 * 400 + 100)
-    assert one.work == standing.Work(pytest.approx(rest + 800 * pace), rest, 1)
+    assert one.work == time_left.WorkLeft(pytest.approx(rest + 800 * pace), rest, 1)
     assert one.work.left == pytest.approx(rest + 800 * pace)
     assert (two.phase, two.rate, two.best, two.latest) == (standing.Phase("waiting", 0, 3), None, None, 0.0)
     assert two.work.seconds == pytest.approx((3 * 400 + 2 * 800) * pace)  # as long as the other arm of its group
@@ -97,7 +97,7 @@ def test_runs_at_the_same_time_share_the_time_left(store: Store) -> None:
 
 
 def test_a_run_that_fell_silent_is_not_under_way(store: Store) -> None:
-    now = snapshot(store, now=T + 22 + standing.FRESH_SECONDS + 1)
+    now = snapshot(store, now=T + 22 + runs_now.FRESH_SECONDS + 1)
     one = now.arms[0]
     assert (one.phase, one.running, one.rate, one.best) == (standing.Phase("stopped", 0, 2), 0, None, 0.4)
     assert one.work.left == pytest.approx((700 + 800) * 14 / 1300)
@@ -163,9 +163,9 @@ def test_a_failed_run_counts_and_stands_for_no_loss(store: Store) -> None:
 
 def test_every_result_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    read_result = standing.read_result
-    monkeypatch.setattr(standing, "read_result", lambda folder: read.append(folder.name) or read_result(folder))
-    watched = Watch(store)
+    read_result = runs_now.read_result
+    monkeypatch.setattr(runs_now, "read_result", lambda folder: read.append(folder.name) or read_result(folder))
+    watched = StoreWatch(store)
     first = watched.snapshot(T + 23)
     assert set(read) == {run.identity for run in (*trials(ONE), seeds(ONE, 1)[0])}
     read.clear()
@@ -222,13 +222,13 @@ def test_runs_outside_studies_are_arms_of_their_own(store: Store) -> None:
     assert (arm.name, arm.phase.kind, arm.share, arm.rate) == ("digits mlp backprop sgd seed 77", "run", 0.25, 5.0)
     assert arm.work.left == 30 * 2 / 10
     assert [study.title for study in now.studies] == ["Two arms", "other runs"]
-    named = Watch(store, runs=[alone.identity, "not begun"], names={alone.identity: "mine"}).snapshot(T + 23)
+    named = StoreWatch(store, runs=[alone.identity, "not begun"], names={alone.identity: "mine"}).snapshot(T + 23)
     assert [arm.name for arm in named.arms] == ["mine"]
     assert [(study.title, study.done, study.planned) for study in named.studies] == [("runs", 0, 2)]
 
 
 @pytest.fixture(scope="module")
-def sixty(tmp_path_factory: pytest.TempPathFactory) -> standing.Snapshot:
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> standing.StoreNow:
     """Sixty arms of three runs, the first twenty of them under way with a run that diverged."""
     store = Store(tmp_path_factory.mktemp("sixty"))
     long = "an arm with a long name of its own"
@@ -245,7 +245,7 @@ def sixty(tmp_path_factory: pytest.TempPathFactory) -> standing.Snapshot:
     return snapshot(store, now=T + 101)
 
 
-def drawn(now: standing.Snapshot, width: int, height: int = 25, **options: Any) -> str:
+def drawn(now: standing.StoreNow, width: int, height: int = 25, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=width, height=height, record=True, **options)
     console.print(Display(now))
     return console.export_text()
@@ -253,7 +253,7 @@ def drawn(now: standing.Snapshot, width: int, height: int = 25, **options: Any) 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.parametrize("height", [10, 24, 100])
-def test_sixty_arms_fit_every_terminal(sixty: standing.Snapshot, width: int, height: int) -> None:
+def test_sixty_arms_fit_every_terminal(sixty: standing.StoreNow, width: int, height: int) -> None:
     lines = drawn(sixty, width, height).splitlines()
     assert len(lines) < height
     assert max(map(cell_len, lines)) <= width

@@ -15,7 +15,7 @@ from forwardgrad.lab.recipes import paper
 from forwardgrad.lab.store import progress
 from forwardgrad.lab.store.files import read_json, write_json
 from forwardgrad.lab.store.progress import follow
-from forwardgrad.lab.store.standing import Watch, snapshot
+from forwardgrad.lab.store.standing import StoreWatch, snapshot
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.study import Study
 
@@ -46,7 +46,7 @@ def test_what_else_is_there_is_watched_to_its_end(damaged: Store, monkeypatch: p
     under_way(damaged, only, 10, 400, 1.0, None)
     seen: list[bool] = []
 
-    def look(watched: Watch, *rest: Any) -> Any:
+    def look(watched: StoreWatch, *rest: Any) -> Any:
         real = watched.snapshot
 
         def snapshots(now: float | None = None) -> Any:
@@ -71,7 +71,7 @@ def test_what_else_is_there_is_watched_to_its_end(damaged: Store, monkeypatch: p
 def test_a_record_that_can_be_read_at_the_next_look_ends_nothing(damaged: Store) -> None:
     """As on a file system that several machines write to."""
     arm = paper.TABLE1[0]
-    watched, stop = Watch(damaged), threading.Event()
+    watched, stop = StoreWatch(damaged), threading.Event()
     real, looks = watched.snapshot, []
 
     def snapshots(now: float | None = None) -> Any:

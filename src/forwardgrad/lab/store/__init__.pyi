@@ -2,8 +2,6 @@ from forwardgrad.lab.store import catalogue as catalogue
 from forwardgrad.lab.store import failure as failure
 from forwardgrad.lab.store import records as records
 from forwardgrad.lab.store import results as results
-from forwardgrad.lab.store.checkpoints import read_checkpoint as read_checkpoint
-from forwardgrad.lab.store.checkpoints import write_checkpoint as write_checkpoint
 from forwardgrad.lab.store.files import check as check
 from forwardgrad.lab.store.files import damaged as damaged
 from forwardgrad.lab.store.files import make_folder as make_folder
@@ -24,7 +22,9 @@ from forwardgrad.lab.store.results import ArmResult as ArmResult
 from forwardgrad.lab.store.results import Done as Done
 from forwardgrad.lab.store.results import StudyResult as StudyResult
 from forwardgrad.lab.store.results import finite as finite
+from forwardgrad.lab.store.run_files import read_checkpoint as read_checkpoint
 from forwardgrad.lab.store.run_files import read_result as read_result
+from forwardgrad.lab.store.run_files import write_checkpoint as write_checkpoint
 from forwardgrad.lab.store.run_files import write_result as write_result
 from forwardgrad.lab.store.schema import read_study as read_study
 from forwardgrad.lab.store.store import Store as Store

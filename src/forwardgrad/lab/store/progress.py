@@ -20,8 +20,9 @@ from rich.text import Text
 
 from forwardgrad.lab import interrupts
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store.standing import ArmNow, Phase, Snapshot, StudyNow, Watch, Work
+from forwardgrad.lab.store.standing import ArmNow, Phase, StoreNow, StoreWatch, StudyNow
 from forwardgrad.lab.store.store import Store
+from forwardgrad.lab.store.time_left import WorkLeft
 
 POLL_SECONDS = 0.5
 LOG_SECONDS = 60.0  # between two lines of totals where there is no terminal
@@ -58,7 +59,7 @@ class Progress:
         if not identities or self.quiet:
             yield
             return
-        stop, watch = threading.Event(), Watch(store, runs=identities, names=self.names)
+        stop, watch = threading.Event(), StoreWatch(store, runs=identities, names=self.names)
         thread = threading.Thread(target=follow, args=(watch, self.console, stop, set(identities)), daemon=True)
         thread.start()
         try:
@@ -70,7 +71,7 @@ class Progress:
 
 def watch(store: Store, *, once: bool = False) -> None:
     """Show a store on the output until all in it is done, or as it is now; UserError at the end where a record could not be read."""
-    console, looked = console_on(sys.stdout), Watch(store)
+    console, looked = console_on(sys.stdout), StoreWatch(store)
     if once:
         if not console.is_terminal:
             console.width = max(console.width, PIPED)
@@ -81,7 +82,7 @@ def watch(store: Store, *, once: bool = False) -> None:
         raise UserError(now.unread[0] + (f" ({len(now.unread) - 1} more like it)" if len(now.unread) > 1 else ""))
 
 
-def follow(watched: Watch, console: Console, stop: threading.Event, expected: set[str] | None) -> Snapshot:
+def follow(watched: StoreWatch, console: Console, stop: threading.Event, expected: set[str] | None) -> StoreNow:
     """Draw until told to stop, or until all is done where nobody expects certain runs; returns what it saw last.
 
     A record that cannot be read is looked at twice, and not waited for after that.
@@ -107,7 +108,7 @@ def follow(watched: Watch, console: Console, stop: threading.Event, expected: se
 class _Log:
     """A line for every run that ends, and one for every study now and then."""
 
-    def __init__(self, watched: Watch, console: Console, expected: set[str] | None) -> None:
+    def __init__(self, watched: StoreWatch, console: Console, expected: set[str] | None) -> None:
         self.watched, self.console, self.expected = watched, console, expected
         self.told: set[str] | None = set() if expected is not None else None
         self.logged = time.monotonic()
@@ -119,7 +120,7 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def update(self, now: Snapshot) -> None:
+    def update(self, now: StoreNow) -> None:
         self._ended(now)
         for words in () if now.complete else now.unread:  # else they are the last that is said
             if words not in self.unread:
@@ -130,7 +131,7 @@ class _Log:
             for study in now.studies:
                 self._print(head(study))
 
-    def _ended(self, now: Snapshot) -> None:
+    def _ended(self, now: StoreNow) -> None:
         ended = {run for run in self.watched.ended if self.expected is None or run in self.expected}
         of = len(self.expected) if self.expected is not None else sum(study.planned for study in now.studies)
         if self.told is None:  # attached to runs that began before
@@ -148,7 +149,7 @@ class _Log:
 class _Live(_Log):
     """The display, kept up to date in place; whoever carries out the runs also sees a line of each that ends, above it."""
 
-    def __init__(self, watched: Watch, console: Console, expected: set[str] | None) -> None:
+    def __init__(self, watched: StoreWatch, console: Console, expected: set[str] | None) -> None:
         super().__init__(watched, console, expected)
         self.live = Live(Text("looking ..."), console=console, auto_refresh=False)
 
@@ -158,7 +159,7 @@ class _Live(_Log):
     def __exit__(self, *error: Any) -> None:
         self.live.__exit__(*error)
 
-    def update(self, now: Snapshot) -> None:
+    def update(self, now: StoreNow) -> None:
         if self.expected is not None:
             self._ended(now)
         self.live.update(Display(now), refresh=True)
@@ -168,7 +169,7 @@ class _Live(_Log):
 class Display:
     """A snapshot as lines that fit the width, and the height unless `whole`: heads of the studies under way, then arms."""
 
-    now: Snapshot
+    now: StoreNow
     whole: bool = False
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -265,7 +266,7 @@ def phase(now: Phase, *, wide: bool = True) -> str:
     return f"{now.kind} {now.at} of {now.of}" if wide else f"{now.kind} {now.at}/{now.of}"
 
 
-def left(work: Work) -> str:
+def left(work: WorkLeft) -> str:
     """The time left, '≥' where the length of some runs is not known yet."""
     seconds = work.left
     return clock(seconds) if seconds is None or not work.partly else f"≥ {clock(seconds)}"

@@ -1,16 +1,22 @@
-"""What a run's folder holds, and the result that vouches for it. Loads without torch."""
+"""What a run's folder holds: the result that vouches for the files beside it, and the state that a killed run goes on from.
+
+Loads without torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forwardgrad.lab.store.files import check, damaged, digest, parse_json, parse_table, read_whole, sync, write_json
+from forwardgrad.lab.store.files import check, damaged, digest, parse_json, parse_table, read_whole, sync, write_json, write_whole
 from forwardgrad.lab.store.packed import run_file
 from forwardgrad.lab.store.schema import checked_result
 from forwardgrad.lab.studies import identity
 
 BESIDE = ("run.json", "environment.json", "evaluations.csv", "walk.csv", "losses.csv.gz", "error.txt")  # what result.json vouches for
+CHECKPOINT_SEAL = 32  # bytes at the end of a checkpoint
 
 
 class Stored(NamedTuple):
@@ -65,3 +71,24 @@ def read_stored(folder: Path, name: str | None = None) -> Stored | None:
     if files.get("run.json") != digest(asked):
         raise damaged(path, "it belongs to another run.json")
     return Stored(description, checked_result(path, result), files)
+
+
+def write_checkpoint(path: Path, content: bytes) -> None:
+    """A checkpoint, sealed together with what the run is: neither a damaged one nor another run's is gone on from."""
+    write_whole(path, content + _checkpoint_seal(path, content))
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """What `write_checkpoint` was given; UserError where it is damaged or of another run."""
+    stored = read_whole(path, math.inf) or b""
+    content, seal = stored[:-CHECKPOINT_SEAL], stored[-CHECKPOINT_SEAL:]
+    if seal != _checkpoint_seal(path, content):
+        raise damaged(path, "its content and its digest do not agree")
+    return content
+
+
+def _checkpoint_seal(path: Path, content: bytes) -> bytes:
+    seal = hashlib.sha256(content)
+    for name in ("run.json", "batch.json"):
+        seal.update(read_whole(path.parent / name) or b"")
+    return seal.digest()
