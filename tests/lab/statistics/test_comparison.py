@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from forwardgrad.lab.statistics import comparison
-from forwardgrad.lab.statistics.comparison import Interval
+from forwardgrad.lab.statistics.comparison import ConfidenceInterval
 
 INF = math.inf
 STATISTICS = (comparison.mean, comparison.median, comparison.interquartile_mean)
-Located = Callable[[Sequence[float]], Interval]
+Located = Callable[[Sequence[float]], ConfidenceInterval]
 
 
 def enumerated_bca(values: Sequence[float], statistic: Callable[[Sequence[float]], float]) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def test_statistics_are_those_computed_by_hand() -> None:
 
 def test_what_is_not_finite_is_infinite_and_kept() -> None:
     values = [0.1, 0.2, 0.3, 0.4, math.nan, 0.5, 0.6, 0.7]
-    assert comparison.mean(values) == Interval(INF, None, None, 8, caution="a loss is not finite, no interval")
+    assert comparison.mean(values) == ConfidenceInterval(INF, None, None, 8, caution="a loss is not finite, no interval")
     middle = comparison.median(values)  # 0.1 … 0.4 | 0.5 0.6 0.7 ∞; k = 1: from the first to the last
     assert (middle.value, middle.low, middle.high, middle.method) == (0.45, 0.1, INF, "order statistics")
     trimmed = comparison.interquartile_mean(values)  # 0.3 … 0.6 are left
@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_infinite_and_kept() -> None:
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_no_interval_where_none_can_be_given(statistic: Located) -> None:
-    assert statistic([0.3]) == Interval(0.3, None, None, 1, caution="n = 1, no interval")
+    assert statistic([0.3]) == ConfidenceInterval(0.3, None, None, 1, caution="n = 1, no interval")
     assert statistic([0.3, 0.3, 0.3]).caution == "all values equal, no interval"
     assert statistic([INF, INF]).value == INF
     assert statistic([INF, INF]).low is None

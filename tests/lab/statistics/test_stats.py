@@ -18,11 +18,11 @@ def test_the_interval_of_three_values_is_the_one_in_the_t_table() -> None:
 
 
 def test_one_value_has_no_interval() -> None:
-    assert stats.estimate([0.5]) == stats.Estimate(0.5, None, None, 1)
+    assert stats.estimate([0.5]) == stats.MeanEstimate(0.5, None, None, 1)
 
 
 def test_a_value_that_is_not_finite_is_not_left_out() -> None:
-    assert stats.estimate([0.5, math.inf, 0.7]) == stats.Estimate(math.inf, None, None, 3)
+    assert stats.estimate([0.5, math.inf, 0.7]) == stats.MeanEstimate(math.inf, None, None, 3)
 
 
 def test_an_interval_stays_among_possible_values() -> None:
@@ -60,11 +60,11 @@ def test_a_difference_is_paired_by_seed() -> None:
     [([math.inf], [1.0], math.inf), ([1.0], [math.inf], -math.inf), ([math.inf], [math.inf], 0.0), ([1.0], [3.0], -2.0)],
 )
 def test_a_difference_without_interval(first: list[float], second: list[float], gap: float) -> None:
-    assert stats.difference(first, second) == stats.Estimate(gap, None, None, 1)
+    assert stats.difference(first, second) == stats.MeanEstimate(gap, None, None, 1)
 
 
 def test_equal_values_have_a_difference_without_width() -> None:
-    assert stats.difference([1.0, 1.0], [3.0, 3.0]) == stats.Estimate(-2.0, -2.0, -2.0, 2)
+    assert stats.difference([1.0, 1.0], [3.0, 3.0]) == stats.MeanEstimate(-2.0, -2.0, -2.0, 2)
 
 
 def test_the_target_is_first_met_where_it_is_met_and_never_by_nan() -> None:

@@ -75,7 +75,7 @@ def pack(
     print(f"{held:,} of {before:,} runs: {directory / 'runs.jsonl.gz'}" if held else "no run has finished: nothing to pack")
 
 
-def _show(shown: list[catalogue.Row]) -> None:
+def _show(shown: list[catalogue.RunRow]) -> None:
     if not sys.stdout.isatty():
         print("\t".join(catalogue.SHOWN))
         for row in shown:

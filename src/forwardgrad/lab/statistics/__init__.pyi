@@ -9,7 +9,7 @@ from forwardgrad.lab.statistics.budget import BestOf as BestOf
 from forwardgrad.lab.statistics.budget import Profile as Profile
 from forwardgrad.lab.statistics.budget import Sensitivity as Sensitivity
 from forwardgrad.lab.statistics.comparison import LEVEL as LEVEL
-from forwardgrad.lab.statistics.comparison import Interval as Interval
+from forwardgrad.lab.statistics.comparison import ConfidenceInterval as ConfidenceInterval
 from forwardgrad.lab.statistics.comparison import Permutation as Permutation
 from forwardgrad.lab.statistics.stats import Curve as Curve
 from forwardgrad.lab.statistics.summary import LossSummary as LossSummary

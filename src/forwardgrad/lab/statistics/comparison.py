@@ -30,7 +30,7 @@ Statistic = Callable[..., Any]  # of an array along `axis`
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A statistic of n values and its two-sided 95 % interval.
 
     `low` and `high` are None where none can be given. `caution` says in words why, or why the one given is not to be trusted; empty where
@@ -50,7 +50,7 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean(values: Sequence[float]) -> Interval:
+def mean(values: Sequence[float]) -> ConfidenceInterval:
     """The mean, with the BCa bootstrap interval of Efron (1987, 'Better bootstrap confidence intervals').
 
     The quantiles Φ(z₀ + (z₀ + z)/(1 − a(z₀ + z))), z = ±1.96, of the means of resamples: z₀ corrects the bias, the jackknife's
@@ -62,7 +62,7 @@ def mean(values: Sequence[float]) -> Interval:
     return _located(values, np.mean)
 
 
-def median(values: Sequence[float]) -> Interval:
+def median(values: Sequence[float]) -> ConfidenceInterval:
     """The median with its BCa interval; where values are infinite, the interval that `between_order_statistics` gives.
 
     Raises ValueError for no values.
@@ -75,7 +75,7 @@ def median(values: Sequence[float]) -> Interval:
     return _located(values, np.median)
 
 
-def interquartile_mean(values: Sequence[float]) -> Interval:
+def interquartile_mean(values: Sequence[float]) -> ConfidenceInterval:
     """The mean of what is left without the ⌊n/4⌋ least and greatest values (Agarwal et al. 2021, section 4.3), with its BCa interval.
 
     As sparing of seeds as the mean, nearly as robust as the median; the mean itself below four values. Finite while at most ⌊n/4⌋
@@ -91,24 +91,26 @@ def _trimmed(values: np.ndarray, axis: int = -1) -> Any:
     return scipy_stats.trim_mean(values, 0.25, axis=axis)
 
 
-def between_order_statistics(values: Sequence[float]) -> Interval:
+def between_order_statistics(values: Sequence[float]) -> ConfidenceInterval:
     """The median with an interval that needs no distribution and stands infinite values: for times to a target, misses being infinite.
 
     x₍ₖ₎ to x₍ₙ₊₁₋ₖ₎ with the greatest k for which 1 − 2·P(Bin(n, ½) < k) ≥ 0.95 (Conover 1999, section 3.2): exact, if anything too
     wide. None below six values, where even the range of all holds the median in less than 95 % of cases. Raises ValueError for no values.
 
     >>> between_order_statistics([10, 20, 30, 40, 50, float("inf")])
-    Interval(value=35.0, low=10.0, high=inf, n=6, method='order statistics', caution='')
+    ConfidenceInterval(value=35.0, low=10.0, high=inf, n=6, method='order statistics', caution='')
     """
     ordered = np.sort(_losses(values))
     n, value = len(ordered), stats.median(list(ordered))
     outside = int(scipy_stats.binom.ppf((1 - CONFIDENCE) / 2, n, 0.5))  # P(Bin < k) ≤ 0.025 up to this k
     if outside < 1:
-        return Interval(float(value), None, None, n, caution="n = 1, no interval" if n == 1 else f"no interval below 6 values, n = {n}")
-    return Interval(float(value), float(ordered[outside - 1]), float(ordered[n - outside]), n, "order statistics")
+        return ConfidenceInterval(
+            float(value), None, None, n, caution="n = 1, no interval" if n == 1 else f"no interval below 6 values, n = {n}"
+        )
+    return ConfidenceInterval(float(value), float(ordered[outside - 1]), float(ordered[n - outside]), n, "order statistics")
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+def difference(first: Sequence[float], second: Sequence[float]) -> ConfidenceInterval:
     """The mean of first − second over runs that share their seeds, with its BCa interval.
 
     With an infinite loss on either side there is no interval, and the difference is infinite, towards the arm with more of them; zero
@@ -120,7 +122,9 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
     one, two = _paired(first, second)
     lost = int(np.isinf(one).sum()) - int(np.isinf(two).sum())
     if np.isinf(one).any() or np.isinf(two).any():
-        return Interval(math.copysign(math.inf, lost) if lost else 0.0, None, None, len(one), caution="a loss is not finite, no interval")
+        return ConfidenceInterval(
+            math.copysign(math.inf, lost) if lost else 0.0, None, None, len(one), caution="a loss is not finite, no interval"
+        )
     return _located(list(one - two), np.mean)
 
 
@@ -212,7 +216,7 @@ def _choices(n: int) -> int:
     return PERMUTATIONS if n <= MANY else FEWER
 
 
-def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:
+def improvement(first: Sequence[float], second: Sequence[float]) -> ConfidenceInterval:
     """The probability that a run of the first arm ends lower than one of the second: P(X < Y) + ½·P(X = Y).
 
     The mean over all pairs of runs, paired or not (Agarwal et al. 2021, section 4.3; Mann and Whitney's U/nm). The interval is the
@@ -226,10 +230,10 @@ def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:
     wins = (one[:, None] < two) + 0.5 * (one[:, None] == two)
     value, n = float(wins.mean()), min(wins.shape)
     if n == 1 or wins.min() == wins.max():
-        return Interval(value, None, None, n, caution="n = 1, no interval" if n == 1 else "all pairs alike, no interval")
+        return ConfidenceInterval(value, None, None, n, caution="n = 1, no interval" if n == 1 else "all pairs alike, no interval")
     rows, columns = _shares(0, len(one)), _shares(1, len(two))
     low, high = _quantiles(np.clip(np.sum(rows @ wins * columns, axis=1), 0.0, 1.0))
-    return Interval(value, low, high, n, "percentile", _few(n))
+    return ConfidenceInterval(value, low, high, n, "percentile", _few(n))
 
 
 @functools.lru_cache(maxsize=8)
@@ -238,23 +242,23 @@ def _shares(seed: int, n: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n
 
 
-def _located(values: Sequence[float], statistic: Statistic) -> Interval:
+def _located(values: Sequence[float], statistic: Statistic) -> ConfidenceInterval:
     """A statistic of one sample: BCa where all is finite, percentiles where only the statistic is."""
     sample = _losses(values)
     n, value = len(sample), float(statistic(sample, axis=-1))
     if not math.isfinite(value):
-        return Interval(math.inf, None, None, n, caution="a loss is not finite, no interval")
+        return ConfidenceInterval(math.inf, None, None, n, caution="a loss is not finite, no interval")
     if n == 1:
-        return Interval(value, None, None, n, caution="n = 1, no interval")
+        return ConfidenceInterval(value, None, None, n, caution="n = 1, no interval")
     if np.ptp(sample) == 0:
-        return Interval(value, None, None, n, caution="all values equal, no interval")
+        return ConfidenceInterval(value, None, None, n, caution="all values equal, no interval")
     if np.isinf(sample).any():
         low, high = _quantiles(statistic(_generator().choice(sample, (RESAMPLES, n)), axis=-1))
-        return Interval(value, low, high, n, "percentile", _few(n))
+        return ConfidenceInterval(value, low, high, n, "percentile", _few(n))
     found = _bca(sample, statistic)
     if found is None:
-        return Interval(value, None, None, n, caution="resamples too much alike, no interval")
-    return Interval(value, *found, n, "BCa", _few(n))
+        return ConfidenceInterval(value, None, None, n, caution="resamples too much alike, no interval")
+    return ConfidenceInterval(value, *found, n, "BCa", _few(n))
 
 
 def _bca(sample: np.ndarray, statistic: Statistic) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean over n values with its two-sided 95 % t interval; no interval from one value or where a value is not finite."""
 
     mean: float
@@ -38,7 +38,7 @@ class Curve:
     high: tuple[float, ...]
 
 
-def estimate(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> Estimate:
+def estimate(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> MeanEstimate:
     """The mean of independent values and its interval, cut to the values that are possible at all (a loss is never negative).
 
     >>> estimate([1.0, 2.0, 3.0]).mean, estimate([1.0]).low
@@ -48,22 +48,22 @@ def estimate(values: Sequence[float], least: float = -math.inf, most: float = ma
         raise ValueError("no values to average")
     n = len(values)
     if not all(math.isfinite(value) for value in values):
-        return Estimate(math.inf, None, None, n)
+        return MeanEstimate(math.inf, None, None, n)
     mean = float(np.mean(values))
     if n == 1:
-        return Estimate(mean, None, None, n)
+        return MeanEstimate(mean, None, None, n)
     half = _quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Estimate(mean, max(least, mean - half), min(most, mean + half), n)
+    return MeanEstimate(mean, max(least, mean - half), min(most, mean + half), n)
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def difference(first: Sequence[float], second: Sequence[float]) -> MeanEstimate:
     """The mean of first − second over runs that share their seeds, and so split, initialisation and order: a paired 95 % t interval."""
     if len(first) != len(second):
         raise ValueError(f"paired values come in equal numbers, not {len(first)} and {len(second)}")
     one, two = estimate(first), estimate(second)
     if not (math.isfinite(one.mean) and math.isfinite(two.mean)):
         gap = 0.0 if one.mean == two.mean else one.mean - two.mean  # inf − inf: neither arm is ahead
-        return Estimate(gap, None, None, one.n)
+        return MeanEstimate(gap, None, None, one.n)
     return estimate([a - b for a, b in zip(first, second, strict=True)])
 
 

@@ -18,7 +18,7 @@ from forwardgrad.lab.store.run_files import Stored
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies import format_estimator
 
-Row = dict[str, Any]
+RunRow = dict[str, Any]
 
 # What a table shows: its heading, and the column of the rows that it is. What a narrow terminal can do without goes in this order:
 SPARED = ("data", "optimizer", "steps", "seed", "model", "study", "seconds", "estimator")
@@ -66,7 +66,7 @@ class Wanted:
     arm: tuple[str, ...] = ()
     status: str | None = None
 
-    def __call__(self, row: Row) -> bool:
+    def __call__(self, row: RunRow) -> bool:
         named = any(_any(study, self.study) and _any(arm, self.arm) for study, arm in row["places"])
         return (named or not (self.study or self.arm)) and self.status in (None, row["status"])
 
@@ -75,7 +75,7 @@ def _any(name: str, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def rows(store: Store, wanted: Callable[[Row], bool] = lambda row: True, *, where: bool = False) -> list[Row]:
+def rows(store: Store, wanted: Callable[[RunRow], bool] = lambda row: True, *, where: bool = False) -> list[RunRow]:
     """A row for every run that was begun, in the order of their studies; with `where` also the machine that it ran on.
 
     Raises UserError for a run or a study that is damaged.
@@ -103,7 +103,7 @@ def _places(store: Store) -> dict[str, list[tuple[str, str, str]]]:
     return places
 
 
-def _row(folder: Path, stored: Stored, places: Sequence[tuple[str, str, str]]) -> Row:
+def _row(folder: Path, stored: Stored, places: Sequence[tuple[str, str, str]]) -> RunRow:
     asked, result = dataclasses.asdict(described(folder, stored)), stored.result or {}
     study, arm, part = ("; ".join(dict.fromkeys(place[i] for place in places)) for i in range(3))
     test = result.get("test") or {}
@@ -130,18 +130,18 @@ def _flat(asked: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield (prefix + name if prefix else RENAMED.get(name, name)), value
 
 
-def _where(folder: Path, stored: Stored) -> Row:
+def _where(folder: Path, stored: Stored) -> RunRow:
     here = environment(folder, stored)
     return {name: here.get(name) for name in WHERE}
 
 
-def ordered(found: Sequence[Row], by: str, *, reverse: bool) -> list[Row]:
+def ordered(found: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
     """The rows by one column of the table; those that have nothing there come last in either order."""
     have = [row for row in found if row.get(SHOWN[by]) is not None]
     return [*sorted(have, key=lambda row: row[SHOWN[by]], reverse=reverse), *(row for row in found if row.get(SHOWN[by]) is None)]
 
 
-def write_csv(path: Path, found: Sequence[Row]) -> None:
+def write_csv(path: Path, found: Sequence[RunRow]) -> None:
     """One row a run, and a column for everything that is known; empty is what a run does not have, and a loss that was not finite."""
     columns = [name for name in dict.fromkeys(name for row in found for name in row) if name != "places"]
     text = io.StringIO()
@@ -155,7 +155,7 @@ def _field(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else "" if value is None else value
 
 
-def fitting(found: Sequence[Row], width: int) -> list[int]:
+def fitting(found: Sequence[RunRow], width: int) -> list[int]:
     """Which of the shown columns fit into so many letters, two between them; what cannot be spared stays."""
     names, texts = list(SHOWN), [cells(row) for row in found]
     heads = [max(map(len, name.split())) for name in names]
@@ -167,7 +167,7 @@ def fitting(found: Sequence[Row], width: int) -> list[int]:
     return kept
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: RunRow) -> list[str]:
     """What a table shows of a row, on one line and without anything that a terminal would obey."""
     return ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _shown(row.get(name))) for name in SHOWN.values()]
 

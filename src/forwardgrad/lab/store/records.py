@@ -15,7 +15,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store.schema import read_study
 from forwardgrad.lab.store.store import Store
 
-Row = dict[str, Any]
+ArmRecord = dict[str, Any]
 
 
 def family(store: Store, name: str) -> Iterator[tuple[str, Path, dict[str, Any] | None]]:
@@ -39,7 +39,7 @@ def paces(store: Store, name: str) -> dict[str, Any]:
     return found
 
 
-def placed(store: Store, name: str, rows: list[Row], written: str | None) -> tuple[str, Path, dict[str, Any] | None, list[Row]]:
+def placed(store: Store, name: str, rows: list[ArmRecord], written: str | None) -> tuple[str, Path, dict[str, Any] | None, list[ArmRecord]]:
     """The record that the rows of a study belong in: its name, its path, what it holds, and all rows that it has then.
 
     `written` is the record that the same command wrote before: it stays there where it can.
@@ -52,7 +52,7 @@ def placed(store: Store, name: str, rows: list[Row], written: str | None) -> tup
     raise AssertionError("the last record of a family is free")
 
 
-def _merged(store: Store, stored: Row | None, row: Row) -> Row | None:
+def _merged(store: Store, stored: ArmRecord | None, row: ArmRecord) -> ArmRecord | None:
     """One row of two; None where that would drop the results of runs that the new one does not name."""
     if stored is None:
         return row
@@ -65,7 +65,7 @@ def _merged(store: Store, stored: Row | None, row: Row) -> Row | None:
     return stored if begun else None  # the same study, at an earlier stage of it or with fewer seeds
 
 
-def _tried(row: Row) -> list[str]:
+def _tried(row: ArmRecord) -> list[str]:
     return [trial["run"] for trial in row["trials"]]
 
 

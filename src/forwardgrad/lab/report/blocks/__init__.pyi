@@ -9,8 +9,8 @@ from forwardgrad.lab.report.blocks.as_latex import latex as latex
 from forwardgrad.lab.report.blocks.as_markdown import markdown as markdown
 from forwardgrad.lab.report.blocks.kinds import Block as Block
 from forwardgrad.lab.report.blocks.kinds import Judged as Judged
+from forwardgrad.lab.report.blocks.kinds import Observation as Observation
 from forwardgrad.lab.report.blocks.kinds import Picture as Picture
-from forwardgrad.lab.report.blocks.kinds import Reading as Reading
 from forwardgrad.lab.report.blocks.kinds import Section as Section
 from forwardgrad.lab.report.blocks.kinds import Views as Views
 from forwardgrad.lab.report.blocks.kinds import pictures_of as pictures_of

@@ -29,7 +29,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Observation:
     """What was measured of a claim: where, the value in words with its interval, and of how many what."""
 
     where: str
@@ -45,7 +45,7 @@ class Judged:
     said: str
     source: str
     status: str
-    readings: tuple[Reading, ...]
+    readings: tuple[Observation, ...]
     rule: str
     why: str = ""
     command: str = ""  # what would decide it

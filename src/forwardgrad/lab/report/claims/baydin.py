@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from forwardgrad.lab.report.blocks import Judged, Reading, count, number, run_curves, tables
+from forwardgrad.lab.report.blocks import Judged, Observation, count, number, run_curves, tables
 from forwardgrad.lab.report.claims import evidence as known
 from forwardgrad.lab.report.claims import findings
 from forwardgrad.lab.report.claims.evidence import GUESSING, LEARNED, Decide, Evidence, above, accurate, below, between, rows, status
@@ -42,20 +42,20 @@ def cost(evidence: Evidence) -> Judged:
     )  # fmt: skip
 
 
-def _to_backprop(case: dict[str, Any], name: str) -> stats.Estimate | None:
+def _to_backprop(case: dict[str, Any], name: str) -> stats.MeanEstimate | None:
     arm = next((arm for arm in case["arms"] if arm["name"] == name and not arm["failed"]), None)
     found = (arm or {}).get("to_backprop") or {}
     if found.get("value") is None:
         return None
-    return stats.Estimate(found["value"], found["low"], found["high"], int(case["rounds"]))
+    return stats.MeanEstimate(found["value"], found["low"], found["high"], int(case["rounds"]))
 
 
-def _cost_reading(case: dict[str, Any], found: stats.Estimate) -> Reading:
+def _cost_reading(case: dict[str, Any], found: stats.MeanEstimate) -> Observation:
     words = f"a step takes {between(found)} times as long as one of backpropagation"
     cheap = _to_backprop(case, "low-rank")
     rank = f"; with directions of rank 1, {number(cheap.mean)} times" if cheap else ""
     where = f"{tables.MODELS.get(case['model'], case['model'])} · {tables.DATA.get(str(case['data']), str(case['data']))}"
-    return Reading(where, words + rank, count(found.n, "round"))
+    return Observation(where, words + rank, count(found.n, "round"))
 
 
 def trains(evidence: Evidence) -> Judged:
@@ -69,7 +69,7 @@ def trains(evidence: Evidence) -> Judged:
         "Forward gradients alone train networks on MNIST",
         f"{BAYDIN}, 5",
         status(yes and not no, no),
-        tuple(Reading(title, f"test accuracy {accurate(one)}", n) for title, one, n in found),
+        tuple(Observation(title, f"test accuracy {accurate(one)}", n) for title, one, n in found),
         "the 95 % interval of the test accuracy of every forward arm with tuned hyperparameters lies above guessing, 10 % (confirmed); "
         "one arm is at guessing or below (refuted). With one seed the interval is Wilson's over the test images: it holds for that "
         "network.",
@@ -105,7 +105,7 @@ def as_good(name: str, tuned: bool, said: str, source: str) -> Decide:
     return decide
 
 
-def _gap(evidence: Evidence, start: str) -> tuple[Reading | None, stats.Estimate | None]:
+def _gap(evidence: Evidence, start: str) -> tuple[Observation | None, stats.MeanEstimate | None]:
     pair = _pair(evidence, start)
     if pair is None:
         return None, None
@@ -113,10 +113,10 @@ def _gap(evidence: Evidence, start: str) -> tuple[Reading | None, stats.Estimate
     found = stats.difference(forward, backprop)
     ends = f"test loss {number(known.mean(forward))} with the forward gradient, {number(known.mean(backprop))} with backpropagation"
     apart = "" if found.low is None else f"; difference {between(found)}"
-    return Reading(_title(pair[0]), ends + apart, count(found.n, "seed")), found
+    return Observation(_title(pair[0]), ends + apart, count(found.n, "seed")), found
 
 
-def _pair(evidence: Evidence, start: str) -> findings.Pair | None:
+def _pair(evidence: Evidence, start: str) -> findings.ArmPair | None:
     forward, backprop = (evidence.arm("baydin", f"{start}-{kind}") for kind in ("forward", "backprop"))
     return None if forward is None or backprop is None or findings.unequal((forward, backprop)) else (forward, backprop)
 
@@ -136,7 +136,7 @@ def sooner(evidence: Evidence) -> Judged:
         "At one learning rate for both, forward gradients reach a loss in less time (as the paper reports it: “significant speedup”)",
         f"{BAYDIN}, 5; the paper, I",
         status(yes, no),
-        (Reading("NN · MNIST · one learning rate", words, count(len(ratios), "seed")),) if ratios else (),
+        (Observation("NN · MNIST · one learning rate", words, count(len(ratios), "seed")),) if ratios else (),
         "training time until the validation loss that backpropagation ends with, forward gradient over backpropagation, paired by seed: "
         "the 95 % t interval of the mean logarithm lies below 0 (confirmed) or above it, or no run of several gets there (refuted).",
         "" if yes or no else "One seed gives no interval." if len(ratios) == 1 else "Not run, or the interval holds 1.",
@@ -145,7 +145,7 @@ def sooner(evidence: Evidence) -> Judged:
     )
 
 
-def _times(pair: findings.Pair) -> list[float]:
+def _times(pair: findings.ArmPair) -> list[float]:
     forward, backprop = (arm.by_seed for arm in pair)
     return [_time(forward[seed], other) for seed, other in sorted(backprop.items())]
 
@@ -174,11 +174,11 @@ def minimises(name: str) -> Decide:
     return decide
 
 
-def _descent(arm: dict[str, Any], start: float) -> Reading:
+def _descent(arm: dict[str, Any], start: float) -> Observation:
     kind = {"forward": "forward gradient", "backprop": "backpropagation"}.get(arm["kind"], arm["kind"])
     setting = "tuned" if arm["tuned"] else "one learning rate"
     seeds = count(int(arm.get("seeds") or 1), "seed")
-    return Reading(f"{kind}, {setting}", f"from {number(start)} to {number(finite(arm.get('final_median')))}", f"median of {seeds}")
+    return Observation(f"{kind}, {setting}", f"from {number(start)} to {number(finite(arm.get('final_median')))}", f"median of {seeds}")
 
 
 def unbiased(evidence: Evidence) -> Judged:
@@ -190,7 +190,7 @@ def unbiased(evidence: Evidence) -> Judged:
     no = any(total["p"] < BIASED / len(totals) for total in totals)
     yes = bool(totals) and not no and all(total["length"]["low"] <= 1 <= total["length"]["high"] for total in totals)
     readings = tuple(
-        Reading(
+        Observation(
             _measured_on(setting, one),
             f"length along g {_interval(total['length'])}, p = {total['p']:.2g}",
             f"{setting['repeats']} estimates",

@@ -10,7 +10,7 @@ from typing import Any
 from scipy.special import ndtri
 
 from forwardgrad.lab.recipes import TABLE1
-from forwardgrad.lab.report.blocks import Judged, Reading, count, number, percent
+from forwardgrad.lab.report.blocks import Judged, Observation, count, number, percent
 from forwardgrad.lab.report.claims import findings
 from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult
@@ -37,7 +37,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A forward and a backprop arm of Table I; `short` says why they cannot decide anything, empty where they can.
 
     `length` says by how much both are shorter than the paper's, empty where they are not.
@@ -51,13 +51,13 @@ class Row:
     study: str = "table1"
 
     @property
-    def pair(self) -> findings.Pair:
+    def pair(self) -> findings.ArmPair:
         assert self.forward is not None
         assert self.backprop is not None
         return self.forward, self.backprop
 
 
-def rows(evidence: Evidence, model: str = "", optimizer: str = "", data: str = "", *, retuned: bool = False) -> list[Row]:
+def rows(evidence: Evidence, model: str = "", optimizer: str = "", data: str = "", *, retuned: bool = False) -> list[PaperRow]:
     """The comparisons of Table I with this network, optimizer and data set.
 
     With `retuned` the arms are those of our own search where they are there: at full length, else where the published ones are no longer.
@@ -73,16 +73,16 @@ def rows(evidence: Evidence, model: str = "", optimizer: str = "", data: str = "
     return found
 
 
-def _row(evidence: Evidence, study: str, title: str, forward: str, backprop: str) -> Row:
+def _row(evidence: Evidence, study: str, title: str, forward: str, backprop: str) -> PaperRow:
     one, other = evidence.arm(study, forward), evidence.arm(study, backprop)
     if one is None or other is None:
-        return Row(title, one, other, "not run, or unfinished", study=study)
+        return PaperRow(title, one, other, "not run, or unfinished", study=study)
     unequal = findings.unequal((one, other))
     short = f"different {', '.join(unequal)}" if unequal else ""
-    return Row(title, one, other, short, one.shortened or other.shortened or "", study)
+    return PaperRow(title, one, other, short, one.shortened or other.shortened or "", study)
 
 
-def section_of(rows: Sequence[Row]) -> str:
+def section_of(rows: Sequence[PaperRow]) -> str:
     """The section of the page that most of the rows which can decide something were read from."""
     names = [row.study for row in rows if not row.short]
     return max(set(names), key=names.count) if names else "table1"
@@ -93,7 +93,7 @@ def losses(arm: ArmResult) -> list[float]:
     return [run.loss for _, run in sorted(arm.by_seed.items())]
 
 
-def gap(row: Row) -> stats.Estimate:
+def gap(row: PaperRow) -> stats.MeanEstimate:
     """Forward gradient less backpropagation in test loss, paired by seed."""
     return stats.difference(*map(losses, row.pair))
 
@@ -107,7 +107,7 @@ def ratio(forward: float, backprop: float) -> float:
     return forward / backprop if 0 < backprop < math.inf and forward > 0 else math.inf
 
 
-def over(ratios: Sequence[float]) -> stats.Estimate:
+def over(ratios: Sequence[float]) -> stats.MeanEstimate:
     """The geometric mean of ratios with its 95 % t interval: that of their logarithms.
 
     >>> over([2.0, 8.0]).mean
@@ -115,10 +115,10 @@ def over(ratios: Sequence[float]) -> stats.Estimate:
     """
     found = stats.estimate([math.log(value) for value in ratios])
     low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
-    return stats.Estimate(math.exp(found.mean), low, high, found.n)
+    return stats.MeanEstimate(math.exp(found.mean), low, high, found.n)
 
 
-def wilson(hits: float, n: int) -> stats.Estimate:
+def wilson(hits: float, n: int) -> stats.MeanEstimate:
     """A share with its 95 % interval after Wilson, which stays within 0 and 1.
 
     >>> found = wilson(6, 6)
@@ -128,10 +128,10 @@ def wilson(hits: float, n: int) -> stats.Estimate:
     z, share = float(ndtri((1 + stats.CONFIDENCE) / 2)), hits / n
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return stats.Estimate(share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
+    return stats.MeanEstimate(share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
 
 
-def accuracy(arm: ArmResult) -> tuple[stats.Estimate, str]:
+def accuracy(arm: ArmResult) -> tuple[stats.MeanEstimate, str]:
     """Test accuracy: over seeds where there are several, else of the one network over the images of the test split; and n in words."""
     values = [run.accuracy if math.isfinite(run.accuracy) else 0.0 for run in arm.done]
     if len(values) > 1:
@@ -140,33 +140,33 @@ def accuracy(arm: ArmResult) -> tuple[stats.Estimate, str]:
     return wilson(values[0] * images, images), f"1 seed, {images:,} test images"
 
 
-def between(found: stats.Estimate, words: Callable[[float], str] = number) -> str:
+def between(found: stats.MeanEstimate, words: Callable[[float], str] = number) -> str:
     """A mean and its interval in words."""
     if found.low is None or found.high is None:
         return f"{words(found.mean)} (no interval)"
     return f"{words(found.mean)} (95 % interval {words(found.low)} to {words(found.high)})"
 
 
-def accurate(found: stats.Estimate) -> str:
+def accurate(found: stats.MeanEstimate) -> str:
     return between(found, percent)
 
 
-def losses_reading(row: Row) -> Reading:
+def losses_reading(row: PaperRow) -> Observation:
     """Both losses of a row, and how much larger that of the forward gradient is; or why there is nothing to compare."""
     if row.short:
-        return Reading(row.title, row.short, "left out")
+        return Observation(row.title, row.short, "left out")
     forward, backprop = map(losses, row.pair)
     both = f"{number(mean(forward))} with the forward gradient, {number(mean(backprop))} with backpropagation"
     found = gap(row)
     apart = "" if found.low is None else f"; difference {between(found)}"
-    return Reading(row.title, f"test loss {both}{apart}{f' ({row.length})' if row.length else ''}", count(found.n, "seed"))
+    return Observation(row.title, f"test loss {both}{apart}{f' ({row.length})' if row.length else ''}", count(found.n, "seed"))
 
 
-def above(found: stats.Estimate, limit: float) -> bool:
+def above(found: stats.MeanEstimate, limit: float) -> bool:
     return found.low is not None and found.low > limit
 
 
-def below(found: stats.Estimate, limit: float) -> bool:
+def below(found: stats.MeanEstimate, limit: float) -> bool:
     return found.high is not None and found.high < limit
 
 

@@ -8,15 +8,15 @@ from forwardgrad.lab.report.blocks import count, exact, number
 from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult
 
-Pair = tuple[ArmResult, ArmResult]  # the forward and the backprop arm of one comparison, all runs of both finished
+ArmPair = tuple[ArmResult, ArmResult]  # the forward and the backprop arm of one comparison, all runs of both finished
 
 
-def pairs(study: StudyResult) -> list[Pair]:
+def pairs(study: StudyResult) -> list[ArmPair]:
     """The comparisons that are finished and fair."""
     return [pair for pair in _finished(study) if not unequal(pair)]
 
 
-def _finished(study: StudyResult) -> list[Pair]:
+def _finished(study: StudyResult) -> list[ArmPair]:
     found = []
     for arms in study.groups.values():
         first = {kind: next((arm for arm in arms if arm.kind == kind and arm.complete), None) for kind in ("forward", "backprop")}
@@ -25,7 +25,7 @@ def _finished(study: StudyResult) -> list[Pair]:
     return found
 
 
-def unequal(pair: Pair) -> list[str]:
+def unequal(pair: ArmPair) -> list[str]:
     """In what two arms of a group differ that a fair comparison holds equal, save what was searched over."""
     forward, backprop = ({**arm.terms} for arm in pair)
     searched = {name.replace("_", " ") for arm in pair for name in arm.record.get("space") or {}}
@@ -49,7 +49,7 @@ def headlines(study: StudyResult) -> list[str]:
     return ["At one learning rate: " + _lower_first(_winner(given)), "Each arm tuned: " + _lower_first(_winner(tuned)), _spread(everything)]
 
 
-def _winner(compared: Sequence[Pair]) -> str:
+def _winner(compared: Sequence[ArmPair]) -> str:
     gaps = [_gap(pair).mean for pair in compared]
     forward, level = sum(gap < 0 for gap in gaps), sum(gap == 0 for gap in gaps)
     backprop = len(gaps) - forward - level
@@ -60,19 +60,19 @@ def _winner(compared: Sequence[Pair]) -> str:
     return f"{name} reached the lower test loss in {wins} of {count(len(gaps), 'comparison')}{rest}{_sizes(compared)}."
 
 
-def _sizes(compared: Sequence[Pair]) -> str:
+def _sizes(compared: Sequence[ArmPair]) -> str:
     """How large the test losses are: both where there is one comparison, their ranges where there are several."""
     losses = [[stats.estimate([run.loss for run in arm.done]).mean for arm in arms] for arms in zip(*compared, strict=True)]
     forward, backprop = (number(min(arm)) if min(arm) == max(arm) else f"{number(min(arm))} to {number(max(arm))}" for arm in losses)
     return f": {backprop} with backpropagation, {forward} with the forward gradient"
 
 
-def _gap(pair: Pair) -> stats.Estimate:
+def _gap(pair: ArmPair) -> stats.MeanEstimate:
     forward, backprop = ([run.loss for run in arm.done] for arm in pair)
     return stats.difference(forward, backprop)
 
 
-def _spread(compared: Sequence[Pair]) -> str:
+def _spread(compared: Sequence[ArmPair]) -> str:
     gaps = [_gap(pair) for pair in compared]
     known = [gap for gap in gaps if gap.low is not None and gap.high is not None]
     if all(gap.n == 1 for gap in gaps):

@@ -16,7 +16,7 @@ MODELS = {network.title: model for model, network in NETWORKS.items()}
 
 
 @dataclass(frozen=True)
-class Goal:
+class NetworkGoal:
     """What the best forward-only arm is to reach: `points` of accuracy below backpropagation at most, and what else is given."""
 
     points: float
@@ -26,10 +26,10 @@ class Goal:
     steps: int | None = None
 
 
-GOALS: dict[str, Goal] = {
-    "nn": Goal(points=0.2, epochs=10, loss=0.41, steps=PAPER_STEPS // 20),  # 0.41: the paper's own reading over its last ten epochs
-    "cnn": Goal(points=0.3, accuracy=0.988),
-    "cifar-cnn": Goal(points=5, accuracy=0.70),
+GOALS: dict[str, NetworkGoal] = {
+    "nn": NetworkGoal(points=0.2, epochs=10, loss=0.41, steps=PAPER_STEPS // 20),  # 0.41: the paper's own reading over its last ten epochs
+    "cnn": NetworkGoal(points=0.3, accuracy=0.988),
+    "cifar-cnn": NetworkGoal(points=5, accuracy=0.70),
 }
 
 
@@ -59,7 +59,7 @@ def unequal(arm: ArmResult, backprop: ArmResult) -> list[str]:
     return [what for what in mine if what not in ("seeds", "model") and mine[what] != other[what]]
 
 
-def gap(arm: ArmResult, backprop: ArmResult) -> stats.Estimate | None:
+def gap(arm: ArmResult, backprop: ArmResult) -> stats.MeanEstimate | None:
     """Points of test accuracy that an arm has more than backpropagation, over the seeds that both have finished."""
     mine, other = arm.by_seed, backprop.by_seed
     seeds = sorted(mine.keys() & other.keys())
@@ -90,7 +90,7 @@ def _verdict(title: str, arms: Sequence[ArmResult]) -> str:
     return f"{found}, {_apart(apart)} backpropagation's {percent(accuracy(backprop))}.{''.join(f' {goal}' for goal in goals)}"
 
 
-def _apart(apart: stats.Estimate | None) -> str:
+def _apart(apart: stats.MeanEstimate | None) -> str:
     assert apart is not None  # both arms are complete
     between = "" if apart.low is None or apart.high is None else f" (95 % interval of the difference {apart.low:+.2f} to {apart.high:+.2f})"
     return f"{abs(apart.mean):.2f} points {'below' if apart.mean < 0 else 'above'}{between.replace('-', MINUS)}"
@@ -99,7 +99,7 @@ def _apart(apart: stats.Estimate | None) -> str:
 MINUS = "\N{MINUS SIGN}"
 
 
-def _goals(goal: Goal, best: ArmResult, apart: stats.Estimate | None) -> list[str]:
+def _goals(goal: NetworkGoal, best: ArmResult, apart: stats.MeanEstimate | None) -> list[str]:
     assert apart is not None
     epochs = max(float(run.result["epochs"]) for run in best.done)
     within = -apart.mean <= goal.points and (goal.epochs is None or epochs <= goal.epochs)

@@ -6,7 +6,7 @@ import itertools
 import math
 
 from forwardgrad.lab.recipes import TITLES
-from forwardgrad.lab.report.blocks import Judged, Reading, count, exact, number, percent, run_curves, study_tables, tables
+from forwardgrad.lab.report.blocks import Judged, Observation, count, exact, number, percent, run_curves, study_tables, tables
 from forwardgrad.lab.report.claims import evidence as known
 from forwardgrad.lab.report.claims.evidence import (
     LEARNED,
@@ -42,7 +42,7 @@ def lower(model: str, title: str) -> Decide:
         readings = [losses_reading(row) for row in mine]
         if found:
             words = f"the forward gradient's loss is {between(found)} times backpropagation's"
-            readings.append(Reading("Together", words, count(found.n, "optimizer")))
+            readings.append(Observation("Together", words, count(found.n, "optimizer")))
         every = bool(found) and len(usable) == len(mine)
         yes, no = every and bool(found and above(found, 1)), bool(found and below(found, 1))
         return Judged(
@@ -84,7 +84,7 @@ def zero(evidence: Evidence) -> Judged:
     found = [(row, stats.estimate(known.losses(arm), 0.0)) for row, arm in mine]
     no = any((one.low if one.low is not None else one.mean) >= ZERO for _, one in found)
     yes = len(found) == 6 and all(below(one, ZERO) for _, one in found)
-    readings = tuple(Reading(row.title, f"test loss {between(one)}", count(one.n, "seed")) for row, one in found)
+    readings = tuple(Observation(row.title, f"test loss {between(one)}", count(one.n, "seed")) for row, one in found)
     return Judged(
         "zero-loss",
         "“All networks trained with backpropagation on the MNIST dataset converge to zero loss regardless of the optimization methods "
@@ -116,16 +116,16 @@ def faster(evidence: Evidence) -> Judged:
         reached = None if row.short else _common(*row.pair)
         if reached is None:
             missed += not row.short
-            readings.append(Reading(row.title, row.short or "no validation loss is reached by both", "left out"))
+            readings.append(Observation(row.title, row.short or "no validation loss is reached by both", "left out"))
             continue
         target, forward, backprop = reached
         ratios.append(forward / backprop)
         steps = f"{forward:,.0f} steps to a validation loss of {exact(target)}, {backprop:,.0f} with backpropagation"
         length = f" ({row.length})" if row.length else ""
-        readings.append(Reading(row.title, f"{steps}: {number(ratios[-1])} times{length}", count(len(row.pair[0].done), "seed")))
+        readings.append(Observation(row.title, f"{steps}: {number(ratios[-1])} times{length}", count(len(row.pair[0].done), "seed")))
     found = known.over(ratios) if len(ratios) > 1 else None
     if found:
-        readings.append(Reading("All of these together", f"{between(found)} times as many steps", count(found.n, "configuration")))
+        readings.append(Observation("All of these together", f"{between(found)} times as many steps", count(found.n, "configuration")))
     yes = not missed and bool(found and above(found, FASTER[0]) and below(found, FASTER[1]))
     no = bool(found and (above(found, FASTER[1]) or below(found, FASTER[0])))
     return Judged(
@@ -157,7 +157,7 @@ def rates(evidence: Evidence) -> Judged:
         words = f"learning rate {best} for backpropagation, {other} for the forward gradient: {number(factor)} times"
         span = f"; {number(factor / steps)} to {number(factor * steps)} within one grid point on either side"
         trials = f"{count(len(forward.trials), 'trial')} an arm, 1 seed"
-        readings.append(Reading(tables.MODELS[model], words + span + ("; on the edge of its grid" if edge else ""), trials))
+        readings.append(Observation(tables.MODELS[model], words + span + ("; on the edge of its grid" if edge else ""), trials))
     yes, no = len(verdicts) == 2 and all(one for one, _ in verdicts), any(one for _, one in verdicts)
     return Judged(
         "rates",
@@ -184,11 +184,11 @@ def simple(evidence: Evidence) -> Judged:
     linear = evidence.arm("beyond", "nn-linear")
     mine = [(row, row.forward) for row in rows(evidence, model="nn") if row.forward and not row.forward.shortened]
     found = [(row, *known.accuracy(arm)) for row, arm in mine]
-    readings = [Reading(row.title, f"test accuracy {accurate(one)}", n) for row, one, n in found]
+    readings = [Observation(row.title, f"test accuracy {accurate(one)}", n) for row, one, n in found]
     yes = no = False
     if linear is not None:
         line, n = known.accuracy(linear)
-        readings.append(Reading("Linear classifier on the pixels", f"test accuracy {accurate(line)}", n))
+        readings.append(Observation("Linear classifier on the pixels", f"test accuracy {accurate(line)}", n))
         decided = bool(found) and line.low is not None and line.high is not None
         yes = decided and all(above(one, line.high or 0) for _, one, _ in found)
         no = decided and all(below(one, line.low or 0) for _, one, _ in found)
@@ -216,7 +216,7 @@ def fails(evidence: Evidence) -> Judged:
     ends = [run.validation_loss for run in arm.done] if arm else []
     yes, no = bool(ends) and min(ends) >= LEARNED, bool(ends) and max(ends) < LEARNED
     found = known.between(stats.estimate(ends, 0.0)) if ends else ""
-    readings = (Reading("CNN · CIFAR-10 · SGD", f"validation loss at the end {found}", count(len(ends), "run")),) if ends else ()
+    readings = (Observation("CNN · CIFAR-10 · SGD", f"validation loss at the end {found}", count(len(ends), "run")),) if ends else ()
     return Judged(
         "cifar-fails",
         "“the algorithm fails to learn” on CIFAR-10",
@@ -241,7 +241,7 @@ def explodes(evidence: Evidence) -> Judged:
     middle = stats.median(steps) if steps else math.nan
     yes = EXPLODED / 2 <= middle <= EXPLODED * 2
     words = f"exploded at step {middle:,.0f}" if math.isfinite(middle) else "did not explode"
-    readings = (Reading("CNN · CIFAR-10 · SGD, median", words, count(len(steps), "run")),) if steps else ()
+    readings = (Observation("CNN · CIFAR-10 · SGD, median", words, count(len(steps), "run")),) if steps else ()
     return Judged(
         "cifar-explodes",
         "“the loss explodes after about 40 000 iterations” on CIFAR-10",
@@ -264,7 +264,7 @@ def clipping(evidence: Evidence) -> Judged:
                 found[clipped] += map(run_curves.lost, arm.done)
     shares = {clipped: known.wilson(sum(lost), len(lost)) for clipped, lost in found.items() if lost}
     names = {True: "Clipped", False: "Not clipped"}
-    readings = tuple(Reading(names[c], f"lost {between(share, percent)}", count(share.n, "run")) for c, share in shares.items())
+    readings = tuple(Observation(names[c], f"lost {between(share, percent)}", count(share.n, "run")) for c, share in shares.items())
     yes = len(shares) == 2 and above(shares[False], shares[True].high or 0)
     no = len(shares) == 2 and below(shares[False], shares[True].low or 0)
     return Judged(
@@ -300,7 +300,7 @@ def published(model: str, title: str, command: str) -> Decide:
         no = bool(share and below(share, INSIDE))
         yes = bool(share and share.mean >= INSIDE) and len(hits) == len(arms) and not no
         words = f"{sum(hits)} of {len(hits)} published values lie within the 5–95 % range of our readings"
-        readings = (Reading(title, f"{words}: {between(share, percent)}", count(len(hits), "arm")),) if share else ()
+        readings = (Observation(title, f"{words}: {between(share, percent)}", count(len(hits), "arm")),) if share else ()
         return Judged(
             f"published-{model}", f"Table I, {title}: the published test losses", "the paper, Table I", status(yes, no), readings,
             "a published value is the loss of 16 images. All arms are trained at full length, at least "

@@ -9,7 +9,7 @@ from typing import Any
 from forwardgrad.lab.recipes import NETWORKS
 from forwardgrad.lab.report.blocks import count, number
 from forwardgrad.lab.report.claims import evidence, findings, goals
-from forwardgrad.lab.report.claims.findings import Pair
+from forwardgrad.lab.report.claims.findings import ArmPair
 from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult
 
@@ -23,7 +23,7 @@ def verdict(studies: Sequence[StudyResult], bench: dict[str, Any] | None) -> lis
     return [sentence for sentence in said if sentence] or ["No comparison is finished yet."]
 
 
-def _fair(studies: Sequence[StudyResult]) -> list[tuple[Pair, bool]]:
+def _fair(studies: Sequence[StudyResult]) -> list[tuple[ArmPair, bool]]:
     """Every fair comparison with hyperparameters chosen for each arm, and whether it was trained at full length."""
     found = []
     for study in studies:
@@ -53,14 +53,14 @@ def _quality(studies: Sequence[StudyResult]) -> str:
     return f"{' is ahead of '.join(names)}: {start}, {wins}. {_sure(gaps)}"
 
 
-def _length(fair: Sequence[tuple[Pair, bool]]) -> str:
+def _length(fair: Sequence[tuple[ArmPair, bool]]) -> str:
     whole = [full for _, full in fair]
     if all(whole):
         return ""
     return f" trained at full length ({sum(not full for full in whole)} more are shortened)" if any(whole) else ", all of them shortened"
 
 
-def _factor(pairs: Sequence[Pair]) -> str:
+def _factor(pairs: Sequence[ArmPair]) -> str:
     """By how much: the loss of the arm that is mostly worse over the other's."""
     ratios = [evidence.ratio(*(evidence.mean(evidence.losses(arm)) for arm in pair)) for pair in pairs]
     known = sorted(one for one in ratios if math.isfinite(one) and one > 0)
@@ -74,7 +74,7 @@ def _factor(pairs: Sequence[Pair]) -> str:
     return f", by a factor of {number(middle)} in the median ({number(known[0])} to {number(known[-1])})"
 
 
-def _sure(gaps: Sequence[stats.Estimate]) -> str:
+def _sure(gaps: Sequence[stats.MeanEstimate]) -> str:
     with_interval = [gap for gap in gaps if gap.low is not None and gap.high is not None]
     if not with_interval:
         several = any(gap.n > 1 for gap in gaps)

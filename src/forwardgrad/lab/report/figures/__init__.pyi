@@ -7,7 +7,7 @@ from forwardgrad.lab.report.figures.lines import limit_losses as limit_losses
 from forwardgrad.lab.report.figures.lines import looks_of as looks_of
 from forwardgrad.lab.report.figures.lines import trace_of as trace_of
 from forwardgrad.lab.report.figures.plots import Bar as Bar
-from forwardgrad.lab.report.figures.plots import Descent as Descent
+from forwardgrad.lab.report.figures.plots import DescentPath as DescentPath
 from forwardgrad.lab.report.figures.plots import Panel as Panel
 from forwardgrad.lab.report.figures.plots import Surface as Surface
 from forwardgrad.lab.report.figures.plots import Trend as Trend

@@ -28,7 +28,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Descent:
+class DescentPath:
     """A path over a function of two variables."""
 
     kind: str
@@ -108,7 +108,7 @@ def _panel(axes: Axes, panel: Panel, marks: bool, looks: Mapping[str, dict[str, 
         axes.text(0.97, 0.96 - 0.08 * place, words, transform=axes.transAxes, ha="right", va="top", fontsize=8.5, color=INK)
 
 
-def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[Descent]]]) -> Drawing:
+def contours(name: str, surface: Surface, panels: Sequence[tuple[str, Sequence[DescentPath]]]) -> Drawing:
     """Level lines, evenly spaced in the logarithm of the height above the minimum, with the paths taken in each panel."""
 
     def draw() -> tuple[Figure, list[Sketch]]:
@@ -145,17 +145,17 @@ def _levels(axes: Axes, surface: Surface) -> None:
     axes.contour(surface.x, surface.y, surface.z, levels=levels, colors=LEVEL, linewidths=0.6)
 
 
-def _descend(axes: Axes, descent: Descent) -> None:
+def _descend(axes: Axes, descent: DescentPath) -> None:
     look, (across, along) = LOOKS[descent.kind], _columns(descent)
     axes.plot(across, along, color=look["color"], linestyle=look["linestyle"], linewidth=1.9, label=descent.label)
     axes.plot(across[-1:], along[-1:], color=look["color"], marker=look["marker"], markersize=6, markeredgecolor="white")
 
 
-def _columns(descent: Descent) -> tuple[list[float], list[float]]:
+def _columns(descent: DescentPath) -> tuple[list[float], list[float]]:
     return [x for x, _ in descent.path], [y for _, y in descent.path]
 
 
-def _dashes_last(drawn: Line | Descent) -> bool:
+def _dashes_last(drawn: Line | DescentPath) -> bool:
     """Where two lines run together, the dashed one on top lets the other show through."""
     return drawn.kind == "forward"
 

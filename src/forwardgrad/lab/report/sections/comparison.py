@@ -24,7 +24,7 @@ from forwardgrad.lab.report.sections import comparison_figures, learning
 from forwardgrad.lab.report.sections import comparison_verdict as verdict
 from forwardgrad.lab.report.sections.comparison_figures import BANDS, Searched
 from forwardgrad.lab.report.sections.comparison_verdict import Pair, error, lost, signed
-from forwardgrad.lab.statistics import TOLERANCE, WITHIN, BestOf, Interval, Profile, budget, comparison, stats
+from forwardgrad.lab.statistics import TOLERANCE, WITHIN, BestOf, ConfidenceInterval, Profile, budget, comparison, stats
 from forwardgrad.lab.store import ArmResult, Done, StudyResult, finite
 
 PER_DECADE = 4  # classes of a decade in which rates that were drawn compete, those of a grid being compared as they are
@@ -99,12 +99,12 @@ def _accuracies(arm: ArmResult) -> list[Cell]:
     return [interval_cell(_turned(statistic(values)), percent) for statistic in STATISTICS]
 
 
-def _turned(found: Interval) -> Interval:
+def _turned(found: ConfidenceInterval) -> ConfidenceInterval:
     low, high = (None if end is None else max(0.0, 1 - end) for end in (found.high, found.low))
     return dataclasses.replace(found, value=1 - found.value, low=low, high=high)
 
 
-def interval_cell(found: Interval, words: Callable[[float], str]) -> Cell:
+def interval_cell(found: ConfidenceInterval, words: Callable[[float], str]) -> Cell:
     """A value with its interval below it, or why there is none; an end may be infinite."""
     tone = "" if math.isfinite(found.value) else "warn"
     if found.low is None or found.high is None:
@@ -112,7 +112,7 @@ def interval_cell(found: Interval, words: Callable[[float], str]) -> Cell:
     return Cell(words(found.value), f"{_to(found, words)}, {found.caution or f'n = {found.n}'}", tone)
 
 
-def _to(found: Interval, words: Callable[[float], str]) -> str:
+def _to(found: ConfidenceInterval, words: Callable[[float], str]) -> str:
     """Both ends, the unit named once."""
     assert found.low is not None
     assert found.high is not None
@@ -178,7 +178,7 @@ def _hits(arm: ArmResult, target: float) -> int:
     return sum(math.isfinite(_place(run, "step", target)) for run in arm.done)
 
 
-def to_target(arm: ArmResult, column: str, target: float) -> Interval:
+def to_target(arm: ArmResult, column: str, target: float) -> ConfidenceInterval:
     """Steps ("step") or seconds ("seconds") until an arm's runs were first at a validation loss: the median, misses infinite."""
     return comparison.between_order_statistics([_place(run, column, target) for run in arm.done])
 
@@ -193,7 +193,7 @@ def _time(arm: ArmResult, target: float) -> Cell:
     return Cell(f"{steps.value:,.0f} steps{_range(steps, lambda at: f'{at:,.0f}')}", ", ".join(filter(None, (took, arm.shared, among))))
 
 
-def _range(found: Interval, words: Callable[[float], str]) -> str:
+def _range(found: ConfidenceInterval, words: Callable[[float], str]) -> str:
     return "" if found.low is None else f" [{_to(found, words)}]"
 
 
@@ -221,7 +221,7 @@ def _search_row(arm: ArmResult, found: Searched) -> tuple[Cell, ...]:
 
 
 def _best_cell(best: BestOf, place: int) -> Cell:
-    value = Interval(best.value[place], best.low[place], best.high[place], best.trials[-1])
+    value = ConfidenceInterval(best.value[place], best.low[place], best.high[place], best.trials[-1])
     return Cell(number(value.value), _to(value, number), "" if math.isfinite(value.value) else "warn")
 
 

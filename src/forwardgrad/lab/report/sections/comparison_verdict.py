@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forwardgrad.lab.report.blocks import number
-from forwardgrad.lab.statistics import LEVEL, Interval, Permutation, comparison, stats
+from forwardgrad.lab.statistics import LEVEL, ConfidenceInterval, Permutation, comparison, stats
 from forwardgrad.lab.store import ArmResult, Done, StudyResult
 
 MINUS = "\N{MINUS SIGN}"
@@ -31,13 +31,13 @@ class Pair:
     comparisons: int
 
     @functools.cached_property
-    def lead(self) -> Interval:
+    def lead(self) -> ConfidenceInterval:
         """How much lower the first arm's test loss is."""
         mine, theirs = self.losses
         return comparison.difference(theirs, mine)
 
     @functools.cached_property
-    def ahead(self) -> Interval:
+    def ahead(self) -> ConfidenceInterval:
         """The probability that a run of the first arm ends lower than one of the second."""
         return comparison.improvement(*self.losses)
 

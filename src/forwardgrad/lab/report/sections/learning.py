@@ -15,8 +15,8 @@ from forwardgrad.lab.store import ArmResult, Done, StudyResult
 STEP = "optimizer step"
 LINE = "Line: mean over the runs still training there; band: from the least to the greatest."
 DRAWN, DRAWN_RUNS = 6, 1000  # comparisons of a study whose curves are drawn, and the runs in them: a page of hundreds is read by nobody
-Measured = Callable[[Done], Sequence[float]]  # a value for every evaluation of a run
-Setting = tuple[str, Sequence[ArmResult]]  # a panel: its title and its arms
+Series = Callable[[Done], Sequence[float]]  # a value for every evaluation of a run
+PanelArms = tuple[str, Sequence[ArmResult]]  # a panel: its title and its arms
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def drawn(study: StudyResult) -> int:
 
 def views(
     name: str,
-    settings: Sequence[Setting],
-    measured: Measured,
+    settings: Sequence[PanelArms],
+    measured: Series,
     caption: str,
     *,
     ylabel: str,
@@ -79,9 +79,7 @@ def _shared(axis: Against, runs: Sequence[Done]) -> str:
     return f" Runs trained at the same time slow one another.{together}"
 
 
-def _panel(
-    title: str, arms: Sequence[ArmResult], axis: Against, measured: Measured, end: Callable[[ArmResult], str | None]
-) -> figures.Panel:
+def _panel(title: str, arms: Sequence[ArmResult], axis: Against, measured: Series, end: Callable[[ArmResult], str | None]) -> figures.Panel:
     lines = []
     for arm in arms:
         placed = [(axis.place(run), run) for run in arm.done if has_curve(run)]  # one that failed may have counted less than others

@@ -132,7 +132,7 @@ def _note_sentence(arms: Sequence[ArmResult]) -> str:
     return f" {notes[0].upper()}{notes[1:]}." if notes else ""
 
 
-def _validation(name: str, settings: Sequence[learning.Setting], caption: str) -> Views:
+def _validation(name: str, settings: Sequence[learning.PanelArms], caption: str) -> Views:
     """Validation loss, one panel for each setting, on the same axes."""
     return learning.views(name, settings, lambda run: run.evaluations["validation_loss"], caption, ylabel=VALIDATION, end=_end)
 
@@ -211,7 +211,7 @@ def _contours(function: dict[str, Any]) -> Picture:
     panels = []
     for tuned in (False, True):
         arms = [(arm, stats.thinned(arm["path"])) for arm in function["arms"] if bool(arm["tuned"]) == tuned]
-        panels.append((SETTINGS[tuned], [figures.Descent(arm["kind"], _descent_label(arm), path) for arm, path in arms if path]))
+        panels.append((SETTINGS[tuned], [figures.DescentPath(arm["kind"], _descent_label(arm), path) for arm, path in arms if path]))
     name = f"function-{str(function['name']).lower()}"
     caption = f"{function['name']}'s function: paths of both arms (forward: first seed); levels are evenly spaced in the logarithm."
     return Picture(name, figures.contours(name, surface, panels), caption)
