@@ -107,7 +107,7 @@ def test_one_seed_decides_nothing_and_has_no_tables_of_spread(store: Store) -> N
     (said,) = comparison_verdict.verdicts(found)
     assert said.endswith("It lies 0.100 below my estimator: not decided by this budget, because one seed says nothing of spread.")
     assert comparison.typical(found) is None
-    assert comparison.reached(found) == []
+    assert comparison.times_to_targets(found) == []
 
 
 def test_lost_runs_count_as_infinitely_bad(store: Store) -> None:
@@ -149,7 +149,7 @@ def test_a_failed_run_without_files_counts_as_lost(store: Store) -> None:
     (said,) = comparison_verdict.verdicts(found)
     assert "my estimator has the lowest mean test loss" in said
     assert "It lost no run, backpropagation 1 of 2" in said
-    (table,) = comparison.reached(found)
+    (table,) = comparison.times_to_targets(found)
     assert [cell.text for cell in table.groups[0][1][1]][:2] == ["backpropagation", "not reached"]
 
 

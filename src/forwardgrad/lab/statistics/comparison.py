@@ -179,7 +179,7 @@ def permutations(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> li
 
 
 def _differences(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, str]:
-    """What signs are chosen for, and its name: differences, or their signed ranks where losses are infinite."""
+    """The numbers whose signs are chosen, and what they are called: differences, or signed ranks where losses are infinite."""
     both = np.isinf(one) & np.isinf(two)
     apart = np.where(both, 0.0, one) - np.where(both, 0.0, two)
     if not np.isinf(apart).any():
@@ -212,7 +212,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _choices(n: int) -> int:
-    """How many signs are drawn for so many pairs: fewer where pairs are many, and the test takes longer."""
+    """How many choices of signs are drawn for so many pairs. Many pairs make the test slow, so fewer are drawn."""
     return PERMUTATIONS if n <= MANY else FEWER
 
 

@@ -116,7 +116,7 @@ def bin_width(longest: int, bins: int) -> int:
 
 
 def _parts(curve: Sequence[float] | LossSummary, width: int) -> tuple[np.ndarray, ...]:
-    """First step, size, sum, least and greatest of what a curve is pooled of: the finite values one by one, or the bins of a summary."""
+    """What a curve is pooled of, as first steps, sizes, sums, least and greatest: single finite values, or the bins of a summary."""
     if isinstance(curve, LossSummary):
         kept = curve.at(width)
         return tuple(np.asarray(each, dtype=float) for each in (kept.first, kept.sizes, kept.sums, kept.low, kept.high))

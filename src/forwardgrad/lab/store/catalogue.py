@@ -142,7 +142,10 @@ def ordered(found: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
 
 
 def write_csv(path: Path, found: Sequence[RunRow]) -> None:
-    """One row a run, and a column for everything that is known; empty is what a run does not have, and a loss that was not finite."""
+    """Write one row a run, and a column for everything that is known.
+
+    A field is empty where a run has no such value, or where its loss was not finite.
+    """
     columns = [name for name in dict.fromkeys(name for row in found for name in row) if name != "places"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -156,7 +159,7 @@ def _field(value: Any) -> Any:
 
 
 def fitting(found: Sequence[RunRow], width: int) -> list[int]:
-    """Which of the shown columns fit into so many letters, two between them; what cannot be spared stays."""
+    """The places of the columns that fit into a width, with two spaces between them. Columns that cannot be spared stay."""
     names, texts = list(SHOWN), [cells(row) for row in found]
     heads = [max(map(len, name.split())) for name in names]
     widths = [max([head, *(len(text[place]) for text in texts)]) for place, head in enumerate(heads)]

@@ -1,4 +1,4 @@
-"""A run that could not be trained, as a result with its reason; loads without torch."""
+"""A run that could not be trained: its result says why. Loads without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _retried: set[Path] = set()  # folders whose failure this process deleted: once,
 
 
 def record(run: Run, store: Store, reason: str, details: str) -> dict[str, Any]:
-    """Leave a failed run's result, and in error.txt the details; what another process had finished in the meantime is kept.
+    """Write the result of a failed run, and the details to error.txt. A result that another process wrote first is kept.
 
     The checkpoint stays: a run that is tried again goes on from there.
     """
@@ -50,7 +50,7 @@ def record(run: Run, store: Store, reason: str, details: str) -> dict[str, Any]:
 
 
 def _status(path: Path) -> dict[str, Any]:
-    """How far a run had come; it was only for a display, and a power cut may have left nothing of it."""
+    """How far a run had come. The status is for a display alone, so a damaged one is taken as none."""
     try:
         return read_json(path) or {}
     except UserError:

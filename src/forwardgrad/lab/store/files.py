@@ -64,7 +64,7 @@ def sync(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, to stay."""
+    """Make a folder and those above it, and wait until they are on the disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -139,7 +139,7 @@ def _seal(value: dict[str, Any]) -> str:
 
 
 def damaged(path: Path, why: object) -> UserError:
-    """What to say of a stored file that cannot be used: what is lost with it is the least that mends it."""
+    """The error for a stored file that cannot be used. It names the least that has to be deleted."""
     if path.name == PACKED:
         return UserError(f"{path} is damaged ({why}): put back a copy of it, or delete it to run the runs in it again")
     if path.parent.parent.name == "runs" and not path.parent.exists() and (pack := path.parents[2] / PACKED).exists():
@@ -162,7 +162,7 @@ def check(path: Path, value: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_huge(value: object) -> bool:
-    """Whether a value is a number that nothing counts to or that no float32 comes near: its square, or itself, is no float."""
+    """Whether a value is a number far beyond what is counted or fits into a float32: its square would overflow."""
     return abs(value) >= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT) if isinstance(value, (int, float)) else False
 
 

@@ -20,7 +20,7 @@ class Busy(UserError):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, swept of what a killed writer left there; the lock of a process that died is free.
+    """Hold a run's folder. Half-written files in it are removed, and the lock of a process that died is free.
 
     Raises Busy where another process holds it.
     """
@@ -45,7 +45,7 @@ def held(folder: Path) -> bool:
 
 
 def _locked(folder: Path) -> FileLock | None:
-    """The lock of a run's folder, held; None where another process holds it.
+    """Take the lock of a run's folder; None where another process holds it.
 
     A holder removes the lock's file before it lets go: who had opened it just before gets a lock that stands for no name, and tries again.
     """
@@ -81,7 +81,7 @@ def sweep(folder: Path) -> None:
 
 @contextmanager
 def changing(root: Path) -> Iterator[None]:
-    """Hold what many processes may change, a study's record or a measurement: read it again inside, then write it."""
+    """Hold the records of studies and the measurements, which many processes may change. Inside, read again before writing."""
     lock = FileLock(root / "records.lock")
     try:
         lock.acquire(timeout=PATIENCE)

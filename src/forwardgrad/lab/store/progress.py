@@ -35,7 +35,7 @@ STYLES = {"done": "green", "waiting": "dim", "stopped": "yellow"}
 
 
 def console_on(stream: TextIO, *, quiet: bool = False) -> Console:
-    """A console that moves the cursor in a terminal only, and wraps no line of a log."""
+    """A console on a stream. It moves the cursor in a terminal only, and wraps no line of a log."""
     terminal = stream.isatty()
     return Console(file=stream, quiet=quiet, force_terminal=terminal, soft_wrap=not terminal)
 

@@ -1,4 +1,6 @@
-"""Studies' records beside what is stored already: rows merge, and no command makes a record forget a run that has ended.
+"""Where the record of a study is stored, when there are records of the same study already.
+
+Rows merge, and no command makes a record forget a run that has ended.
 
 A study is stored in OUT/studies/<name>.json, or, where that would drop results of other runs, in <name>-2.json and so on. Loads
 without torch.
@@ -32,7 +34,7 @@ def family(store: Store, name: str) -> Iterator[tuple[str, Path, dict[str, Any] 
 
 
 def paces(store: Store, name: str) -> dict[str, Any]:
-    """What steps were measured to cost, in all records of a study."""
+    """What a step was measured to cost, from all records of a study."""
     found: dict[str, Any] = {}
     for _, _, stored in family(store, name):
         found = {**((stored or {}).get("paces") or {}), **found}
@@ -40,7 +42,7 @@ def paces(store: Store, name: str) -> dict[str, Any]:
 
 
 def placed(store: Store, name: str, rows: list[ArmRecord], written: str | None) -> tuple[str, Path, dict[str, Any] | None, list[ArmRecord]]:
-    """The record that the rows of a study belong in: its name, its path, what it holds, and all rows that it has then.
+    """The record that the rows of a study go into: its name, its path, what it holds now, and all rows that it will have.
 
     `written` is the record that the same command wrote before: it stays there where it can.
     """
@@ -53,7 +55,7 @@ def placed(store: Store, name: str, rows: list[ArmRecord], written: str | None) 
 
 
 def _merged(store: Store, stored: ArmRecord | None, row: ArmRecord) -> ArmRecord | None:
-    """One row of two; None where that would drop the results of runs that the new one does not name."""
+    """The stored row or the new one. None where the new one would drop the results of runs that it does not name."""
     if stored is None:
         return row
     theirs, ours = {*stored["runs"], *_tried(stored)}, {*row["runs"], *_tried(row)}
@@ -70,7 +72,7 @@ def _tried(row: ArmRecord) -> list[str]:
 
 
 def _ended(store: Store, run: str) -> bool:
-    """Whether a run has a result that says something of it: a failure says only that it is still to be trained."""
+    """Whether a run has finished or diverged. A failed run is still to be trained."""
     try:
         result = store.result(run)
     except UserError:

@@ -28,7 +28,7 @@ class Done:
 
     @property
     def passes(self) -> float | None:
-        """Forward passes of work, a backward pass counting as two; None where they were not counted."""
+        """The work of a run in forward passes, a backward pass counting as two. None where it was not counted."""
         made = self.result.get("forward_passes")
         return None if made is None else float(made) + (BACKWARD * int(self.result["steps"]) if self.reverse else 0)
 
@@ -85,7 +85,7 @@ class Done:
         return stored
 
     def losses(self) -> list[float]:
-        """The training loss of every step; not kept, because a study's worth of them is large."""
+        """The training loss of every step, read anew at each call: those of a whole study would fill the memory."""
         return self._columns(LOSSES, ("step", "loss"))["loss"]
 
     def derivatives(self) -> list[float]:
@@ -150,7 +150,7 @@ class ArmResult:
 
     @property
     def shared(self) -> str:
-        """Who shared the seconds of its runs, empty where nobody did: such times say nothing of a run alone."""
+        """Says how many runs shared their seconds as one program; empty where none did. Such times say nothing of a run alone."""
         most = max((done.replicas for done in self.done), default=1)
         return f"shared by {most} runs at once" if most > 1 else ""
 
@@ -184,7 +184,7 @@ class ArmResult:
 
     @property
     def _length(self) -> dict[str, Any]:
-        """How long every run trains: in what the study holds equal, where it says so; steps follow from seconds and forward passes."""
+        """How long every run trains, in the unit that the study holds equal. Where that is seconds or passes, steps follow from them."""
         given = self.record.get("training") or {}
         costs = {"seconds": given.get("seconds"), "forward passes": given.get("forward_passes")}
         steps = None if any(costs.values()) else self.run.get("steps")
@@ -192,7 +192,7 @@ class ArmResult:
 
     @property
     def by_seed(self) -> dict[int, Done]:
-        """Finished runs by their place among the planned ones: those of two arms at one place share their seed."""
+        """The finished runs by their place among the planned ones. Runs of two arms at the same place share their seed."""
         places = {identity: place for place, identity in enumerate(self.record["runs"])}
         return {places[done.folder.name]: done for done in self.done}
 
@@ -212,7 +212,7 @@ class StudyResult:
 
     @property
     def family(self) -> str:
-        """The study that this is a further record of (`forwardgrad.lab.store.records`), else its own name: what it is about."""
+        """The name of the study that this is a further record of (`forwardgrad.lab.store.records`), else its own."""
         return self.of or self.name
 
     @property

@@ -35,7 +35,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def beside(folder: Path, name: str, files: dict[str, str]) -> bytes | None:
-    """The content of a file that result.json vouches for by `files`, None where it names no such file; UserError where it is another."""
+    """The content of a file whose digest stands in `files`, and agrees. None where no digest stands there; UserError where it differs."""
     if name not in files:
         return None
     if (content := run_file(folder, name)) is None or digest(content) != files[name]:
@@ -44,7 +44,7 @@ def beside(folder: Path, name: str, files: dict[str, str]) -> bytes | None:
 
 
 def table_beside(folder: Path, name: str, files: dict[str, str]) -> dict[str, list[float]]:
-    """The columns of such a file; none where there is no such file."""
+    """The columns of a table that is read as `beside` reads it; none where there is no such table."""
     return {} if (content := beside(folder, name, files)) is None else parse_table(folder / name, content)
 
 
@@ -54,7 +54,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def read_stored(folder: Path, name: str | None = None) -> Stored | None:
-    """What is in a run's folder; `name` is what the description has to hash to."""
+    """What is stored of the run of a folder. UserError where `name` is given and is not the hash of the description."""
     path = folder / "result.json"
     written, asked = run_file(folder, "result.json"), run_file(folder, "run.json")  # in this order: what is written last is read first
     result = None if written is None else parse_json(path, written)
@@ -74,12 +74,12 @@ def read_stored(folder: Path, name: str | None = None) -> Stored | None:
 
 
 def write_checkpoint(path: Path, content: bytes) -> None:
-    """A checkpoint, sealed together with what the run is: neither a damaged one nor another run's is gone on from."""
+    """Write a checkpoint with a digest of itself and of the run's description, so that no other run goes on from it."""
     write_whole(path, content + _checkpoint_seal(path, content))
 
 
 def read_checkpoint(path: Path) -> bytes:
-    """What `write_checkpoint` was given; UserError where it is damaged or of another run."""
+    """The content that `write_checkpoint` was given. UserError where the file is damaged or of another run."""
     stored = read_whole(path, math.inf) or b""
     content, seal = stored[:-CHECKPOINT_SEAL], stored[-CHECKPOINT_SEAL:]
     if seal != _checkpoint_seal(path, content):

@@ -1,7 +1,6 @@
-"""What has come of the runs of a store by now: their results, and the statuses of those under way. Loads without torch.
+"""The runs of a store as they are now: their results, and the statuses of those under way. Loads without torch.
 
-Nothing is locked and nothing written. Files may vanish, or be half there, between two looks: what cannot be read now is read at the next
-look.
+Nothing is locked and nothing written. A file may vanish between two looks, or be half written. Then it is read at the next look.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FRESH_SECONDS = 60.0  # a run that has said nothing for longer is not under way:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run with a result. `spent` are the seconds from its beginning to its result, evaluations included."""
+    """A run with a result. `spent` is the time from its beginning to its result in seconds, with evaluations."""
 
     result: dict[str, Any]
     steps: int
@@ -42,7 +41,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Going:
-    """A run that has begun and has no result; `told` is when it last said something."""
+    """A run that has begun and has no result. `told` is when it last wrote its status."""
 
     step: int
     steps: int
@@ -60,7 +59,7 @@ class Going:
 
 
 class RunsNow:
-    """The runs of a store, looked at again and again: every result is read once, every record when it has changed."""
+    """Reads the runs of a store again and again. A result is read once, and a record whenever it has changed."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -69,7 +68,7 @@ class RunsNow:
         self._records: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def read_records(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The records as they are now, and what is to say of those that cannot be read."""
+        """The records of studies, and a sentence for each that cannot be read."""
         found, unread = [], []
         for path in sorted((self.store.root / "studies").glob("*.json")):
             try:
@@ -86,9 +85,9 @@ class RunsNow:
         return found, unread
 
     def read_runs(self, only: Sequence[str] | None) -> list[str]:
-        """Read what is new of the runs; returns what is to say of a pack that cannot be read.
+        """Read what is new of the runs; returns a sentence where the pack cannot be read.
 
-        With `only`, nothing but these runs is looked at, and the studies that hold them.
+        With `only`, these runs alone are read, and the other runs of their studies.
         """
         there, unread = set[str](), list[str]()
         with contextlib.suppress(OSError), os.scandir(self.store.root / "runs") as entries:
@@ -115,7 +114,7 @@ class RunsNow:
         return unread
 
     def _times(self, folder: Path, result: dict[str, Any]) -> tuple[float, float]:
-        """When a run began and ended; one in a pack as if all of them had ended when the pack was written."""
+        """When a run began and ended. A pack does not keep that: its runs count as ended when it was written."""
         if (folder / "result.json").exists():
             return (folder / "run.json").stat().st_mtime, (folder / "result.json").stat().st_mtime
         told = (self.store.root / PACKED).stat().st_mtime
@@ -132,7 +131,7 @@ class RunsNow:
 
 
 def _going(path: Path, begun: float) -> Going:
-    """A run under way by its status; one that has said nothing yet has only begun."""
+    """A run under way, from its status. A run without a status has only begun."""
     status = read_json(path)
     if status is None:
         return Going(0, 1, 0.0, None, begun, begun)

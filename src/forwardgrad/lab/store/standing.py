@@ -50,7 +50,10 @@ class ArmNow:
 
 @dataclass(frozen=True)
 class StudyNow:
-    """A study, or all runs outside studies. `elapsed` counts from the first run's beginning, to its last word where none is under way."""
+    """A study, or all runs outside studies. `elapsed` counts from the beginning of the first run to now.
+
+    Where no run is under way it counts to the last status or result.
+    """
 
     name: str
     title: str
@@ -77,7 +80,7 @@ class StoreNow:
 
     @property
     def complete(self) -> bool:
-        """Whether there was something to do, and all of it is done; runs outside studies whose process is gone are not waited for."""
+        """Whether all is done, and there was something to do. A run outside studies whose process is gone is not waited for."""
         return bool(self.studies or self.unread) and all(s.complete or (not s.name and not s.running) for s in self.studies)
 
 
@@ -87,7 +90,7 @@ def snapshot(store: Store, studies: Collection[str] | None = None, now: float | 
 
 
 class StoreWatch:
-    """A store that is looked at again and again: every result is read once, every record when it has changed.
+    """Tells again and again how far a store is.
 
     With `runs`, only these runs and the studies that hold them are looked at; `names` says what runs outside studies are called.
     """

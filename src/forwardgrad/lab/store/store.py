@@ -79,11 +79,11 @@ class Store:
         return [read_study(path) for path in sorted((self.root / "studies").glob("*.json"))]
 
     def check(self) -> None:
-        """UserError where a record or a measurement is damaged, which would keep what is trained from being reported."""
+        """UserError where a record or a measurement is damaged: no report could be made of what is trained then."""
         self.studies()
         for name in MEASURED:
             read_json(self.root / name)
 
     def changing(self) -> AbstractContextManager[None]:
-        """Hold what many processes may change, a study's record or a measurement: read it again inside, then write it."""
+        """Hold the records of studies and the measurements, which many processes may change. Inside, read again before writing."""
         return changing(self.root)

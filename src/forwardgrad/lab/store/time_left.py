@@ -1,4 +1,7 @@
-"""How much is left of some runs, told from the steps and seconds of those that have ended or are under way. Loads without torch."""
+"""How long some runs will still take. It is told from the steps and seconds of runs that have ended or are under way.
+
+Loads without torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from forwardgrad.lab.store.runs_now import Ended, Going, RunsNow, count_of, runs
 
 @dataclass(frozen=True)
 class WorkLeft:
-    """What is left of some runs, in seconds of one of them alone: `longest` of a single run under way, `partly` where some is unknown."""
+    """What some runs still need: `seconds` if they ran one after another, `longest` the most that a run under way needs.
+
+    `partly` says that the length of some runs is not known yet.
+    """
 
     seconds: float
     longest: float
@@ -19,14 +25,14 @@ class WorkLeft:
 
     @property
     def left(self) -> float | None:
-        """The time until the end if as many runs stay under way as are now."""
+        """The seconds until all have ended, if as many runs stay under way as are now; None where nothing is known."""
         if self.partly and not self.seconds:
             return None
         return max(self.longest, self.seconds / max(1, self.running))
 
 
 def work_left(store: RunsNow, runs: list[str], planned: int, steps: float | None, pace: float | None, now: float) -> WorkLeft:
-    """What is left of `planned` runs, of which `runs` are named; `steps` and `pace` are what such a run takes, and seconds a step."""
+    """What `planned` runs still need, of which `runs` are named. A run usually has `steps` steps, of `pace` seconds each."""
     going = store.going_of(runs)
     running = [run for run in going if run.fresh(now)]
     paces = [run.spent / run.step if run.step else pace for run in running]
@@ -39,7 +45,7 @@ def work_left(store: RunsNow, runs: list[str], planned: int, steps: float | None
 
 
 def usual_steps_and_pace(store: RunsNow, kind: str, arm: dict[str, Any], group: list[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Steps of a run of this kind, and seconds a step: this arm's own where there are some, else those of its group."""
+    """The steps of a run of this kind, and the seconds of a step. Both come from the arm's own runs, else from its group's."""
     steps = pace = None
     for arms in ([arm], group):
         trials, finals = (store.both([run for a in arms for run in runs_of(a, which)]) for which in ("trial", "seed"))
@@ -54,13 +60,13 @@ def usual_steps_and_pace(store: RunsNow, kind: str, arm: dict[str, Any], group: 
 
 
 def total_of(works: list[WorkLeft]) -> WorkLeft:
-    """What is left of all of them."""
+    """What several groups of runs need together."""
     longest = max((work.longest for work in works), default=0.0)
     return WorkLeft(sum(w.seconds for w in works), longest, sum(w.running for w in works), any(w.partly for w in works))
 
 
 def _length(run: Ended | Going) -> int | None:
-    """The steps that a run was planned to have; one that ended early does not tell, and one without a status not yet."""
+    """The steps that a run was planned to have. None for a run that ended early, and for one that has not said so yet."""
     if isinstance(run, Ended):
         return run.steps if run.status == "finished" else None
     return run.steps if run.seconds else None

@@ -30,7 +30,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Observation:
-    """What was measured of a claim: where, the value in words with its interval, and of how many what."""
+    """One measurement that bears on a claim: where it was made, its value in words, and over how many runs or seeds."""
 
     where: str
     value: str

@@ -1,4 +1,4 @@
-"""What was measured along a run, and whether it was. Loads without torch."""
+"""The curves of a run: whether it has them, and where they reach a target. Loads without torch."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _row(evidence: Evidence, study: str, title: str, forward: str, backprop: str
 
 
 def section_of(rows: Sequence[PaperRow]) -> str:
-    """The section of the page that most of the rows which can decide something were read from."""
+    """The section of the page that most of the deciding rows come from."""
     names = [row.study for row in rows if not row.short]
     return max(set(names), key=names.count) if names else "table1"
 

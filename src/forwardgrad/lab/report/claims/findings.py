@@ -26,7 +26,7 @@ def _finished(study: StudyResult) -> list[ArmPair]:
 
 
 def unequal(pair: ArmPair) -> list[str]:
-    """In what two arms of a group differ that a fair comparison holds equal, save what was searched over."""
+    """What two arms of a group differ in though a fair comparison holds it equal. What was searched over may differ."""
     forward, backprop = ({**arm.terms} for arm in pair)
     searched = {name.replace("_", " ") for arm in pair for name in arm.record.get("space") or {}}
     return [what for what in forward if what not in searched and forward[what] != backprop[what]]

@@ -17,7 +17,7 @@ MODELS = {network.title: model for model, network in NETWORKS.items()}
 
 @dataclass(frozen=True)
 class NetworkGoal:
-    """What the best forward-only arm is to reach: `points` of accuracy below backpropagation at most, and what else is given."""
+    """What the best forward-only arm of a network is to reach, such as at most `points` of accuracy below backpropagation."""
 
     points: float
     epochs: int | None = None
@@ -44,7 +44,7 @@ def accuracy(arm: ArmResult) -> float:
 
 
 def _accuracy(run: Done) -> float:
-    """A run that failed has none, and counts as getting nothing right."""
+    """The test accuracy of a run. A run that failed counts as getting nothing right."""
     return run.accuracy if math.isfinite(run.accuracy) else 0.0
 
 
@@ -54,7 +54,7 @@ def yardstick(arms: Sequence[ArmResult]) -> ArmResult | None:
 
 
 def unequal(arm: ArmResult, backprop: ArmResult) -> list[str]:
-    """In what two arms differ that a fair comparison holds equal; seeds are paired, and a yardstick may be another model."""
+    """What two arms differ in though a fair comparison holds it equal. Seeds are paired, and a yardstick may be another model."""
     mine, other = arm.terms, backprop.terms
     return [what for what in mine if what not in ("seeds", "model") and mine[what] != other[what]]
 

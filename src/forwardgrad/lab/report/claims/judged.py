@@ -27,13 +27,13 @@ def judge(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -
 
 
 def _weight(study: StudyResult) -> tuple[int, int, bool]:
-    """How much a record says: arms at full length first, then arms that are complete; of two alike the first record."""
+    """How much a record can decide: its arms at full length, then its complete arms. Of two alike the first record counts."""
     complete = [arm for arm in study.arms if arm.complete]
     return sum(not arm.shortened for arm in complete), len(complete), not study.of
 
 
 def claims_section(studies: Sequence[StudyResult], measured: dict[str, dict[str, Any]]) -> Section | None:
-    """The claims as a part of the page; None for a store that holds nothing they speak of."""
+    """The claims as a part of the page. None for a store without any run or measurement that they are about."""
     if not (any(study.family in ABOUT for study in studies) or measured.keys() & {"bench.json", "functions.json", "quality.json"}):
         return None
     found = judge(studies, measured)

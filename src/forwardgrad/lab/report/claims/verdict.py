@@ -1,4 +1,4 @@
-"""What a store comes to in a few sentences: which arm, by how much, how sure. Loads without torch."""
+"""The result of a whole store in a few sentences: which arm is better, by how much, how sure. Loads without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ TITLES = [network.title for network in NETWORKS.values()]
 
 
 def verdict(studies: Sequence[StudyResult], bench: dict[str, Any] | None) -> list[str]:
-    """The forward gradient against backpropagation, the best arm without a backward pass, and the cost of a step: what there is of them."""
+    """The forward gradient against backpropagation, the best arm without a backward pass, and the cost of a step.
+
+    What was not measured is left out.
+    """
     said = [_quality(studies), *_beyond(studies), _cost(bench)]
     return [sentence for sentence in said if sentence] or ["No comparison is finished yet."]
 

@@ -16,6 +16,7 @@ from forwardgrad.lab.report.blocks import (
     Table,
     arm_cells,
     duration,
+    lost,
     number,
     percent,
     tables,
@@ -23,7 +24,7 @@ from forwardgrad.lab.report.blocks import (
 from forwardgrad.lab.report.sections import comparison_figures, learning
 from forwardgrad.lab.report.sections import comparison_verdict as verdict
 from forwardgrad.lab.report.sections.comparison_figures import BANDS, Searched
-from forwardgrad.lab.report.sections.comparison_verdict import Pair, error, lost, signed
+from forwardgrad.lab.report.sections.comparison_verdict import Pair, error, signed
 from forwardgrad.lab.statistics import TOLERANCE, WITHIN, BestOf, ConfidenceInterval, Profile, budget, comparison, stats
 from forwardgrad.lab.store import ArmResult, Done, StudyResult, finite
 
@@ -61,7 +62,7 @@ def blocks(study: StudyResult) -> list[Block]:
     pairs = {title: verdict.pairs(arms) for title, arms in study.groups.items()}
     tuned = {title: searches(arms) for title, arms in study.groups.items()}
     found: list[Block] = [tuple(verdict.verdict(title, arms, pairs[title]) for title, arms in study.groups.items())]
-    found += [table for table in (typical(study), paired(pairs), *reached(study), searched(tuned)) if table is not None]
+    found += [table for table in (typical(study), paired(pairs), *times_to_targets(study), searched(tuned)) if table is not None]
     for index, (title, tried) in enumerate(list(tuned.items())[: learning.drawn(study)]):
         found += _search_pictures(f"{study.name}-{index}", title, [search for _, search in tried])
     return [*found, *_profiles(study)]
@@ -94,7 +95,7 @@ def _losses(arm: ArmResult) -> list[Cell]:
 
 
 def _accuracies(arm: ArmResult) -> list[Cell]:
-    """Worked out from errors, for which less is better, too; no accuracy lies below 0, that of a lost run's in an interval neither."""
+    """An interval of errors as one of accuracies, none of them below 0."""
     values = [error(run) for run in arm.done]
     return [interval_cell(_turned(statistic(values)), percent) for statistic in STATISTICS]
 
@@ -149,7 +150,7 @@ def _pair_row(pair: Pair) -> tuple[Cell, ...]:
     )
 
 
-def reached(study: StudyResult) -> list[Table]:
+def times_to_targets(study: StudyResult) -> list[Table]:
     """Steps and seconds to every target that an arm reached, one table for each data set; none where every arm has one run."""
     found = []
     for data in dict.fromkeys(arm.data for arm in study.arms if len(arm.done) > 1):
@@ -169,7 +170,7 @@ def targets_of(data: str | None) -> tuple[float, ...]:
 
 
 def _place(run: Done, column: str, target: float) -> float:
-    """Where a run was first at a target, infinite where it never was; one that failed may have left no evaluations."""
+    """Where a run first reached a target, infinite where it never did. A run that failed may have no evaluations."""
     table = run.evaluations if run.result["status"] != "failed" else {}
     return stats.first_at_or_below(table.get(column, []), table.get("validation_loss", []), target)
 
@@ -198,7 +199,7 @@ def _range(found: ConfidenceInterval, words: Callable[[float], str]) -> str:
 
 
 def searched(tuned: Mapping[str, Sequence[tuple[ArmResult, Searched]]]) -> Table | None:
-    """What every arm's trials say of its budget and its learning rate; None where no arm has two trials."""
+    """What the trials of every arm say about its budget and its learning rate. None where no arm has two trials."""
     rows = [(title, tuple(_search_row(arm, found) for arm, found in tried)) for title, tried in tuned.items() if tried]
     columns = ("arm", "trials", "lost", "best of 1", "best of all", "good rates", "width")
     return Table(columns, tuple(rows), "What the search bought", SEARCHED) if rows else None
@@ -235,7 +236,7 @@ def _trials(arm: ArmResult) -> list[tuple[dict[str, object], float]]:
 
 
 def searches(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, Searched]]:
-    """The arms with two trials or more. Where one lost a trial the median stands for all, or their curves could not be compared."""
+    """The arms with two trials or more. Where one of them lost a trial, all are shown by their medians, so that they compare."""
     tuned = [arm for arm in arms if len(_trials(arm)) > 1]
     expected = all(math.isfinite(loss) for arm in tuned for _, loss in _trials(arm))
     return [(arm, _search(arm, expected)) for arm in tuned]

@@ -1,4 +1,4 @@
-"""The plots of a comparison: what a budget buys, how much the learning rate matters, how soon arms are there over many tasks."""
+"""The plots of a comparison: what a budget buys, how much the learning rate matters, and how fast arms are over many tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROW = 0.04  # of the height, between the lost trials of one arm and the next
 
 @dataclass(frozen=True)
 class Searched:
-    """An arm's trials: what the best of them is worth, and the rates of those that were lost, by how many each."""
+    """The trials of an arm: what the best of so many is worth, and the learning rates of those that were lost."""
 
     kind: str
     label: str
@@ -52,7 +52,7 @@ def _budget_curve(best: BestOf, band: bool) -> Curve:
 
 
 def sensitivity(name: str, title: str, arms: Sequence[Searched]) -> Drawing:
-    """Validation loss against learning rate; crosses at the upper edge are trials that were lost, the wide line what is good enough."""
+    """Validation loss against learning rate. Crosses at the upper edge are lost trials. The wide line marks rates nearly as good."""
     lines = [figures.Line(arm.kind, _rate_curve(arm.rates), label=arm.label) for arm in arms]
 
     def draw() -> tuple[Figure, list[Sketch]]:
@@ -99,7 +99,10 @@ def _rates(axes: Axes, arm: Searched, curve: Curve, look: Mapping[str, Any], hei
 
 
 def profile(name: str, panels: Sequence[tuple[str, Sequence[tuple[str, str, Profile]]]]) -> Drawing:
-    """Staircases side by side, each arm (kind, label, profile) with its share of tasks against how many times the fastest arm's time."""
+    """The share of tasks that an arm has solved, against how many times the fastest arm's time it took.
+
+    Panels stand side by side; each arm is its kind, its label and its profile.
+    """
     drawn = [(title, [figures.Line(kind, _stairs(found), label=label) for kind, label, found in arms]) for title, arms in panels]
     row = [figures.Panel(title, tuple(lines)) for title, lines in drawn]
     return figures.curves(name, [row], xlabel="times the fastest arm's", ylabel="share of tasks there", log=False)

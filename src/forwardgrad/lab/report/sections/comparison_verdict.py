@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forwardgrad.lab.report.blocks import number
+from forwardgrad.lab.report.blocks import lost, number
 from forwardgrad.lab.statistics import LEVEL, ConfidenceInterval, Permutation, comparison, stats
 from forwardgrad.lab.store import ArmResult, Done, StudyResult
 
@@ -49,10 +49,10 @@ class Pair:
 
     @property
     def undecided(self) -> str:
-        """Why this budget does not tell which of the two is better, empty where it does.
+        """Why so few runs cannot tell which of the two is better; empty where they can.
 
-        It does where the corrected p is at most 0.05 and the interval of the difference, if there is one, leaves out zero. So the chance of
-        a false word anywhere in a group is at most 5 %, however its arms were picked, and few seeds decide nothing.
+        They can where the corrected p is at most 0.05 and the interval of the difference, if there is one, leaves out zero. So the chance
+        of a false word anywhere in a group is at most 5 %, however its arms were picked, and few seeds decide nothing.
         """
         n, least = self.test.n, self.test.least * self.comparisons
         if n == 1:
@@ -73,11 +73,6 @@ def p_value(p: float) -> str:
     return f"{p:.2g}" if p < 0.995 else "1"
 
 
-def lost(run: Done) -> bool:
-    """Whether a run diverged or failed: whatever it measured at its end counts as infinitely bad."""
-    return bool(run.result["status"] != "finished")
-
-
 def loss(run: Done) -> float:
     return run.loss
 
@@ -88,14 +83,17 @@ def error(run: Done) -> float:
 
 
 def unequal(first: ArmResult, second: ArmResult) -> list[str]:
-    """In what two arms differ that a fair comparison holds equal, save what was searched over; seeds are paired, a model may be the arm."""
+    """What two arms differ in though a fair comparison holds it equal.
+
+    What was searched over may differ, and so may the model where it is the arm. Seeds are paired.
+    """
     searched = {name.replace("_", " ") for arm in (first, second) for name in arm.record.get("space") or {}}
     mine, other = first.terms, second.terms
     return [what for what in mine if what not in {"seeds", "model", *searched} and mine[what] != other[what]]
 
 
 def ranked(arms: Sequence[ArmResult]) -> list[ArmResult]:
-    """The finished arms, lowest mean test loss first; where runs were lost, so many of them, then the median, decide."""
+    """The finished arms, lowest mean test loss first. Where runs were lost, their number decides first, and then the median."""
 
     def order(arm: ArmResult) -> tuple[float, float, float]:
         losses = [loss(run) for run in arm.done]

@@ -43,7 +43,7 @@ AXES = (
 
 
 def drawn(study: StudyResult) -> int:
-    """How many comparisons of a study have their curves drawn: the first at least, and no more than a reader looks at."""
+    """How many comparisons of a study have their curves drawn: the first, and no more than a reader looks at."""
     runs = list(itertools.accumulate(sum(len(arm.done) for arm in arms) for arms in study.groups.values()))
     return max(1, sum(total <= DRAWN_RUNS for total in runs[:DRAWN]))
 
@@ -58,7 +58,7 @@ def views(
     log: bool | None = None,
     end: Callable[[ArmResult], str | None] = lambda _: None,
 ) -> Views:
-    """What was measured of each arm's runs, in one panel for each setting, against everything that all of them counted."""
+    """The same measurement in several views, one for each thing that all runs counted; in each, a panel for every setting."""
     runs = [run for _, arms in settings for arm in arms for run in arm.done if has_curve(run)]
     found = []
     for axis in AXES:

@@ -119,7 +119,7 @@ def _expected(arm: ArmResult) -> Cell:
 
 
 def _ends(arm: ArmResult) -> tuple[list[float], list[float]]:
-    """The growth of every run at the last step looked at, measured and predicted; without the runs that did not keep it."""
+    """The growth of every run at the last step that was looked at: measured, and predicted. Runs that did not keep it are left out."""
     measured, told = [], []
     for run in arm.done:
         table, curve = run.walk, predicted(arm, run)
@@ -148,7 +148,7 @@ MAKERS: tuple[Callable[[ArmResult], Cell], ...] = (
 
 
 def _equivalent(arm: ArmResult, run: Done) -> list[float]:
-    """Where a run is after 0, 1, 2, … steps, in steps of the paper's learning rate with as large a sum of squares."""
+    """The sum of squared learning rates after 0, 1, 2, … steps, in units of the paper's learning rate squared."""
     rates = walk.rates(Optimizer(**arm.run["optimizer"]), int(run.result["steps"]), _planned(arm, run))
     return list(itertools.accumulate(((rate / PAPER.optimizer.lr) ** 2 for rate in rates), initial=0.0))
 

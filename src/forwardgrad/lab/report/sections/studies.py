@@ -53,7 +53,7 @@ def study_section(study: StudyResult) -> Section:
 
 
 def further_tables(study: StudyResult) -> list[Table]:
-    """Time to a loss, the search, and every run that was lost: for each study the same, where there is something to show."""
+    """The tables that every study has: the time to a loss, the search, and the runs that were lost. An empty one is left out."""
     return [*study_tables.speed(study), *(table for table in (study_tables.tuning(study), failures.lost_runs(study)) if table)]
 
 
@@ -262,7 +262,7 @@ def _machine(environments: Sequence[dict[str, Any]]) -> tuple[Cell, Cell]:
 
 
 class _Unknown(dict[str, Any]):
-    """What an environment does not say is unknown."""
+    """An environment in which every missing entry reads as unknown."""
 
     def __missing__(self, key: str) -> str:
         return "unknown"
