@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import pytest
+from torch import Generator, Tensor
 
 import forwardgrad as fg
 from forwardgrad.estimators import from_config, to_config
@@ -78,6 +79,96 @@ def test_unknown_names_and_bad_values_are_told_with_what_is_known(config: dict[s
     with pytest.raises(ValueError, match=r"must|unknown|no option") as told:
         from_config(config)
     assert all(words in str(told.value) for words in said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(fg.Law):
+    """A law of a user's, with an option."""
+
+    name = "uniform"
+    half: float = 3**0.5
+
+    def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
+        for part in tangent:
+            part.uniform_(-self.half, self.half, generator=generator)
+
+    def _moment(self, n: int) -> float:
+        return n + 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped(fg.Estimator):
+    """An estimator of a user's whose components stand in fields of other names, one without a default and one that may be left out."""
+
+    inner: fg.Estimator
+    where: fg.Law | None = None
+    words: tuple[str, ...] = ()
+
+    @property
+    def unbiased(self) -> bool:
+        return self.inner.unbiased
+
+    def estimate(self, *given: Any) -> Any:
+        return self.inner.estimate(*given)
+
+
+def make(tangents: int = 1) -> Any:
+    return fg.ForwardGradient(tangents=tangents) if tangents else None
+
+
+HERE = {f"mine:{name}": value for name, value in {"Uniform": Uniform, "Wrapped": Wrapped, "make": make, "Estimator": fg.Estimator}.items()}
+
+
+def find(path: str, what: str) -> Any:
+    assert what in ("estimator", "law", "perturbation")
+    return HERE[path]
+
+
+OWN: list[fg.Estimator] = [
+    fg.ForwardGradient(law=Uniform(half=2.0)),
+    Wrapped(fg.Backprop()),
+    Wrapped(Wrapped(fg.Guess(law=Uniform())), Uniform(1.0)),
+]
+
+
+@pytest.mark.parametrize("method", OWN, ids=repr)
+def test_what_a_user_wrote_is_named_by_its_import_path_and_found_by_the_caller_alone(method: fg.Estimator) -> None:
+    config = json.loads(json.dumps(to_config(method)).replace(f"{__name__}:", "mine:"))
+    assert "mine:" in json.dumps(config)
+    kept = json.dumps(config)
+    again = from_config(config, find)
+    assert again == method
+    assert hash(again) == hash(method)
+    assert json.dumps(config) == kept
+    with pytest.raises(ValueError, match=r"named by an import path, and nothing is imported here: pass find="):
+        from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"name": "mine:Uniform"}, "the estimator 'mine:Uniform' is no subclass of forwardgrad.Estimator: derive the class from that"),
+        ({"name": "forward", "law": {"name": "mine:Wrapped"}}, "the law 'mine:Wrapped' is no subclass of forwardgrad.Law"),
+        ({"name": "forward", "perturb": {"name": "mine:Uniform"}}, "the perturbation 'mine:Uniform' is no subclass of forwardgrad.Perturb"),
+        ({"name": "forward", "law": "mine:Uniform"}, "the law 'mine:Uniform' is an import path: write it as {'name': 'mine:Uniform'}"),
+        ({"name": "forward", "law": {"name": "mine:Uniform", "size": 2}}, "has no option 'size': its options are half"),
+        ({"name": "mine:Wrapped"}, "the estimator 'mine:Wrapped' cannot be made: .*missing 1 required positional argument: 'inner'"),
+        ({"name": "mine:Wrapped", "inner": "nonesuch"}, "unknown inner 'nonesuch': choose one of backprop, forward"),
+        ({"name": "mine:Wrapped", "inner": "backprop", "where": "nonesuch"}, "unknown where 'nonesuch': choose one of gaussian"),
+        ({"name": "mine:Estimator"}, "the estimator 'mine:Estimator' cannot be made: Can't instantiate abstract class"),
+        ({"name": "mine:make", "tangents": 0}, "the estimator 'mine:make' makes NoneType: it has to be a forwardgrad.Estimator"),
+        ({"name": "mine:make", "width": 0}, "the estimator 'mine:make' cannot be made: .* unexpected keyword argument 'width'"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_what_a_user_wrote_are_told_in_a_sentence(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_config(config, find)
+
+
+def test_a_component_that_may_be_left_out_may_be_none_and_a_function_may_make_the_estimator() -> None:
+    assert from_config({"name": "mine:Wrapped", "inner": "backprop", "where": None}, find) == Wrapped(fg.Backprop())
+    assert from_config({"name": "mine:make", "tangents": 3}, find) == fg.ForwardGradient(tangents=3)
 
 
 @pytest.mark.parametrize("option", ["tangents", "chunk_size"])

@@ -100,7 +100,10 @@ MISTAKES = [
     (("FILE:good", "--estimator", "evolution"), "unknown estimator 'evolution'"),
     (("FILE:good", "--estimator", "forward(tangents=0)"), "tangents must be a whole number of at least 1, not 0"),
     (("FILE:good", "--estimator", "FILE:nothing"), "makes int: it has to be a forwardgrad.Estimator"),
-    (("FILE:good", "--estimator", "FILE:Half(width=2)"), "unexpected keyword argument 'width'"),
+    (("FILE:good", "--estimator", "FILE:Half(width=2)"), "has no option 'width': its options are tangents, law"),
+    (("FILE:good", "--estimator", "forward(perturb=FILE:Half)"), "is no subclass of forwardgrad.Perturbation"),
+    (("FILE:good", "--estimator", "forward(law=nowhere_at_all:Law)"), "the law 'nowhere_at_all:Law' cannot be imported"),
+    (("FILE:good", "--estimator", "forward(law=FILE:Lost(a=1))"), "has no 'Lost'"),
     (("FILE:good", "--seconds", "0"), "--seconds must be a number above 0"),
     (("FILE:good", "--json", "nowhere/found.json"), "there is no folder nowhere"),
 ]

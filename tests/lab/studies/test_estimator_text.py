@@ -26,6 +26,18 @@ READ: list[tuple[str, dict[str, Any]]] = [
         'f(ends=["0.weight", 4.5, none], none=[ ], in=[[a],b(c=1)])',
         {"name": "f", "ends": ["0.weight", 4.5, None], "none": [], "in": [["a"], {"name": "b", "c": 1}]},
     ),
+    ("mine.sub:Method", {"name": "mine.sub:Method"}),
+    (
+        'mine:Outer.Method ( k=2, law=mine:Law, perturb = a.b:P(rank=2, inner=c:D), text="mine:Law" )',
+        {
+            "name": "mine:Outer.Method",
+            "k": 2,
+            "law": {"name": "mine:Law"},
+            "perturb": {"name": "a.b:P", "rank": 2, "inner": {"name": "c:D"}},
+            "text": "mine:Law",
+        },
+    ),
+    ("forward(law=/a/b-c/mine.py:Law(a=1))", {"name": "forward", "law": {"name": "/a/b-c/mine.py:Law", "a": 1}}),
     ("f(a=b(), c=d(e=f(g=1)))", {"name": "f", "a": "b", "c": {"name": "d", "e": {"name": "f", "g": 1}}}),
 ]
 REFUSED = [
@@ -42,6 +54,8 @@ REFUSED = [
     ("forward(name=backprop)", "an option other than 'name' is expected at character 9"),
     ("forward)", "the end is expected at character 8, before ')'"),
     ("forward; backprop", "the end is expected at character 8, before '; backprop'"),
+    ("f(a=mine:)", "',' or ')' is expected at character 9"),
+    ("f(a=:mine)", "a value is expected at character 5"),
     ("f(a=1e999)", "a number that a computer can hold is expected at character 5"),
     (f"f(a={'9' * 5000})", "a number that a computer can hold is expected at character 5"),
     ("f(a=[1 2])", "',' or ']' is expected at character 8, before '2])'"),

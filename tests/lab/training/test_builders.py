@@ -18,6 +18,7 @@ from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.loop import train
 
 MODULE = """
+from dataclasses import dataclass
 import torch
 from torch import nn
 import forwardgrad as fg
@@ -50,6 +51,18 @@ def likelihood(output, target):
 
 class Halved(fg.Backprop):
     name = "halved"
+
+@dataclass(frozen=True)
+class Doubled(fg.Gaussian):
+    name = "doubled"
+    times: float = 2.0
+
+    def fill_(self, tangent, generator):
+        for part in tangent:
+            part.normal_(generator=generator).mul_(scale(self.times))
+
+def scale(times):
+    return times / 2.0
 
 class Momentum(torch.optim.SGD):
     pass
@@ -149,6 +162,18 @@ def test_the_digest_sees_what_a_part_uses_and_nothing_else(module: Callable[...,
         assert import_path.signed(described(module(MODULE.replace(*change)))).code != first.code, change
 
 
+def test_a_component_of_an_estimator_is_found_and_watched_like_any_part(module: Callable[..., str], tmp_path: Path) -> None:
+    name = module()
+    run = described(name, estimator={"name": "forward", "law": {"name": f"{name}:Doubled", "times": 1.0}}, steps=2)
+    assert import_path.paths(run)["estimator.law"] == f"{name}:Doubled"
+    signed = import_path.signed(run)
+    assert builders.estimator(signed).law.times == 1.0  # type: ignore[attr-defined]
+    assert train(signed, tmp_path / "run")["status"] == "finished"
+    assert from_json(store.read_json(tmp_path / "run" / "run.json") or {}) == signed
+    module(MODULE.replace("times / 2.0", "times / 3.0"))
+    assert import_path.signed(run).code != signed.code
+
+
 @pytest.mark.parametrize(
     ("part", "old", "new"), [("narrow", "Linear, 3, 2)", "Linear, 3, 2, bias=False)"), ("Factory.make", "return 6", "return 7")]
 )
@@ -174,7 +199,19 @@ def test_a_run_is_not_trained_with_other_code_than_it_stands_for(module: Callabl
         ({"model": "NAME:nothing"}, "makes str: it has to be or return a torch.nn.Module"),
         ({"data": "NAME:broken"}, "return list: return a dict of splits"),
         ({"estimator": {"name": "NAME:Halved", "wrong": 1}}, "cannot be used"),
-        ({"estimator": {"name": "NAME:net"}}, "has to be a forwardgrad.estimators.Estimator"),
+        ({"estimator": {"name": "NAME:net"}}, "makes Sequential: it has to be a forwardgrad.Estimator"),
+        ({"estimator": {"name": "NAME:Momentum"}}, "is no subclass of forwardgrad.Estimator: derive the class from that"),
+        ({"estimator": {"name": "forward", "law": {"name": "NAME:Doubled", "size": 1}}}, "has no option 'size': its options are times"),
+        (
+            {"estimator": {"name": "forward", "law": {"name": "NAME:Halved"}}},
+            "is no subclass of forwardgrad.Law",
+        ),
+        (
+            {"estimator": {"name": "forward", "law": {"name": "NAME:Absent"}}},
+            "the estimator.law 'NAME:Absent' is not there",
+        ),
+        ({"estimator": {"name": "forward", "perturb": {"name": "NAME_away:P"}}}, "the estimator.perturb 'NAME_away:P' cannot be imported"),
+        ({"estimator": {"name": "forward", "law": "NAME:Doubled"}}, "is an import path: write it as"),
         ({"optimizer": Optimizer("NAME:Momentum", 0.1, options={"wrong": 1})}, "cannot be made"),
         ({"optimizer": Optimizer("NAME:net2", 0.1)}, "has no 'net2'"),
     ],
@@ -190,13 +227,16 @@ def test_mistakes_are_told_in_a_sentence(module: Callable[..., str], change: dic
         return value.replace("NAME", name) if isinstance(value, str) else value
 
     run = described(name, **{key: named(value) for key, value in change.items()})
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=words.replace("NAME", name)):
         train(import_path.signed(run), tmp_path / "run")
     assert not list(tmp_path.rglob("result.json"))
 
 
 @pytest.mark.parametrize("wrong", ["a:b:c", ":b", "a:", "a b:c", "a/b:c", "a.:b"])
 def test_what_is_no_import_path_is_refused(wrong: str) -> None:
+    for described in ({"name": wrong}, {"name": "forward", "law": {"name": wrong}}):
+        with pytest.raises(UserError, match="is no import path"):
+            Run("digits", "mlp", described, Optimizer("sgd", 0.1))
     with pytest.raises(UserError, match="is no import path"):
         Run("digits", wrong, {"name": "backprop"}, Optimizer("sgd", 0.1))
 

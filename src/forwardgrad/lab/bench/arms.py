@@ -14,7 +14,7 @@ from forwardgrad.estimators import Backprop, Estimator, ForwardGradient, LocalLo
 from forwardgrad.lab.bench.cases import BuiltCase, loss
 from forwardgrad.lab.bench.peers import PEERS
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.studies import format_estimator, parse_estimator
+from forwardgrad.lab.studies import find_here, format_estimator, parse_estimator
 from forwardgrad.perturbations import Activity, LowRank, PerExample
 from forwardgrad.training_step import EngineName, TrainingStep
 
@@ -43,8 +43,12 @@ class BenchArm:
         """The estimator as the command line takes it. Options that have their defaults are left out."""
         if self.estimator is None:
             return None
-        config, usual = to_config(self.estimator), to_config(from_config({"name": self.estimator.name}))
-        return format_estimator({key: value for key, value in config.items() if key == "name" or value != usual[key]})
+        config = to_config(self.estimator)
+        try:
+            usual = to_config(type(self.estimator)())
+        except TypeError:  # a user's own may have options without a default
+            usual = {}
+        return format_estimator({key: value for key, value in config.items() if key == "name" or key not in usual or value != usual[key]})
 
     @property
     def tangents(self) -> int:
@@ -114,7 +118,7 @@ def _arm(word: str) -> BenchArm:
     if word in NAMED:
         return NAMED[word]
     try:
-        estimator = from_config(parse_estimator(word))
+        estimator = from_config(parse_estimator(word), find_here)
     except UserError as error:
         raise UserError(f"unknown arm {word!r}: choose from {', '.join(NAMED)}, or write an estimator ({error})") from error
     except (ValueError, TypeError) as error:
@@ -122,7 +126,7 @@ def _arm(word: str) -> BenchArm:
         if "(" not in word:
             raise UserError(f"unknown arm {word!r}: {known}; an estimator can be written out, as in forward(tangents=2)") from error
         raise UserError(f"the arm {word!r} cannot be used: {error}; {known}") from error
-    return BenchArm(word, word, estimator.name, estimator)
+    return BenchArm(word, word, to_config(estimator)["name"], estimator)
 
 
 def _split(text: str) -> list[str]:

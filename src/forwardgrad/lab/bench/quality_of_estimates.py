@@ -20,7 +20,7 @@ from forwardgrad.lab import data, environment
 from forwardgrad.lab.bench.records import SAME_MACHINE, EstimateRecord, SettingRecord
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
-from forwardgrad.lab.studies import SCHEMA, format_estimator, stream
+from forwardgrad.lab.studies import SCHEMA, find_here, format_estimator, stream
 from forwardgrad.lab.training import models
 
 LR = 1e-3  # of the warm-up's Adam
@@ -60,9 +60,9 @@ def estimators_at(configs: Sequence[dict[str, Any]], counts: Sequence[int]) -> l
     for config in configs:
         label = format_estimator({key: value for key, value in config.items() if key != "tangents"})
         try:
-            one = from_config(config)
+            one = from_config(config, find_here)
             varied = "tangents" in to_config(one)
-            found += [MeasuredEstimator(label, k, from_config({**config, "tangents": k})) for k in (counts if varied else ())]
+            found += [MeasuredEstimator(label, k, from_config({**config, "tangents": k}, find_here)) for k in (counts if varied else ())]
             found += [] if varied else [MeasuredEstimator(label, None, one)]
         except (ValueError, TypeError) as error:
             raise UserError(f"the estimator {format_estimator(config)!r} cannot be used: {error}") from error

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from forwardgrad.lab.commands.factory import estimator
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import ExecutorName
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision, parse_estimator
+from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision
 
 OUT = Path("runs")  # not "results": the folder of that name in a checkout holds what was published
 Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
@@ -38,7 +39,9 @@ Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN 
 Estimator = Annotated[
     str,
     typer.Option(
-        metavar="SPEC", help="How the gradient is found: backprop, 'forward(tangents=8, clip=1.0)'; `forwardgrad estimators` lists all."
+        metavar="SPEC",
+        help="How the gradient is found: backprop, 'forward(tangents=8, clip=1.0)', or your own, 'module:Class(option=value)'; "
+        "`forwardgrad estimators` lists all that come with the project.",
     ),
 ]
 OptimizerOption = Annotated[OptimizerName, typer.Option(help="Optimizer; `nesterov` takes the gradient at the look-ahead point.")]
@@ -55,12 +58,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split
 
 def estimator_of(text: str) -> dict[str, Any]:
     """The complete description of an estimator, its limits checked before anything runs."""
-    from forwardgrad.estimators import from_config, to_config
+    from forwardgrad.estimators import to_config
 
-    try:
-        return to_config(from_config(parse_estimator(text)))
-    except ValueError as error:
-        raise UserError(f"the estimator {text!r} cannot be used: {error}") from error
+    return to_config(estimator(text))
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

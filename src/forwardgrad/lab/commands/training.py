@@ -13,6 +13,7 @@ from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, check_place
 from forwardgrad.lab.commands.ending import end_of_run, end_of_studies
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
+from forwardgrad.lab.commands.factory import read
 from forwardgrad.lab.commands.options import (
     OUT,
     Anneal,
@@ -41,7 +42,7 @@ from forwardgrad.lab.commands.options import (
 )
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, format_estimator, parse_estimator
+from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, folder_of, format_estimator, signed
 
 
 def train(
@@ -83,8 +84,8 @@ def train(
         anneal=anneal,
         cap=cap,
     )
-    run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine)
-    place = Place(device=device, data_dir=data_dir, retry_failed=retry_failed, tensorboard=tensorboard)
+    run = signed(Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine))
+    place = Place(device=device, data_dir=data_dir, path=folder_of(run), retry_failed=retry_failed, tensorboard=tensorboard)
     check_place(place)
     from forwardgrad.lab.execution import execute
     from forwardgrad.lab.store import Progress, describe
@@ -119,16 +120,16 @@ def tune(
     execution: ExecutionOptions,
 ) -> None:
     """Search a grid on the validation split, then train the best point on fresh seeds."""
-    place = execution.place()
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first: dict[str, Any] = {name: values[0] for name, values in space.items()}
     options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, engine=engine)
+    place = execution.place(folder_of(run))
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:
             dataclasses.replace(options, **{name: value})  # type: ignore[arg-type]
-    spec = format_estimator(parse_estimator(estimator))
+    spec = format_estimator(read(estimator))
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)

@@ -5,7 +5,10 @@ from forwardgrad.lab.studies.estimator_text import format_estimator as format_es
 from forwardgrad.lab.studies.estimator_text import format_value as format_value
 from forwardgrad.lab.studies.estimator_text import parse_estimator as parse_estimator
 from forwardgrad.lab.studies.estimator_text import parse_estimators as parse_estimators
+from forwardgrad.lab.studies.from_here import find_here as find_here
+from forwardgrad.lab.studies.from_here import folder_of as folder_of
 from forwardgrad.lab.studies.import_path import paths as paths
+from forwardgrad.lab.studies.import_path import signed as signed
 from forwardgrad.lab.studies.length import BACKWARD as BACKWARD
 from forwardgrad.lab.studies.length import Length as Length
 from forwardgrad.lab.studies.length import Pace as Pace

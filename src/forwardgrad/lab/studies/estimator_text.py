@@ -1,6 +1,7 @@
 """Estimators by one line of text, as the command line takes them; loads without torch.
 
     estimator := name [ "(" option "," option "," ... ")" ]         forward(tangents=8, law=rademacher, perturb=low-rank(rank=2))
+    name      := a word, or the import path of a user's class       forward(perturb=package.module:Mine(rank=2))
     option    := name "=" value                                     a value is a number, true, false, none, a "text", a list [a, b] or an
                                                                     estimator's component: a name, with options of its own or none
 
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from forwardgrad.lab.errors import UserError
 
+PATH = re.compile(r"[\w./~-]+:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")  # a file may stand before the colon: commands read it, descriptions do not
 NAME = re.compile(r"[A-Za-z_][\w-]*")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(?![\w.])")
 TEXT = re.compile(r'"(\\.|[^"\\])*"')
@@ -29,6 +31,8 @@ def parse_estimator(text: str) -> dict[str, Any]:
 
     >>> parse_estimator("forward(tangents=8, perturb=low-rank(rank=2), law=sphere)")
     {'name': 'forward', 'tangents': 8, 'perturb': {'name': 'low-rank', 'rank': 2}, 'law': 'sphere'}
+    >>> parse_estimator("mine:Method(law=mine:Law)")
+    {'name': 'mine:Method', 'law': {'name': 'mine:Law'}}
     """
     reader = _Reader(text)
     config = reader.estimator()
@@ -82,7 +86,7 @@ class _Reader:
         self.text, self.at = text, 0
 
     def estimator(self) -> dict[str, Any]:
-        name = self.match(NAME, "a name")
+        name = self.path() or self.match(NAME, "a name")
         return {"name": name, **self.options()}
 
     def options(self) -> dict[str, Any]:
@@ -104,7 +108,8 @@ class _Reader:
                 self.fail("',' or ')'")
 
     def value(self) -> Any:
-        self.space()
+        if path := self.path():
+            return {"name": path, **self.options()}
         start = self.at
         if number := NUMBER.match(self.text, start):
             if len(number[0]) > LONGEST or not math.isfinite(float(number[0])):
@@ -132,6 +137,13 @@ class _Reader:
                 self.fail("',' or ']'")
             found.append(self.value())
         return found
+
+    def path(self) -> str | None:
+        """An import path, where one stands here."""
+        self.space()
+        if found := PATH.match(self.text, self.at):
+            self.at = found.end()
+        return found and found[0]
 
     def took(self, sign: str) -> bool:
         self.space()

@@ -1,4 +1,4 @@
-"""A user's own model, data, loss, estimator and optimizer, named by import path: 'package.module:object'.
+"""A user's own model, data, loss, estimator (with its law and perturbation) and optimizer by import path: 'package.module:object'.
 
 A run that names one carries a digest of its source in its description, so that edited code is another run. Only a run that is about to be
 trained imports anything: whatever reads stored results does not come here. Loads without torch.
@@ -15,19 +15,19 @@ from types import ModuleType
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.studies.run import Run, is_path
+from forwardgrad.lab.studies.run import Run, is_path, named
 
 
 def paths(run: Run) -> dict[str, str]:
     """The parts of a run that a user brings, by what they are."""
-    named = {
+    found = {
         "model": run.model,
         "data": run.data,
         "loss": run.loss or "",
-        "estimator": run.estimator["name"],
+        **dict(named(run.estimator)),
         "optimizer": run.optimizer.name,
     }
-    return {what: path for what, path in named.items() if is_path(path)}
+    return {what: path for what, path in found.items() if is_path(path)}
 
 
 def find(path: str, what: str) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from forwardgrad.lab.errors import UserError
@@ -60,6 +61,19 @@ def check_choice(value: object, kind: object, what: str) -> None:
 def check_positive(value: float, what: str) -> None:
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{what} must be a positive number, not {value}")
+
+
+def named(estimator: Mapping[str, Any], where: str = "estimator") -> Iterator[tuple[str, str]]:
+    """Where a name stands in the description of an estimator, and the name: its own, and that of every component written with options.
+
+    >>> list(named({"name": "forward", "law": {"name": "mine:Law"}}))
+    [('estimator', 'forward'), ('estimator.law', 'mine:Law')]
+    """
+    if isinstance(name := estimator.get("name"), str):
+        yield where, name
+    for key, value in estimator.items():
+        if isinstance(value, Mapping):
+            yield from named(value, f"{where}.{key}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +131,8 @@ class Run:
     images and filters in the channels-last order and Adam in one kernel; parameters, losses and updates stay in float32.
     `engine` is how steps are taken (`forwardgrad.TrainingStep`): other engines than "eager" compute the same up to rounding.
     `steps`, where given, is how many optimizer steps the run takes, in place of `epochs`.
-    `data`, `model`, `loss` (cross-entropy where it is None), the estimator's name and the optimizer's may be import paths of a user's own
+    `data`, `model`, `loss` (cross-entropy where it is None), the estimator's name, those of its components, as {"law": {"name": ...}}, and
+    the optimizer's may be import paths of a user's own
     (`forwardgrad.lab.training.builders` says what each has to be); `code` is then the digest of their source.
     """
 
@@ -144,6 +159,9 @@ class Run:
         check_choice(self.engine, Engine, "engine")
         if not isinstance(self.estimator, dict) or not isinstance(self.estimator.get("name"), str):
             raise UserError(f"an estimator needs a name, got {self.estimator!r}")
+        for _, name in named(self.estimator):
+            if is_path(name) and not IMPORT_PATH.fullmatch(name):
+                raise UserError(f"the estimator's {name!r} is no import path: write it as package.module:object")
         counts = (
             ("epochs", self.epochs),
             ("the batch size", self.batch_size),

@@ -115,16 +115,11 @@ def batch_loss(run: Run) -> Callable[..., Tensor]:
 
 
 def estimator(run: Run) -> Estimator:
-    """The estimator of a run; a user's is a class whose fields are the options of the description."""
+    """The estimator of a run; one of a user's, or a component, is a class whose fields are the options of the description."""
     try:
-        if not is_path(name := run.estimator["name"]):
-            return from_config(run.estimator)
-        made = import_path.find(name, "estimator")(**{key: value for key, value in run.estimator.items() if key != "name"})
+        return from_config(run.estimator, import_path.find)
     except (ValueError, TypeError) as error:
         raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
-    if not isinstance(made, Estimator):
-        raise UserError(f"the estimator {name!r} makes {type(made).__name__}: it has to be a forwardgrad.estimators.Estimator")
-    return made
 
 
 def generator(run: Run, on: torch.device) -> torch.Generator:
