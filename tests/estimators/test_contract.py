@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from tests.support.cases import CASES, EXACT, Case, Loss, perceptron, regress, rows, seeded, trained, true_gradient
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call, jvp
 
 import forwardgrad as fg
+from forwardgrad.testing import promises, standing
+from forwardgrad.testing.evidence import Evidence, gather, gradients, packed
+from forwardgrad.testing.evidence import estimate as estimated
 
 PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk; two evaluations a tangent of zeroth order
     fg.Backprop(): 1,
@@ -97,33 +98,20 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 ROUGH = ("bfloat16", "autocast")
 
 
-def estimate(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> fg.Estimate:
-    torch.manual_seed(7)  # for dropout
+def fitting(method: fg.Estimator, model: nn.Module) -> fg.Estimator:
+    """The method with numbers that fit the precision of the model."""
     if isinstance(method, fg.ZerothOrder) and next(model.parameters()).dtype == torch.bfloat16:
-        method = dataclasses.replace(method, epsilon=0.1)  # anything much smaller drowns in the rounding of the loss to 8 bits
-    return fg.estimate_grad_(loss, model, method, generator=seeded(seed), state={})
+        return dataclasses.replace(method, epsilon=0.1)  # anything much smaller drowns in the rounding of the loss to 8 bits
+    return method
+
+
+def estimate(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> fg.Estimate:
+    return estimated(fitting(method, model), model, loss, seed)
 
 
 def tolerance(method: fg.Estimator, exact: float) -> float:
     """How far the loss and the buffers may be from those of an ordinary pass: the mean of two evaluations at ±ε is off by O(ε²)."""
     return 1e3 * method.epsilon**2 if isinstance(method, fg.ZerothOrder) else exact
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
-
-
-def packed(work: Callable[[], object]) -> tuple[int, int]:
-    """How many tensors were saved for a backward pass during the work, and how many bytes."""
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return len(sizes), sum(sizes)
 
 
 def test_every_estimator_and_every_perturbation_is_tested() -> None:
@@ -139,50 +127,12 @@ def test_a_loss_outside_the_limits_is_told_and_gives_no_gradient(method: fg.Esti
     assert gradients(model) == {}
 
 
-@dataclass(frozen=True)
-class Taken:
-    """An estimate of the gradient of a fresh model, and what it left."""
-
-    model: nn.Module
-    record: fg.Estimate
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    random: Tensor  # the state of the global generator
-    saved: tuple[int, int]
-    kept: bool  # whether parameters and buffers are the objects that they were
-
-
-def take(method: fg.Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> Taken:
-    def objects() -> list[tuple[str, int]]:
-        return [(name, id(tensor)) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
-
-    records, before = list[fg.Estimate](), objects()
-    saved = packed(lambda: records.append(estimate(method, model, loss, seed)))
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return Taken(model, records[0], gradients(model), buffers, torch.get_rng_state(), saved, objects() == before)
-
-
-@dataclass(frozen=True)
-class Promised:
-    """What the tests of a method and a case look at: the estimates take most of their time, and are made once for all of them."""
-
-    method: fg.Estimator
-    case: Case
-    first: Taken
-    same: Taken  # a fresh model, and the seed of the first
-    other: Taken  # a fresh model, another seed
-    added: Taken  # a fresh model, the seed of the first, and -3 times the first gradient in its .grad
-
-
 @pytest.fixture(scope="module")
-def promised(request: pytest.FixtureRequest) -> Promised:
+def promised(request: pytest.FixtureRequest) -> Evidence:
+    """What the tests of a method and a case look at: the estimates take most of their time, and are made once for all of them."""
     method, case = request.param
     assert torch.is_grad_enabled()
-    first, same, other = (take(method, *case.build(), seed) for seed in (0, 0, 1))
-    model, loss = case.build()
-    for name, g in first.gradients.items():
-        model.get_parameter(name).grad = -3 * g
-    return Promised(method, case, first, same, other, take(method, model, loss))
+    return gather(fitting(method, case.build()[0]), case)
 
 
 every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indirect=True, scope="module")
@@ -190,84 +140,56 @@ every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indire
 
 @pytest.mark.product
 @every_pair
-def test_fills_grad_and_adds_to_it(promised: Promised) -> None:
-    method, first = promised.method, promised.same
-    assert promised.first.kept
-    assert promised.added.kept
-    model = first.model
-    reached = {id(p) for module in model.modules() if learns(method, module, model) for p in module.parameters(recurse=False)}
-    for p in model.parameters():
-        assert isinstance(p, nn.Parameter)
-        if not p.requires_grad or id(p) not in reached:
-            assert p.grad is None
-            continue
-        assert (p.grad.dtype, p.grad.device, p.grad.shape) == (p.dtype, p.device, p.shape)
-        assert p.grad.isfinite().all()
-        assert type(p.grad) is Tensor
-        assert not p.grad.requires_grad
-        assert not p.grad.is_inference()
-    assert any(g.any() for g in first.gradients.values())
-    torch.testing.assert_close(promised.added.gradients, {name: -2 * g for name, g in promised.first.gradients.items()})
+def test_fills_grad_and_adds_to_it(promised: Evidence) -> None:
+    model = promised.same.model
+    reached = {id(p) for module in model.modules() if learns(promised.estimator, module, model) for p in module.parameters(recurse=False)}
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    promises.fills_grad_and_adds_to_it(promised, lambda p: id(p) in reached)
 
 
 @every_pair
-def test_same_seed_same_bits(promised: Promised) -> None:
-    first, same, other = (
-        [taken.record.loss, taken.record.derivatives, *taken.gradients.values()]
-        for taken in (promised.first, promised.same, promised.other)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+def test_same_seed_same_bits(promised: Evidence) -> None:
+    promises.repeats_bit_for_bit(promised)
+    first, other = promises.numbers(promised.first), promises.numbers(promised.other)
     equal = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    if not isinstance(promised.method, fg.LocalLosses):  # its classifiers are zeros at first, and so are its estimates
-        assert equal == isinstance(promised.method, (fg.Backprop, fg.Readout))
+    if not isinstance(promised.estimator, fg.LocalLosses):  # its classifiers are zeros at first, and so are its estimates
+        assert equal == isinstance(promised.estimator, (fg.Backprop, fg.Readout))
 
 
 @pytest.mark.product
 @every_pair
-def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Promised) -> None:
-    method, case, record = promised.method, promised.case, promised.first.record
-    model, loss = case.build()
-    torch.manual_seed(7)
-    start = torch.get_rng_state()
-    expected = loss(model).detach().mean()
-    after = torch.get_rng_state()
-    assert torch.equal(start, after) != case.random
-    assert torch.equal(promised.first.random, after)
+def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Evidence) -> None:
+    method, case, record = promised.estimator, promised.case, promised.first.record
     close = tolerance(method, 1e-12) if case.exact else 0.2 if isinstance(method, fg.ZerothOrder) and case.name in ROUGH else None
-    torch.testing.assert_close(record.loss, expected, rtol=close, atol=close)
+    promises.passes_as_an_ordinary_forward_pass(promised, close)
     assert record.derivatives.shape == (getattr(method, "tangents", 1 + method.complement if isinstance(method, fg.Guess) else 0),)
-    assert record.forward_passes == PASSES[method]
-    assert not record.loss.requires_grad
-    assert not record.derivatives.requires_grad
+    assert record.forward_passes == PASSES[dataclasses.replace(method, epsilon=1e-4) if isinstance(method, fg.ZerothOrder) else method]
 
 
 @pytest.mark.product
 @every_pair
-def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Promised) -> None:
-    method, (model, loss), taken = promised.method, promised.case.build(), promised.first
-    close = tolerance(method, 1e-13)
-    for _ in range(2 if taken.buffers else 0):
-        torch.manual_seed(7)
-        loss(model)
-        torch.testing.assert_close(taken.buffers, dict(model.named_buffers()), rtol=close, atol=close / 10)
-        taken = take(method, taken.model, loss)
-        assert taken.kept
+def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Evidence) -> None:
+    promises.updates_buffers_once(promised, tolerance(promised.estimator, 1e-13))
 
 
 @every_pair
-def test_nothing_is_saved_for_a_backward_pass(promised: Promised) -> None:
-    if promised.method in NO_BACKWARD:
-        assert promised.first.saved == promised.added.saved == (0, 0)
-    else:
+def test_nothing_is_saved_for_a_backward_pass(promised: Evidence) -> None:
+    if isinstance(promised.estimator, fg.Backprop):
+        assert promised.first.saved is not None
         assert promised.first.saved[1] > 0  # the counter counts
+    else:
+        promises.saves_nothing_for_a_backward_pass(promised)
+        assert promised.first.saved == promised.added.saved == (0, 0)
 
 
 def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_gradients_enabled() -> None:
     model, loss = perceptron().double(), regress(rows(6, 4))
     live = dict(model.named_parameters())
     tangents = {name: torch.ones_like(p) for name, p in live.items()}
-    assert packed(lambda: jvp(lambda ps: (functional_call(model, ps, rows(6, 4)) - 0.5).square().mean(), (live,), (tangents,)))[1] > 0
-    assert packed(lambda: fg.estimate_grad_(loss, model, generator=seeded())) == (0, 0)
+    _, saved = packed(lambda: jvp(lambda ps: (functional_call(model, ps, rows(6, 4)) - 0.5).square().mean(), (live,), (tangents,)))
+    assert saved is not None
+    assert saved[1] > 0
+    assert packed(lambda: fg.estimate_grad_(loss, model, generator=seeded()))[1] == (0, 0)
 
 
 @pytest.mark.product
@@ -322,32 +244,21 @@ def test_estimators_can_take_turns(case: Case) -> None:
 
 @methods
 def test_what_is_remembered_is_in_the_state(method: fg.Estimator) -> None:
-    model, loss = CASES[0].build()
-    state: dict[str, Tensor] = {}
-    fg.estimate_grad_(loss, model, method, generator=seeded(), state=state)
-    assert all(type(value) is Tensor and not value.requires_grad for value in state.values())
-    if method.stateful:
-        with pytest.raises(ValueError, match="learns from step to step"):
-            fg.estimate_grad_(loss, model, method, generator=seeded())
-    else:
-        assert state == {}
-        fg.estimate_grad_(loss, model, method, generator=seeded())
+    standing.remembers_in_the_state(method, *CASES[0].build())
 
 
 @methods
-@pytest.mark.parametrize("outer", ["no_grad", "enable_grad", "inference_mode"])
+@pytest.mark.parametrize("outer", standing.CONTEXTS)
 def test_the_context_of_the_caller_makes_no_difference(method: fg.Estimator, outer: str) -> None:
-    (model, loss), (usual, _) = CASES[0].build(), CASES[0].build()
-    with getattr(torch, outer)():
-        record = estimate(method, model, loss)
-    estimate(method, usual, loss)
-    torch.testing.assert_close(gradients(model), gradients(usual), rtol=0, atol=0)
-    for p in (p for p in model.parameters() if p.grad is not None):
-        p.grad.mul_(0.5)  # as clip_grad_norm_ does: not allowed of a tensor that was made in inference mode
-    assert not record.loss.requires_grad
+    standing.ignores_the_callers_context(method, CASES[0], outer)
 
 
 @pytest.mark.parametrize("method", [m for m in NO_BACKWARD if type(m) not in LIMITS], ids=short)
 def test_live_parameters_outside_what_is_trained_are_not_recorded_either(method: fg.Estimator) -> None:
-    head, backbone = nn.Linear(3, 1).double(), perceptron().double()
-    assert packed(lambda: estimate(method, head, lambda m: m(backbone(rows(6, 4))).square().mean())) == (0, 0)
+    standing.records_nothing_outside_what_is_trained(method)
+
+
+@methods
+def test_the_form_of_an_estimate_and_what_it_leaves_in_a_model(method: fg.Estimator) -> None:
+    promises.returns_what_grad_needs(method, CASES[0])
+    standing.leaves_no_trace(method, CASES[0])

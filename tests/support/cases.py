@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Loss = Callable[[nn.Module], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and its loss. `random`: the forward pass draws from the global generator; `exact`: float64, so tight tolerances hold.
-
-    `output` says what is known of a loss that ends in F.cross_entropy: "labels", one class index an example, and the output of the
-    model's last layer as it is; "reshaped", that output in another shape; "single", that of one example without a batch.
-    """
-
-    name: str
-    make: Callable[[], tuple[nn.Module, Loss]]
-    random: bool = False
-    exact: bool = True
-    output: str | None = None
-
-    def build(self) -> tuple[nn.Module, Loss]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(2022)
-            model, loss = self.make()
-            return (model.double() if self.exact else model), loss
-
-    def __str__(self) -> str:
-        return self.name
+from forwardgrad.testing import Case as Case
+from forwardgrad.testing import Loss as Loss
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -44,6 +44,7 @@ class Backprop(Estimator):
     """
 
     name: ClassVar[str] = "backprop"
+    reverse: ClassVar[bool] = True
 
     checkpoint: bool = False
 

@@ -34,6 +34,8 @@ class Estimator(ABC):
     """An estimator of ∇f; its fields are its hyperparameters, so the object is its own configuration."""
 
     name: ClassVar[str]
+    reverse: ClassVar[bool] = False
+    """Whether an estimate makes a backward pass, and so saves activations for it."""
 
     @property
     @abstractmethod

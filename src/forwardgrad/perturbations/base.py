@@ -50,9 +50,9 @@ class Entered(ABC):
     def gradient(self, weights: Float[Tensor, "k n"]) -> Mapping[str, Gradient]:
         """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name; a single weight is that of all examples."""
 
-    @abstractmethod
     def gram(self) -> Float[Tensor, "k k rows"]:
-        """Inner products of the directions of each row."""
+        """Inner products of the directions of each row: what combine="projection" needs, and nothing else."""
+        raise NotImplementedError(f"{type(self).__name__} has no `gram`, which combine='projection' needs")
 
     @property
     @abstractmethod
@@ -63,9 +63,9 @@ class Entered(ABC):
 class Sown(Entered):
     """Weights that move: their directions have covariance I, and the move of the layer's output is added when the layer is called."""
 
-    @abstractmethod
     def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
-        """⟨direction k of row b, other⟩ with `other` given by parameter name."""
+        """⟨direction k of row b, other⟩ with `other` given by parameter name: what a control variate needs, and nothing else."""
+        raise NotImplementedError(f"{type(self).__name__} has no `inner`, which a control variate needs: let `weights` be False")
 
     @abstractmethod
     def tangent(self, pick: Pick) -> Tensor:
@@ -97,7 +97,7 @@ class Perturbation(ABC):
 
     @property
     def weights(self) -> bool:
-        """Whether directions lie in the space of the weights, so that a direction there can be compared with them."""
+        """Whether directions lie in the space of the weights and have an `inner` product with others there, as a control variate asks."""
         return True
 
     @abstractmethod

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from forwardgrad.diagnostics.checks.findings import Finding, listed
 from forwardgrad.diagnostics.checks.subject import Gradients, Left, Subject, Taken, held
-from forwardgrad.estimators import Backprop
 
 _ONCE = 0.05  # of a buffer's change: less is rounding or a zeroth-order pair; a second update of a running mean is 0.9 of the first
 
@@ -59,7 +58,7 @@ def _saved(subject: Subject, taken: Taken) -> Finding:
     name = "backward pass"
     attached = [subject.name(key) for key, g in taken.gradients.items() if g is not None and (g.requires_grad or g.grad_fn is not None)]
     attached += [what for what, t in (("the loss", taken.record.loss), ("the derivatives", taken.record.derivatives)) if t.requires_grad]
-    if taken.saved and isinstance(subject.estimator, Backprop):
+    if taken.saved and subject.estimator.reverse:
         return Finding(name, "note", f"{taken.saved:,} bytes are saved for a backward pass, as backpropagation does")
     if taken.saved:
         remedy = "compute under torch.no_grad(), and forward derivatives on detached parameters"
