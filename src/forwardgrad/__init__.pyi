@@ -23,9 +23,11 @@ from forwardgrad.estimators import LearnedFeedback as LearnedFeedback
 from forwardgrad.estimators import LocalLosses as LocalLosses
 from forwardgrad.estimators import Readout as Readout
 from forwardgrad.estimators import ZerothOrder as ZerothOrder
+from forwardgrad.forward_mode import directional_derivatives as directional_derivatives
 from forwardgrad.forward_mode import plainly as plainly
 from forwardgrad.gradient import estimate_grad_ as estimate_grad_
 from forwardgrad.gradient import estimate_grads_ as estimate_grads_
+from forwardgrad.objective import Objective as Objective
 from forwardgrad.optim import Nesterov as Nesterov
 from forwardgrad.optim import cap_step as cap_step
 from forwardgrad.perturbations import PERTURBATIONS as PERTURBATIONS

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import forwardgrad as fg
 from forwardgrad.lab.studies import format_value
 
-COMPONENTS: tuple[tuple[str, tuple[type[Any], ...]], ...] = (("laws of directions", fg.LAWS),)
+COMPONENTS: tuple[tuple[str, tuple[type[Any], ...]], ...] = (("laws of directions", fg.LAWS), ("perturbations", fg.PERTURBATIONS))
+
+OWN = "your own stand where a name stands, by import path: 'module:Class(option=value)', or 'forward(perturb=module:Class)'"
 
 
 def listing() -> str:
@@ -19,7 +21,7 @@ def listing() -> str:
     parts = ["estimators:", *(line for kind in fg.ESTIMATORS for line in _kind(kind))]
     for title, kinds in COMPONENTS:
         parts += ["", f"{title}:", *(line for kind in kinds for line in _kind(kind))]
-    return "\n".join(parts)
+    return "\n".join([*parts, "", OWN])
 
 
 def _kind(kind: type[Any]) -> Iterator[str]:
@@ -47,6 +49,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
     if value is dataclasses.MISSING:
         return " (required)"
+    if isinstance(value, Mapping):
+        return f"={dict(value)}"
     return f"={format_value(_plain(value))}"
 
 
