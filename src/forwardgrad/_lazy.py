@@ -28,4 +28,5 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
         setattr(modules[package], name, value)
         return value
 
-    return __getattr__, lambda: sorted(home), sorted(home)
+    names = sorted(home)
+    return __getattr__, lambda: sorted(names), names  # one list: what a package adds to its __all__ is in dir() too

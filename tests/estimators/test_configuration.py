@@ -92,7 +92,7 @@ class Uniform(fg.Law):
         for part in tangent:
             part.uniform_(-self.half, self.half, generator=generator)
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         return n + 0.8
 
 

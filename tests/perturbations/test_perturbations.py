@@ -129,7 +129,7 @@ class Every(fg.Law):
         chosen = [self.values[index // len(self.values) ** (first + digit) % len(self.values)] for digit in range(part.numel())]
         part.copy_(torch.tensor(chosen, dtype=part.dtype).reshape(part.shape))
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         raise NotImplementedError
 
 

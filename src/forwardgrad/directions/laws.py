@@ -69,10 +69,10 @@ class Law(ABC):
 
         Of independent tangents it is 1 + (m − 1)/K, where m is the second moment of one.
         """
-        return 1 + (self._moment(n) - 1) / tangents
+        return 1 + (self.moment(n) - 1) / tangents
 
     @abstractmethod
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         """E‖(g·v)v‖² / ‖g‖² of a single tangent."""
 
 
@@ -126,7 +126,7 @@ class Gaussian(Law):
         for part in tangent:
             _normal_(part, generator)
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         return n + 2
 
 
@@ -141,7 +141,7 @@ class Rademacher(Law):
         for part in tangent:
             part.copy_(_signs(part.numel(), part.dtype, generator).view(part.shape))
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         return n
 
 
@@ -160,7 +160,7 @@ class Sphere(Law):
         for part, z in zip(tangent, wide, strict=True):
             part.copy_(z.mul_(scale.to(z.dtype)))
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         return n
 
 
@@ -203,7 +203,7 @@ class Orthogonal(Law):
     def second_moment(self, n: int, tangents: int = 1) -> float:
         return n / tangents
 
-    def _moment(self, n: int) -> float:
+    def moment(self, n: int) -> float:
         return n
 
 
