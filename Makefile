@@ -8,7 +8,7 @@ TORCH := 2.13.0# what `make lock` pins: raised on purpose only, since a newer to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-full lint types wheel lock clean
+.PHONY: demo test test-all test-full docs lint types wheel lock clean
 
 demo: $(READY)
 	$(BIN)/forwardgrad demo --out demo
@@ -25,6 +25,11 @@ test-all: test test-full
 
 test-full: $(READY)
 	$(PYTEST) -m full
+
+# The site, whole and without one warning: build/site/index.html, which needs no server and no network.
+docs: $(READY)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees docs build/site
+	@echo "site: build/site/index.html"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,156 @@
+"""The site: `make docs`. Pages are Markdown; the reference is made of the docstrings of the objects themselves."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import forwardgrad
+from sphinx.application import Sphinx
+
+project = "forwardgrad"
+author = "The forwardgrad authors"
+project_copyright = "The forwardgrad authors, Apache 2.0"
+version = release = forwardgrad.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_static", "pictures"]
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
+napoleon_use_rtype = False
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 72
+add_module_names = False
+toc_object_entries_show_parents = "hide"
+
+html_theme = "furo"
+html_title = "forwardgrad"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_search_summary = False  # it would fetch whole pages, which a page opened as a file may not
+html_theme_options = {"top_of_page_buttons": []}
+pygments_style, pygments_dark_style = "default", "github-dark"
+
+# The reference: `<!-- reference: PACKAGE -->` in a page stands for every public name of that package -----------------------------------
+
+ROOMS = {
+    "gradient": "Estimate a gradient",
+    "estimators": "Estimators",
+    "perturbations": "What moves",
+    "directions": "Laws of directions",
+    "training_step": "Whole steps",
+    "diagnostics": "Look at an estimate",
+    "optim": "What torch's optimizers lack",
+    "ensemble": "Several replicas",
+    "processes": "Several processes",
+    "forward_mode": "Forward mode",
+    "testing": "For authors of estimators",
+}
+SHOWN = {"Estimator", "Law", "Perturbation", "Objective", "Check", "Explanation", "Quality", "Finding"}  # with their methods and fields
+
+
+def _home(package: str, name: str) -> str:
+    """The room that a public name lives in: the module's name behind that of the package."""
+    module = str(getattr(getattr(import_module(package), name), "__module__", ""))
+    return module.removeprefix("forwardgrad.").split(".")[0]
+
+
+def _entry(package: str, name: str) -> Iterator[str]:
+    found = getattr(import_module(package), name)
+    kind = "autoclass" if inspect.isclass(found) else "autofunction"
+    yield f".. {kind}:: {package}.{name}"
+    if name in SHOWN:
+        yield "   :members:"
+    yield ""
+
+
+def _reference(package: str) -> Iterator[str]:
+    public = [name for name in import_module(package).__all__ if callable(getattr(import_module(package), name))]
+    homes = {name: _home(package, name) for name in public}
+    groups = ROOMS if package == "forwardgrad" else {}
+    for room in [*groups, *sorted(set(homes.values()) - groups.keys())]:
+        names = [name for name in public if homes[name] == room]
+        if names and groups:
+            yield f"## {groups.get(room, room.replace('_', ' '))}\n"
+        for name in names:
+            yield "\n".join(["```{eval-rst}", *_entry(package, name), "```\n"])
+
+
+def _fill(app: Sphinx, page: str, source: list[str]) -> None:
+    source[0] = re.sub(r"<!-- reference: ([\w.]+) -->", lambda found: "\n".join(_reference(found[1])), source[0])
+
+
+# Docstrings are written in Markdown's manner: what reStructuredText would misread is put into its own words ------------------------------
+
+LABEL = re.compile(r"(\s*)(Formula|Bias|Variance|Cost|Limits|Why|Why unbiased|Power|False alarms|Layers|Source|Where|When)(:) ")
+CODE = re.compile(r"(`[^`]+`)")
+
+
+def _words(line: str) -> str:
+    """A line of prose: `code` in two backticks, a public name as a link, and no letter that means something else."""
+    line = line.replace("``", "`")
+    parts = CODE.split(line)
+    for index, part in enumerate(parts):
+        if index % 2:
+            name = part.strip("`")
+            parts[index] = f":py:obj:`~forwardgrad.{name}`" if name in forwardgrad.__all__ and callable(getattr(forwardgrad, name)) else f"`{part}`"
+            if index + 1 < len(parts) and re.match(r"\w", parts[index + 1]):
+                parts[index] += "\\ "
+        else:
+            parts[index] = re.sub(r"([\\*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part))
+    return "".join(parts)
+
+
+def _lines(doc: list[str]) -> Iterator[str]:
+    literal: int | None = None
+    sample = bullets = False
+    before = ""
+    for line in doc:
+        indent = len(line) - len(line.lstrip())
+        if literal is not None and line.strip() and indent < literal:
+            literal = None
+        if line.lstrip().startswith(">>>"):
+            sample = True
+        elif not line.strip():
+            sample = False
+        if sample or literal is not None:
+            yield line
+        elif line.startswith("    ") and not before.strip() and not line.lstrip().startswith("- "):  # an indented block is code
+            literal = indent
+            yield "::"
+            yield ""
+            yield line
+        else:
+            bullet = re.match(r"\s*- ", line) is not None
+            if bullet and before.strip() and not bullets:
+                yield ""
+            if bullets and not bullet and line.strip() and not line.startswith("  "):
+                yield ""
+                bullets = False
+            bullets = bullet or (bullets and bool(line.strip()))
+            label = LABEL.match(line)
+            if label and before.strip():
+                yield ""
+            yield f"{label[1]}**{label[2]}.** {_words(line[label.end() :])}" if label else _words(line)
+            if re.match(r"Returns? |Raises? ", line.lstrip()) and False:
+                yield ""
+        before = line
+
+
+def _translate(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    at = next((index for index, line in enumerate(lines) if re.match(r"\s*(Args|Returns|Raises|Yields):\s*$", line)), len(lines))
+    after = next((index for index, line in enumerate(lines[at:], at) if index > at and line and not line.startswith(" ")), len(lines))
+    lines[:] = [*_lines(lines[:at]), *map(_words, lines[at:after]), *_lines(lines[after:])]
+
+
+def setup(app: Sphinx) -> None:
+    """Two steps of our own: names of a page's reference, and docstrings."""
+    app.connect("source-read", _fill)
+    app.connect("autodoc-process-docstring", _translate, priority=400)  # ahead of napoleon, which reads Args
