@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-import forwardgrad
 from sphinx.application import Sphinx
+
+import forwardgrad
 
 project = "forwardgrad"
 author = "The forwardgrad authors"
@@ -89,65 +90,56 @@ def _fill(app: Sphinx, page: str, source: list[str]) -> None:
 
 # Docstrings are written in Markdown's manner: what reStructuredText would misread is put into its own words ------------------------------
 
-LABEL = re.compile(r"(\s*)(Formula|Bias|Variance|Cost|Limits|Why|Why unbiased|Power|False alarms|Layers|Source|Where|When)(:) ")
+LABEL = re.compile(r"(Formula|Bias|Variance|Cost|Limits|Why|Why unbiased|Power|False alarms|Layers|Source): ")
 CODE = re.compile(r"(`[^`]+`)")
 
 
 def _words(line: str) -> str:
     """A line of prose: `code` in two backticks, a public name as a link, and no letter that means something else."""
-    line = line.replace("``", "`")
     parts = CODE.split(line)
     for index, part in enumerate(parts):
         if index % 2:
-            name = part.strip("`")
-            parts[index] = f":py:obj:`~forwardgrad.{name}`" if name in forwardgrad.__all__ and callable(getattr(forwardgrad, name)) else f"`{part}`"
-            if index + 1 < len(parts) and re.match(r"\w", parts[index + 1]):
-                parts[index] += "\\ "
+            parts[index] = _code(part.strip("`"))
+            if re.match(r"\w", parts[index + 1]):
+                parts[index] += "\\ "  # markup ends where a space does, even one that is not shown
         else:
             parts[index] = re.sub(r"([\\*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part))
     return "".join(parts)
 
 
-def _lines(doc: list[str]) -> Iterator[str]:
-    literal: int | None = None
-    sample = bullets = False
-    before = ""
+def _code(text: str) -> str:
+    known = text in forwardgrad.__all__ and callable(getattr(forwardgrad, text))
+    return f":py:obj:`~forwardgrad.{text}`" if known else f"``{text}``"
+
+
+def _prose(doc: list[str]) -> Iterator[str]:
+    """Paragraphs, lists, indented code and samples; a list and a labelled line need an empty line before them."""
+    before, code, sample, bullets = "", None, False, False
     for line in doc:
         indent = len(line) - len(line.lstrip())
-        if literal is not None and line.strip() and indent < literal:
-            literal = None
-        if line.lstrip().startswith(">>>"):
-            sample = True
-        elif not line.strip():
-            sample = False
-        if sample or literal is not None:
+        if code is not None and line.strip() and indent < code:
+            code = None
+        sample = line.startswith(">>>") or (sample and bool(line.strip()))
+        if sample or code is not None:
             yield line
-        elif line.startswith("    ") and not before.strip() and not line.lstrip().startswith("- "):  # an indented block is code
-            literal = indent
-            yield "::"
-            yield ""
-            yield line
+        elif line.startswith("    ") and not before.strip():
+            code = indent
+            yield from ("::", "", line)
         else:
-            bullet = re.match(r"\s*- ", line) is not None
-            if bullet and before.strip() and not bullets:
-                yield ""
-            if bullets and not bullet and line.strip() and not line.startswith("  "):
-                yield ""
-                bullets = False
-            bullets = bullet or (bullets and bool(line.strip()))
+            bullet = line.startswith("- ")
             label = LABEL.match(line)
-            if label and before.strip():
+            ends = bullets and not bullet and not line.startswith("  ")
+            if before.strip() and (label or ends or (bullet and not bullets)):
                 yield ""
-            yield f"{label[1]}**{label[2]}.** {_words(line[label.end() :])}" if label else _words(line)
-            if re.match(r"Returns? |Raises? ", line.lstrip()) and False:
-                yield ""
+            bullets = bullet or (bullets and not ends)
+            yield f"**{label[1]}.** {_words(line[label.end() :])}" if label else _words(line)
         before = line
 
 
 def _translate(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    at = next((index for index, line in enumerate(lines) if re.match(r"\s*(Args|Returns|Raises|Yields):\s*$", line)), len(lines))
-    after = next((index for index, line in enumerate(lines[at:], at) if index > at and line and not line.startswith(" ")), len(lines))
-    lines[:] = [*_lines(lines[:at]), *map(_words, lines[at:after]), *_lines(lines[after:])]
+    at = lines.index("Args:") if "Args:" in lines else len(lines)
+    after = next((index for index, line in enumerate(lines) if index > at and line and not line.startswith(" ")), len(lines))
+    lines[:] = [*_prose(lines[:at]), *map(_words, lines[at:after]), *_prose(lines[after:])]
 
 
 def setup(app: Sphinx) -> None:

@@ -49,7 +49,7 @@ class ForwardGradient(Estimator):
         perturb: what is perturbed: `Dense()`, `LowRank(rank)`, `PerExample()`, `Activity(masked)` or `Cheapest(overrides)`.
         combine: "mean", or "projection" (weights shared by the batch only: Dense or LowRank; K at most the number of weights).
         exact_output: give the last layers their exact gradient, (softmax − onehot)ᵀ x for the cross-entropy: it needs no reverse pass. For
-            Activity and Cheapest, where the error at the model's output is known (see docs/library.md).
+            Activity and Cheapest, where the error at the model's output is known (see docs/models.md).
         control_variate: β in [0, 1): use the moving average m ← β m + (1 − β) ĝ of earlier estimates as b. For Dense, LowRank and
             PerExample; the estimator then needs `state`. None for no control variate.
 
