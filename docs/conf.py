@@ -29,6 +29,8 @@ python_maximum_signature_line_length = 72
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
+smartquotes = False  # combine="mean" is code, within a formula too
+
 html_theme = "furo"
 html_title = "forwardgrad"
 html_static_path = ["_static"]
@@ -90,7 +92,7 @@ def _fill(app: Sphinx, page: str, source: list[str]) -> None:
 
 # Docstrings are written in Markdown's manner: what reStructuredText would misread is put into its own words ------------------------------
 
-LABEL = re.compile(r"(Formula|Bias|Variance|Cost|Limits|Why|Why unbiased|Power|False alarms|Layers|Source): ")
+LABEL = re.compile(r"(Formula|Bias and variance|Bias|Variance|Cost|Limits|Why|Why unbiased|Power|False alarms|Layers|Source): ")
 CODE = re.compile(r"(`[^`]+`)")
 
 
@@ -132,7 +134,7 @@ def _prose(doc: list[str]) -> Iterator[str]:
             if before.strip() and (label or ends or (bullet and not bullets)):
                 yield ""
             bullets = bullet or (bullets and not ends)
-            yield f"**{label[1]}.** {_words(line[label.end() :])}" if label else _words(line)
+            yield f"**{label[1]}:** {_words(line[label.end() :])}" if label else _words(line)
         before = line
 
 

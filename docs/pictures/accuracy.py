@@ -24,7 +24,7 @@ ARMS = (
     ("backprop", "backpropagation", ("45ed0ac87918", "eb2f9a0ded74", "f33f19efaac9")),
     ("local", "local losses with feedback", ("8f329ed2b400", "b6a8e7237203", "f9d317bd1ade")),
     ("feedback", "learned feedback", ("a6db7b35a09d", "641251e8391b", "ad9cf3e6e247")),
-    ("forward", "the paper's forward gradient, on an H100", ("345904b0c010",)),
+    ("forward", "forward gradient, on a GPU", ("345904b0c010",)),
 )
 
 
@@ -46,7 +46,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def draw(arms: list[dict[str, Any]]) -> tuple[Figure, list[Sketch]]:
     """Means over seeds as lines, the range over seeds as a band, the name at the end of its line."""
-    figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.8, 3.7), layout="constrained")
     axes = figure.subplots()
     for arm in arms:
         look = (LOOKS | FURTHER)[arm["kind"]]
@@ -64,7 +64,7 @@ def draw(arms: list[dict[str, Any]]) -> tuple[Figure, list[Sketch]]:
     axes.minorticks_off()
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation accuracy, %")
-    axes.legend(loc="center left", bbox_to_anchor=(0.0, 0.47), fontsize=10)
+    axes.legend(loc="center left", bbox_to_anchor=(0.0, 0.47), fontsize=9)
     return figure, []
 
 
