@@ -3,11 +3,7 @@
 import torch
 from torch import nn
 
-from forwardgrad.lab.studies.estimator_text import parse_estimator
-from forwardgrad.lab.studies.length import Length
-from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.studies.space import LogUniform
-from forwardgrad.lab.studies.study import Arm, Study
+from forwardgrad.lab import Arm, Length, LogUniform, Optimizer, Run, Study, parse_estimator
 
 
 def spirals(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

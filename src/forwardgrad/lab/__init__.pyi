@@ -8,3 +8,4 @@ from forwardgrad.lab.studies import Study as Study
 from forwardgrad.lab.studies import Uniform as Uniform
 from forwardgrad.lab.studies import Whole as Whole
 from forwardgrad.lab.studies import logspace as logspace
+from forwardgrad.lab.studies import parse_estimator as parse_estimator
