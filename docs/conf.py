@@ -144,7 +144,15 @@ def _translate(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
     lines[:] = [*_prose(lines[:at]), *map(_words, lines[at:after]), *_prose(lines[after:])]
 
 
+def _signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
+    """A signature that Sphinx can parse: a default made by a factory is no Python."""
+    if signature and "<factory>" in signature:
+        return re.sub(r"~([\w]+\.)+", "", signature).replace("<factory>", "{}"), returns
+    return None
+
+
 def setup(app: Sphinx) -> None:
-    """Two steps of our own: names of a page's reference, and docstrings."""
+    """Three steps of our own: names of a page's reference, docstrings, and signatures."""
+    app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _fill)
     app.connect("autodoc-process-docstring", _translate, priority=400)  # ahead of napoleon, which reads Args
