@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 THERE = all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo"))
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(not THERE, reason="no generator of the site here: pip install -e '.[docs]'"),
 ]
 
