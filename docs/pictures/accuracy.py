@@ -1,15 +1,18 @@
 """The picture of the first page: accuracy against seconds of training, four arms, the NN on MNIST.
 
 `python docs/pictures/accuracy.py` draws accuracy-light.svg and accuracy-dark.svg again from accuracy.json, which holds the evaluations
-of the stored runs named in it. `--read results` reads them from the run folders of an output folder first.
+of the stored runs named in it. `--read results` reads them from an output folder first: its run folders, or the file of packed runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,31 @@ ARMS = (
 )
 
 
+def files_of(results: Path, runs: Sequence[str]) -> list[dict[str, str]]:
+    """The files of every run by name, as text."""
+    packed, wanted = results / "runs.jsonl.gz", ("evaluations.csv", "environment.json")
+    found: dict[str, dict[str, str]] = {}
+    if packed.exists():
+        with gzip.open(packed, "rt", encoding="utf-8") as lines:
+            found = {entry["run"]: entry["files"] for entry in map(json.loads, lines) if entry.get("run") in runs}
+    for run in runs:
+        folder = results / "runs" / run
+        if folder.is_dir():
+            found[run] = {name: (folder / name).read_text(encoding="utf-8") for name in wanted}
+    return [found[run] for run in runs]
+
+
 def read(results: Path) -> list[dict[str, Any]]:
     """The evaluations of every arm's runs, and where they ran."""
     arms = []
     for kind, label, runs in ARMS:
-        folders = [results / "runs" / run for run in runs]
-        tables = [list(csv.DictReader((folder / "evaluations.csv").open())) for folder in folders]
+        held = files_of(results, runs)
+        tables = [list(csv.DictReader(io.StringIO(files["evaluations.csv"]))) for files in held]
         columns = {"seconds": 2, "validation_accuracy": 4}
         found: dict[str, Any] = {"kind": kind, "label": label, "runs": list(runs), "step": [int(row["step"]) for row in tables[0]]}
         for name, digits in columns.items():
             found[name] = [[round(float(row[name]), digits) for row in table] for table in tables]
-        where = json.loads((folders[0] / "environment.json").read_text())
+        where = json.loads(held[0]["environment.json"])
         found |= {name: where[name] for name in ("command", "commit", "device", "threads", "torch")}
         arms.append(found)
     return arms
