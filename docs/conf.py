@@ -53,6 +53,7 @@ ROOMS = {
     "optim": "What torch's optimizers lack",
     "ensemble": "Several replicas",
     "processes": "Several processes",
+    "objective": "A loss and what it trains",
     "forward_mode": "Forward mode",
     "testing": "For authors of estimators",
 }
