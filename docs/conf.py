@@ -41,7 +41,7 @@ html_show_search_summary = False  # it would fetch whole pages, which a page ope
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style, pygments_dark_style = "default", "github-dark"
 
-# The reference: `<!-- reference: PACKAGE -->` in a page stands for every public name of that package -----------------------------------
+# The reference: `<!-- reference: PACKAGE -->` in a page stands for every public name of that package, `PACKAGE: NAME NAME` for these ------
 
 ROOMS = {
     "gradient": "Estimate a gradient",
@@ -75,10 +75,11 @@ def _entry(package: str, name: str) -> Iterator[str]:
     yield ""
 
 
-def _reference(package: str) -> Iterator[str]:
-    public = [name for name in import_module(package).__all__ if callable(getattr(import_module(package), name))]
+def _reference(package: str, names: str | None) -> Iterator[str]:
+    wanted = names.split() if names else import_module(package).__all__
+    public = [name for name in wanted if callable(getattr(import_module(package), name))]
     homes = {name: _home(package, name) for name in public}
-    groups = ROOMS if package == "forwardgrad" else {}
+    groups = {} if names or package != "forwardgrad" else ROOMS
     for room in [*groups, *sorted(set(homes.values()) - groups.keys())]:
         names = [name for name in public if homes[name] == room]
         if names and groups:
@@ -88,7 +89,7 @@ def _reference(package: str) -> Iterator[str]:
 
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
-    source[0] = re.sub(r"<!-- reference: ([\w.]+) -->", lambda found: "\n".join(_reference(found[1])), source[0])
+    source[0] = re.sub(r"<!-- reference: ([\w.]+)(?:: ([\w ]+))? -->", lambda found: "\n".join(_reference(*found.groups())), source[0])
 
 
 # Docstrings are written in Markdown's manner: what reStructuredText would misread is put into its own words ------------------------------
