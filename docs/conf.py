@@ -57,7 +57,8 @@ ROOMS = {
     "forward_mode": "Forward mode",
     "testing": "For authors of estimators",
 }
-SHOWN = {"Estimator", "Law", "Perturbation", "Objective", "Check", "Explanation", "Quality", "Finding"}  # with their methods and fields
+# classes that are shown with their methods and fields
+SHOWN = {"Estimator", "Law", "Perturbation", "Objective", "Entered", "Layer", "Check", "Explanation", "Quality", "Finding"}
 
 
 def _home(package: str, name: str) -> str:
