@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from tests.lab.commands.test_cli import run
 
 import forwardgrad as fg
 from forwardgrad.lab.cli import app
@@ -122,3 +123,16 @@ def test_no_page_asks_another_host() -> None:
     for page in [*PAGES, *(ROOT / "docs" / "_static").iterdir(), *(ROOT / "docs" / "pictures").glob("*.svg")]:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"(src|srcset|@import|url\()\W{0,3}https?://|!\[[^\]]*\]\(http", text), page.name
+
+
+def short_commands() -> list[Any]:
+    """Those that need no data and no file: docs/extending.md has a test that makes its own."""
+    found = [case for case in every_command() if re.search(r"--data digits|^forwardgrad estimators", case.values[0])]
+    return [case for case in found if "mymethods" not in case.values[0]]
+
+
+@pytest.mark.parametrize("line", short_commands())
+def test_a_short_command_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(monkeypatch, capsys, *shlex.split(line, comments=True)[1:])
+    assert (status, bool(out)) == (0, True), err
