@@ -18,7 +18,7 @@ from tests.support.stored import fail, put, record, seeds, tried, undrawn
 
 from forwardgrad.lab.commands import reading
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution import executing
+from forwardgrad.lab.execution import dispatch
 from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.recipes import noise, paper
 from forwardgrad.lab.report import document
@@ -117,15 +117,15 @@ def test_new_runs_go_beside_a_pack_and_packed_ones_are_not_trained_again(tmp_pat
         [Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", lr), 1) for lr in (0.1, 0.2, 0.3)],
     )
     quiet = Progress(quiet=True)
-    first = executing.execute(runs[:2], here, Place(), quiet)
+    first = dispatch.execute(runs[:2], here, Place(), quiet)
     assert pack(here) == 2
     packed = (here.root / PACKED).read_bytes()
-    again = executing.execute(runs, here, Place(), quiet)
+    again = dispatch.execute(runs, here, Place(), quiet)
     assert {run: again[run] for run in first} == first
     assert [path.name for path in (here.root / "runs").iterdir() if path.is_dir()] == [runs[2].identity]
     assert (here.root / PACKED).read_bytes() == packed
     assert pack(here) == 3
-    assert executing.execute(runs, here, Place(), quiet) == again
+    assert dispatch.execute(runs, here, Place(), quiet) == again
 
 
 def test_what_has_not_finished_stays_a_folder(tmp_path: Path) -> None:
