@@ -208,9 +208,9 @@ def test_a_run_is_not_trained_with_other_code_than_it_stands_for(module: Callabl
         ),
         (
             {"estimator": {"name": "forward", "law": {"name": "NAME:Absent"}}},
-            "the estimator.law 'NAME:Absent' is not there",
+            "the law 'NAME:Absent' is not there",
         ),
-        ({"estimator": {"name": "forward", "perturb": {"name": "NAME_away:P"}}}, "the estimator.perturb 'NAME_away:P' cannot be imported"),
+        ({"estimator": {"name": "forward", "perturb": {"name": "NAME_away:P"}}}, "the perturbation 'NAME_away:P' cannot be imported"),
         ({"estimator": {"name": "forward", "law": "NAME:Doubled"}}, "is an import path: write it as"),
         ({"optimizer": Optimizer("NAME:Momentum", 0.1, options={"wrong": 1})}, "cannot be made"),
         ({"optimizer": Optimizer("NAME:net2", 0.1)}, "has no 'net2'"),

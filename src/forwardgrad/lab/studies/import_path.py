@@ -59,8 +59,14 @@ def signed(run: Run) -> Run:
 
 def digest(own: dict[str, str]) -> str:
     """Twelve hexadecimal digits of the source of all parts, and of what each uses of its own module."""
-    text = "\n".join(f"{what} {path}\n{_source(path, find(path, what))}" for what, path in sorted(own.items()))
+    text = "\n".join(f"{what} {path}\n{_source(path, find(path, _word(what)))}" for what, path in sorted(own.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _word(what: str) -> str:
+    """What stands in a place of a description, in a word."""
+    place = what.rpartition(".")[2]
+    return "perturbation" if place == "perturb" else place
 
 
 def _source(path: str, found: Any) -> str:
