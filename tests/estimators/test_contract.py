@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -135,10 +138,28 @@ def promised(request: pytest.FixtureRequest) -> Evidence:
     return gather(fitting(method, case.build()[0]), case)
 
 
-every_pair = pytest.mark.parametrize("promised", PAIRS, ids=named(PAIRS), indirect=True, scope="module")
+EACH = 3
+"""How many pairs each method and each case is met in by `make test`; all of them by `make test-all`."""
 
 
-@pytest.mark.product
+def marked(pairs: list[tuple[fg.Estimator, Case]]) -> list[Any]:
+    """The pairs, those beyond EACH marked `full`: whole pairs, as the tests of a pair share its estimates."""
+    met: Counter[str] = Counter()
+    further: set[str] = set()
+    for name in sorted(named(pairs), key=lambda name: hashlib.sha256(name.encode()).digest()):
+        case, _, method = name.partition("-")
+        if met[case] >= EACH and met[method] >= EACH:
+            further.add(name)
+        met.update([case, method])
+    return [
+        pytest.param(pair, id=name, marks=pytest.mark.full if name in further else ())
+        for pair, name in zip(pairs, named(pairs), strict=True)
+    ]
+
+
+every_pair = pytest.mark.parametrize("promised", marked(PAIRS), indirect=True, scope="module")
+
+
 @every_pair
 def test_fills_grad_and_adds_to_it(promised: Evidence) -> None:
     model = promised.same.model
@@ -156,7 +177,6 @@ def test_same_seed_same_bits(promised: Evidence) -> None:
         assert equal == isinstance(promised.estimator, (fg.Backprop, fg.Readout))
 
 
-@pytest.mark.product
 @every_pair
 def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Evidence) -> None:
     method, case, record = promised.estimator, promised.case, promised.first.record
@@ -166,7 +186,6 @@ def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pas
     assert record.forward_passes == PASSES[dataclasses.replace(method, epsilon=1e-4) if isinstance(method, fg.ZerothOrder) else method]
 
 
-@pytest.mark.product
 @every_pair
 def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Evidence) -> None:
     promises.updates_buffers_once(promised, tolerance(promised.estimator, 1e-13))

@@ -211,6 +211,18 @@ def test_what_is_right_passes_and_leaves_the_global_random_state_alone(method: f
     assert skipped == ({"saves nothing for a backward pass", "records nothing outside"} if isinstance(method, fg.Backprop) else set())
 
 
+OURS = [
+    *(kind() for kind in fg.ESTIMATORS),
+    *(fg.ForwardGradient(perturb=kind()) for kind in fg.PERTURBATIONS),
+    *(fg.ForwardGradient(tangents=2, law=kind()) for kind in fg.LAWS),
+]
+
+
+@pytest.mark.parametrize("method", OURS, ids=repr)
+def test_all_that_comes_with_the_project_passes(method: fg.Estimator) -> None:
+    assert {result.status for result in check_estimator(method, cases=ONE, repeats=100)} <= {"passed", "skipped"}
+
+
 def regression() -> tuple[nn.Module, Any]:
     return nn.Linear(3, 2), lambda model: model(torch.ones(4, 3, dtype=torch.float64)).square().mean()
 
@@ -237,6 +249,7 @@ def test_a_check_that_does_not_apply_asks_the_test_runner_to_skip_it() -> None:
         check()
 
 
+@pytest.mark.full
 def test_a_step_is_compiled_on_request_and_fails_where_it_stays_eager() -> None:
     check_estimator(fg.ForwardGradient(), cases=ONE, repeats=100, compiled=True)
     check_estimator(Unfollowed(), cases=ONE, repeats=100)
