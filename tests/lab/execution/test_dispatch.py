@@ -209,7 +209,7 @@ def test_runs_that_fail_together_are_taken_apart(tmp_path: Path, monkeypatch: py
     store, runs = Store(tmp_path), seeded(*range(5))
     real, sizes = loop.train_to_end, []
 
-    def together(batch: batched.Batch, *rest: Any) -> None:
+    def together(batch: batched.ManyRuns, *rest: Any) -> None:
         sizes.append(len(batch.runs))
         if len(batch.runs) > 2:
             raise torch.OutOfMemoryError("out of memory")

@@ -100,7 +100,7 @@ class Killed:
     """For tests: ends a batch at given steps, as a signal would."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-        self.steps, self.times, tell = list(steps), 0, batched.Batch.tell
+        self.steps, self.times, tell = list(steps), 0, batched.ManyRuns.tell
         monkeypatch.setattr(batched, "STATUS_SECONDS", 0.0)
 
         def killed(batch: Any) -> None:
@@ -110,7 +110,7 @@ class Killed:
                 self.times += 1
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(batched.Batch, "tell", killed)
+        monkeypatch.setattr(batched.ManyRuns, "tell", killed)
 
     def train(self, runs: list[Run], store: Store) -> None:
         while True:
@@ -181,7 +181,7 @@ def test_the_test_split_is_read_only_by_runs_that_may(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("held", [{}, HELD], ids=["free", "held"])
 def test_steps_do_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, Any]) -> None:
     runs = grid(dataclasses.replace(RUN, optimizer=Optimizer("sgd", 0.01, momentum=0.5, **held)))
-    batch = batched.Batch(runs, Store(tmp_path), torch.device("cpu"), None)
+    batch = batched.ManyRuns(runs, Store(tmp_path), torch.device("cpu"), None)
     batch.advance(1)
 
     def waits(*_: Any, **__: Any) -> None:

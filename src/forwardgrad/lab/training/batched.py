@@ -100,7 +100,7 @@ def train(
     folder = _folder(runs, store)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), _alone(runs, store), ExitStack() as held:
         if any(store.result(run.identity) is None for run in runs):
-            batch = Batch(runs, store, on, data_dir)
+            batch = ManyRuns(runs, store, on, data_dir)
             batch.write_descriptions(folder)
             batch.resume()
             for index in batch.unfinished:
@@ -133,7 +133,7 @@ def _alone(runs: Sequence[Run], store: Store) -> Iterator[None]:
         yield
 
 
-class Batch:
+class ManyRuns:
     """Several runs under way as one program: the training of each, and what they share."""
 
     def __init__(self, runs: Sequence[Run], store: Store, on: torch.device, data_dir: Path | None) -> None:
