@@ -1,8 +1,8 @@
 """The tally of a step's memory, checked against the operating system.
 
-The same step runs in a process of its own, and the system tells the most memory that the process held.
-There, every tensor of 64 kB or more is a piece of memory that goes back to the system when it is freed, so the peak of the resident memory
-follows the tensors alive. It also sees what the tally cannot: scratch inside kernels, and pages that the allocator keeps. Linux only.
+The same step runs in a process of its own, and the system tells the most memory that the process held. There, every tensor of 64 kB or
+more is a piece of memory that goes back to the system when it is freed. So the peak of the resident memory follows the tensors alive. It
+also sees what the tally cannot: scratch inside kernels, and pages that the allocator keeps. Linux only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from forwardgrad.lab.errors import UserError
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}  # of glibc
 TOLERANCE = (0.05, 1_000_000)
-"""How far the two may lie apart and still agree: a twentieth of the tally, and 1 MB for pages that are not tensors."""
+"""How far tally and peak may lie apart and still agree: a twentieth of the tally, and 1 MB for pages that are not tensors."""
 
 
 def tally(step: ArmStep, built: BuiltCase) -> int:

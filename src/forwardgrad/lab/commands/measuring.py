@@ -38,7 +38,8 @@ def bench(
     cases = chosen_cases(models, batch_size, sweep, layout)
     chosen = chosen_arms(arms, law, on_gpu=device.startswith("cuda"))
     repeats = (0 if sweep else 20) if repeats is None else repeats
-    options = BenchOptions(rounds, seconds, seed, repeats, numbers(cosine, "--cosine"), verify_memory)
+    cosines = numbers(cosine, "--cosine")
+    options = BenchOptions(rounds=rounds, seconds=seconds, seed=seed, repeats=repeats, cosines=cosines, verify_memory=verify_memory)
     store = Store(out)
     store.check()
     with torch_threads(threads):
@@ -73,7 +74,7 @@ def quality(
     from forwardgrad.lab.report.sections import quality_text
 
     chosen = estimators_at(parse_estimators(estimators), counts(tangents, "--tangents"))
-    setting = QualitySetting(model, data, batch_size, repeats, warm_up, learn, seed)
+    setting = QualitySetting(model=model, data=data, batch=batch_size, repeats=repeats, warm_up=warm_up, learn=learn, seed=seed)
     store = Store(out)
     store.check()
     print(quality_text(measure_estimates(store, setting, chosen, device=device, data_dir=data_dir, say=_say)))
