@@ -29,7 +29,7 @@ python_maximum_signature_line_length = 72
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-smartquotes = False  # combine="mean" is code, within a formula too
+smartquotes_action = "De"  # dashes and dots alone: combine="mean" is code, within a formula too
 
 html_theme = "furo"
 html_title = "forwardgrad"
