@@ -85,7 +85,7 @@ class Remembering(Estimator):
 
 @pytest.fixture
 def remembering(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(configuration, "ESTIMATORS", (*configuration.ESTIMATORS, Remembering))
+    monkeypatch.setitem(configuration._KINDS, Estimator, (*configuration.ESTIMATORS, Remembering))
     return {"name": "remembering"}
 
 

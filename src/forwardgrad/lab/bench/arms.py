@@ -126,7 +126,7 @@ def _arm(word: str) -> BenchArm:
         if "(" not in word:
             raise UserError(f"unknown arm {word!r}: {known}; an estimator can be written out, as in forward(tangents=2)") from error
         raise UserError(f"the arm {word!r} cannot be used: {error}; {known}") from error
-    return BenchArm(word, word, to_config(estimator)["name"], estimator)
+    return BenchArm(word, word, estimator.name, estimator)
 
 
 def _split(text: str) -> list[str]:

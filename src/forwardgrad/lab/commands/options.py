@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from forwardgrad.lab.commands.factory import estimator
+from forwardgrad.lab.commands.factory import estimator, read
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import ExecutorName
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision
+from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision, format_estimator
 
 OUT = Path("runs")  # not "results": the folder of that name in a checkout holds what was published
 Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
@@ -61,6 +61,11 @@ def estimator_of(text: str) -> dict[str, Any]:
     from forwardgrad.estimators import to_config
 
     return to_config(estimator(text))
+
+
+def spec_of(text: str) -> str:
+    """The text of an estimator as tables and labels show it."""
+    return format_estimator(read(text))
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -13,7 +13,6 @@ from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, check_place
 from forwardgrad.lab.commands.ending import end_of_run, end_of_studies
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
-from forwardgrad.lab.commands.factory import read
 from forwardgrad.lab.commands.options import (
     OUT,
     Anneal,
@@ -38,11 +37,12 @@ from forwardgrad.lab.commands.options import (
     TensorBoard,
     estimator_of,
     numbers,
+    spec_of,
     write_report,
 )
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, folder_of, format_estimator, signed
+from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, folder_of, signed
 
 
 def train(
@@ -90,6 +90,7 @@ def train(
     from forwardgrad.lab.execution import execute
     from forwardgrad.lab.store import Progress, describe
 
+    run = signed(run)
     store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
     result = execute([run], store, place, progress)[run.identity]
     print(f"{describe(result)}\n{store.folder(run.identity)}")
@@ -125,11 +126,11 @@ def tune(
     first: dict[str, Any] = {name: values[0] for name, values in space.items()}
     options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
     run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, engine=engine)
-    place = execution.place(folder_of(run))
+    place = execution.place(folder_of(run))  # where workers find what a user wrote
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:
             dataclasses.replace(options, **{name: value})  # type: ignore[arg-type]
-    spec = format_estimator(read(estimator))
+    spec = spec_of(estimator)
     kind, group = run.estimator["name"], f"{model} · {data} · {optimizer}"
     label = recipes.LABELS.get(spec, spec)
     arm = Arm(f"{data}-{model}-{optimizer}-{spec}", group, kind, label, run, space)
