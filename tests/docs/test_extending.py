@@ -17,6 +17,7 @@ from tests.lab.commands.test_cli import run
 from torch import nn
 
 import forwardgrad as fg
+from forwardgrad.testing import CASES, check_estimator
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 
@@ -74,6 +75,14 @@ def test_the_noise_of_a_column_is_what_the_page_says(folder: Path) -> None:
     estimator = fg.ForwardGradient(perturb=Column())
     found = fg.quality(lambda m: m(x).exp().mean(), model, estimator, generator=torch.Generator().manual_seed(0), repeats=4000)
     assert found.total.variance.low < 3 * (2 + 2) - 1 < found.total.variance.high
+
+
+@pytest.mark.full
+def test_steps_with_the_methods_of_the_page_compile(folder: Path) -> None:
+    from mymethods import Blockwise, Column
+
+    for estimator in (Blockwise(), fg.ForwardGradient(perturb=Column())):
+        check_estimator(estimator, cases=CASES[:1], repeats=100, compiled=True)
 
 
 COMMANDS = [line for block in blocks() if block.language == "sh" for line in block.code.splitlines()]
