@@ -16,7 +16,7 @@ from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
 from forwardgrad.calls.watch import ModelWatch, OtherPath, Transformed, UsedAgain
 from forwardgrad.directions import Directions, Law
 from forwardgrad.forward_mode import RandomState, derivatives_under
-from forwardgrad.forward_mode import notes as ways
+from forwardgrad.forward_mode import notes
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import WHOLE, ActivityUse, Entered, Perturbation, Reading, Rows
 
@@ -79,18 +79,18 @@ class Pass:
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return total + self.beyond(total).unsqueeze(1) if self.reading.rest else total  # it may belong to any example
 
-    def scored(self, entered: Entered) -> ways.Scored:
+    def scored(self, entered: Entered) -> notes.Scored:
         """Which part of the loss scores a place, in words."""
         place, layer = entered.place, ", ".join(name.removeprefix("model.") for name in entered.names)
         if isinstance(entered, ActivityUse) and entered.exact:
-            return ways.Scored(layer, "nothing", "exactly", "the error at the output is known")
+            return notes.Scored(layer, "nothing", "exactly", "the error at the output is known")
         if place.apart and self.count > 1 and place.rows is not None:
-            return ways.Scored(
+            return notes.Scored(
                 layer, entered.kind, "by example", f"examples lie along dimension {place.rows.dim} of {tuple(entered.shape)}"
             )
         if place.why or (entered.rows > 1 and self.reading.why):
-            return ways.Scored(layer, entered.kind, "by the whole loss", place.why or self.reading.why)
-        return ways.Scored(layer, entered.kind, "by the loss", "all examples share what moves")
+            return notes.Scored(layer, entered.kind, "by the whole loss", place.why or self.reading.why)
+        return notes.Scored(layer, entered.kind, "by the loss", "all examples share what moves")
 
     def beyond(self, rows: Float[Tensor, "k count"]) -> Float[Tensor, " k"]:
         """The derivatives of the loss less the parts of all examples: those of a penalty on weights, for one."""
@@ -184,8 +184,8 @@ def perturbed_pass(
         else:
             one = gathered(derived.values, derived.derivatives, stands)
             surveyed.took(stands.path_taken)
-            if (notes := ways.asked.get()) is not None:
-                notes.layers[:] = [one.scored(entered) for entered in one.entered]
+            if (asked := notes.asked.get()) is not None:
+                asked.layers[:] = [one.scored(entered) for entered in one.entered]
             return one
         random.restore()
     raise RuntimeError(UNSTEADY)
