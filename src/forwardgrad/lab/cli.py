@@ -46,7 +46,8 @@ def main() -> None:
         status = app(prog_name="forwardgrad", standalone_mode=False)
     except typer.TyperException as error:
         helps = type(error).__name__ == "NoArgsIsHelpError"  # not a mistake: a user who asks what there is
-        status = print(error.format_message()) if helps else _fail(" ".join(error.format_message().split()))
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")  # Python's word, which helps nobody
+        status = print(error.format_message()) if helps else _fail(message)
     except UserError as error:
         status = _fail(str(error))
     except OSError as error:

@@ -119,6 +119,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("watch", "NOWHERE"), "not an output folder of forwardgrad"),
     (("data", "fetch", "imagenet"), "imagenet"),
     (("tarin",), "train"),
+    (("train", "--data", "digits", "--model", "logistc"), "Invalid value for '--model': 'logistc' is not one of 'logistic', 'mlp'"),
     (("train", "--learning-rate", "1"), "--learning-rate"),
     (("train", "--data", "digits", "--lr", "1e300"), "at most 1e+30"),
     (("train", "--data", "digits", "--epochs", "1000000000000"), "at most 1,000,000"),
