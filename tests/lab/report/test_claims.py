@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_the_verdict_says_which_by_how_much_and_how_sure(store: Store) -> None:
     assert "in 1 of 1 comparison, by a factor of 5.00. How sure: there is no interval" in said(store)
     trained(store, paper.table1(rows=["1", "2"], seeds=3), apart(0.5, 0.1))
     assert "excludes zero in 1 of 1 comparison with several seeds" in said(store)
+    assert "needs 6 shared seeds: here are 3" in said(store)
     trained(store, paper.table1(rows=["1", "2", "3", "4"], seeds=3), apart(0.1, 0.5))
     assert "The forward gradient is ahead of backpropagation" in said(store)
     assert "in 2 of 2 comparisons, by a factor of" in said(store)
@@ -292,3 +294,10 @@ def test_the_verdict_says_which_by_how_much_and_how_sure(store: Store) -> None:
         store
     )
     assert said(Store(store.root / "empty")) == "No comparison is finished yet."
+
+
+def test_a_finished_comparison_of_other_arms_is_not_called_unfinished(store: Store) -> None:
+    study = paper.table1(rows=["1", "2"])
+    others = dataclasses.replace(study, name="mine", arms=tuple(dataclasses.replace(arm, kind="mine") for arm in study.arms))
+    trained(store, others, apart(0.5, 0.1))
+    assert said(store) == "1 comparison finished: the verdict stands below."

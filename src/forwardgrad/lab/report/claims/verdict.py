@@ -14,6 +14,7 @@ from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult
 
 BATCH = 64
+DECIDING = 6  # shared seeds: the least p of so many pairs, 2/2⁶, is below 0.05
 TITLES = [network.title for network in NETWORKS.values()]
 
 
@@ -23,7 +24,13 @@ def verdict(studies: Sequence[StudyResult], bench: dict[str, Any] | None) -> lis
     What was not measured is left out.
     """
     said = [_quality(studies), *_beyond(studies), _cost(bench)]
-    return [sentence for sentence in said if sentence] or ["No comparison is finished yet."]
+    return [sentence for sentence in said if sentence] or [_others(studies)]
+
+
+def _others(studies: Sequence[StudyResult]) -> str:
+    """Of comparisons between other arms than the paper's two: each has its own verdict in its section."""
+    done = sum(sum(arm.complete for arm in arms) > 1 for study in studies for arms in study.groups.values())
+    return f"{count(done, 'comparison')} finished: the verdict stands below." if done else "No comparison is finished yet."
 
 
 def _fair(studies: Sequence[StudyResult]) -> list[tuple[ArmPair, bool]]:
@@ -87,7 +94,10 @@ def _sure(gaps: Sequence[stats.MeanEstimate]) -> str:
         return f"How sure: there is no interval, because {why}."
     apart = sum((gap.low or 0) > 0 or (gap.high or 0) < 0 for gap in with_interval)
     among = count(len(with_interval), "comparison")
-    return f"How sure: the 95 % interval of the difference over seeds excludes zero in {apart} of {among} with several seeds."
+    said = f"How sure: the 95 % interval of the difference over seeds excludes zero in {apart} of {among} with several seeds."
+    most = max(gap.n for gap in with_interval)
+    few = f" The permutation test, which makes no assumption on how losses scatter, needs {DECIDING} shared seeds: here are {most}."
+    return said + few if most < DECIDING else said
 
 
 def _beyond(studies: Sequence[StudyResult]) -> list[str]:
