@@ -43,9 +43,9 @@ class LearnedFeedback(Estimator):
     loss functions (see `forwardgrad.forward_mode.rules.losses`), or follows from at most 2,048 numbers that the last layer returns.
 
     Args:
-        rule: "lms" or "average".
+        rule: how B is learned: "lms" (steps against the error of its prediction) or "average" (a moving average).
         rate: None for steps that follow from the data ("lms") or 0.01 ("average"); else above 0 and below 2, or below 1 for "average".
-        use: "direct" or "control-variate".
+        use: "direct" (fast, biased: the error is sent through B) or "control-variate" (unbiased, noisier).
         warm_up: first steps in which only the feedback learns and no gradient is given (`.grad` is left alone, so optimizers do nothing).
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.

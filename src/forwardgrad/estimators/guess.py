@@ -38,11 +38,11 @@ class Guess(Estimator):
     until another is given; under the names `guess.<parameter name>` it can be read and written there by hand too.
 
     Args:
-        source: "previous" or "given", where w comes from.
+        source: where the guess w comes from: "previous" (the estimates of earlier steps) or "given" (by `Guess.give`).
         complement: whether to add the forward gradient at right angles to the guess.
         per_parameter: whether every parameter tensor has a derivative of its own.
         momentum: how much of the previous guess stays in w, in [0, 1); only for "previous".
-        law: where v is drawn from.
+        law: where the random direction v is drawn from.
         chunk_size: tangents evaluated at once: None for all (as many copies of the parameters are held), 1 for a loop.
 
     Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator or state, or a guess in the state

@@ -21,7 +21,7 @@ from forwardgrad.perturbations import Activity, ActivityUse, Entered
 
 @dataclass(frozen=True)
 class LocalLosses(Estimator):
-    """Greedy learning block by block: each block ends in a linear classifier of its own, and nothing it does is seen by later losses.
+    """Local losses: a linear classifier of its own stands behind every block of layers, and the block is trained by that loss alone.
 
     Formula: behind block l stands y_l = R_l φ(h_l) + b_l with the block's activities h_l, its loss (1 − s)·f(y_l) + s·‖S(h_l) − S(t)‖²/N²
     with f the model's own loss and targets t, and e_l = ∂f/∂y_l in closed form. S(h) are the cosines between the centred activities of all
