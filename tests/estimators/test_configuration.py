@@ -112,11 +112,20 @@ class Wrapped(fg.Estimator):
         return self.inner.estimate(*given)
 
 
+class ByHand(fg.ForwardGradient):
+    """An estimator of a user's that sets up itself, and takes an option that is no field."""
+
+    def __init__(self, gain: float = 1.0, *, told: str = "nothing") -> None:
+        super().__init__(tangents=2)
+        object.__setattr__(self, "set_up", (gain, told))
+
+
 def make(tangents: int = 1) -> Any:
     return fg.ForwardGradient(tangents=tangents) if tangents else None
 
 
-HERE = {f"mine:{name}": value for name, value in {"Uniform": Uniform, "Wrapped": Wrapped, "make": make, "Estimator": fg.Estimator}.items()}
+OURS = {"Uniform": Uniform, "Wrapped": Wrapped, "ByHand": ByHand, "make": make, "Estimator": fg.Estimator}
+HERE = {f"mine:{name}": value for name, value in OURS.items()}
 
 
 def find(path: str, what: str) -> Any:
@@ -169,6 +178,14 @@ def test_mistakes_in_what_a_user_wrote_are_told_in_a_sentence(config: dict[str, 
 def test_a_component_that_may_be_left_out_may_be_none_and_a_function_may_make_the_estimator() -> None:
     assert from_config({"name": "mine:Wrapped", "inner": "backprop", "where": None}, find) == Wrapped(fg.Backprop())
     assert from_config({"name": "mine:make", "tangents": 3}, find) == fg.ForwardGradient(tangents=3)
+
+
+def test_a_class_with_an_init_of_its_own_takes_what_that_takes() -> None:
+    made: Any = from_config({"name": "mine:ByHand", "gain": 2.0}, find)
+    assert made.set_up == (2.0, "nothing")
+    assert from_config({"name": "mine:ByHand"}, find).tangents == 2  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="has no option 'size': its options are gain, told"):
+        from_config({"name": "mine:ByHand", "size": 2}, find)
 
 
 @pytest.mark.parametrize("option", ["tangents", "chunk_size"])

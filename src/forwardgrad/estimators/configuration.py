@@ -7,6 +7,7 @@ import path of its class, 'package.module:Class'. Nothing is imported here: whoe
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
@@ -54,6 +55,8 @@ Find = Callable[[str, str], Any]
 
 _KINDS: dict[type[Any], tuple[type[Any], ...]] = {Estimator: ESTIMATORS, Law: LAWS, Perturbation: PERTURBATIONS}
 """What can be described, and which of it comes with the project."""
+
+_NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def to_config(estimator: Estimator) -> dict[str, Any]:
@@ -134,12 +137,17 @@ def _users(base: type[Any], path: str, fields: dict[str, Any], find: Find | None
 
 
 def _options(kind: type[Any], fields: Mapping[str, Any], who: str, find: Find | None) -> dict[str, Any]:
-    """The fields of a class from their JSON form; ValueError for one that it does not have."""
+    """The options of a class from their JSON form; ValueError for one that it does not have."""
     known = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    if unknown := [key for key in fields if key not in known]:
-        raise ValueError(f"{who} has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}")
+    taken = inspect.signature(kind).parameters  # those of an `__init__` that a user wrote by hand need not be fields
+    options = [name for name, parameter in taken.items() if parameter.kind in _NAMED]
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    if unknown := [key for key in fields if key not in options and not anything]:
+        raise ValueError(f"{who} has no option {unknown[0]!r}: its options are {', '.join(options) or 'none'}")
     made = dict(fields)
     for key, value in fields.items():
+        if key not in known:
+            continue
         if isinstance(value, list) and isinstance(known[key].default, tuple):  # JSON has lists alone
             made[key] = tuple(value)
         base = _component(kind, known[key])
