@@ -156,6 +156,15 @@ def test_a_folder_that_is_held_or_has_other_files_is_left(tmp_path: Path) -> Non
     assert {path.name for path in (here.root / "runs").iterdir()} == {other.name}
 
 
+def test_what_a_run_leaves_that_was_killed_after_its_result_goes_with_its_folder(tmp_path: Path) -> None:
+    here = Store(tmp_path / "out")
+    put(here, ALONE, 0.5, steps=60)
+    for name in ("checkpoint.pt", "status.json"):
+        (here.folder(ALONE.identity) / name).write_text("of the last steps")
+    assert pack(here) == 1
+    assert not list((here.root / "runs").iterdir())
+
+
 def test_damage_before_packing_changes_nothing(tmp_path: Path) -> None:
     here = filled(tmp_path / "out")
     path = here.folder(ALONE.identity) / "evaluations.csv"

@@ -12,6 +12,7 @@ from forwardgrad.lab.store.packed import HELD, LOSSES, SUMMARY, Files, as_lines,
 from forwardgrad.lab.store.run_files import beside
 from forwardgrad.lab.store.store import Store
 
+LEFT = ("status.json", "checkpoint.pt", "error.txt")  # what a run that was killed while it ended may still have; no pack holds it
 Thin = Callable[[str, dict[str, list[float]]], dict[str, Any] | bool]  # of a run and its losses: True keeps all, False none, else a summary
 
 
@@ -65,7 +66,7 @@ def _remove(folder: Path) -> None:
         with alone(folder):
             (folder / "result.json").unlink(missing_ok=True)
             sync(folder)
-            for name in (*HELD, "status.json", "error.txt"):
+            for name in (*HELD, *LEFT):
                 (folder / name).unlink(missing_ok=True)
             if not any(folder.iterdir()):
                 folder.rmdir()
