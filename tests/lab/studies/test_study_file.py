@@ -47,6 +47,14 @@ def test_the_study_of_a_file_with_its_arguments_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("imported", "name"), [("import forwardgrad.lab as lab", "lab.Study"), ("import forwardgrad.lab", "forwardgrad.lab.Study")]
+)
+def test_annotations_that_are_text_are_understood_however_study_was_imported(tmp_path: Path, imported: str, name: str) -> None:
+    text = f"from __future__ import annotations\n{imported}\n{GOOD}".replace("-> Study", f"-> {name}")
+    assert load(written(tmp_path, text), {})[0].name == "mine"
+
+
+@pytest.mark.parametrize(
     ("text", "settings", "words"),
     [
         (GOOD, {"seed": "3"}, "has no argument 'seed': it has seeds, name"),

@@ -57,9 +57,19 @@ def _said(path: Path, error: Exception) -> str:
     return f"{path.name} stops{at} with {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 
+def _is_study(annotation: object, module: ModuleType) -> bool:
+    """Whether a return annotation stands for Study, as text too: `from __future__ import annotations` makes all of them text."""
+    if not isinstance(annotation, str) or annotation == "Study":
+        return annotation in (Study, "Study")
+    named: Any = module
+    for name in annotation.split("."):
+        named = getattr(named, name, None)
+    return named is Study
+
+
 def _function(module: ModuleType, name: str, path: Path) -> Callable[..., Any]:
     local = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__}
-    found = {key: value for key, value in local.items() if inspect.get_annotations(value).get("return") in (Study, "Study", "study.Study")}
+    found = {key: value for key, value in local.items() if _is_study(inspect.get_annotations(value).get("return"), module)}
     if name:
         if name not in local:
             raise UserError(f"{path.name} has no function {name!r}: its studies are {', '.join(found) or 'none'}")
