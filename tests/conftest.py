@@ -26,8 +26,8 @@ settings.load_profile("reproducible")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-EACH = 3
-"""How many cases of a product each value of each parameter is met in by `make test`."""
+EACH = 2
+"""How many cases of a product each value of each parameter is met in by `make test`; a test may ask for others, `product(each=1)`."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,9 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; the rest is marked `full`."""
     met: Counter[tuple[str, str, str]] = Counter()
     for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
-        if item.get_closest_marker("product") and isinstance(item, pytest.Function):
+        if (product := item.get_closest_marker("product")) and isinstance(item, pytest.Function):
+            each = product.kwargs.get("each", EACH)
             values = [(item.nodeid.partition("[")[0], name, _named(value)) for name, value in item.callspec.params.items()]
-            if all(met[value] >= EACH for value in values):
+            if all(met[value] >= each for value in values):
                 item.add_marker("full")
             met.update(values)
 

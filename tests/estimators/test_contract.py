@@ -138,7 +138,7 @@ def promised(request: pytest.FixtureRequest) -> Evidence:
     return gather(fitting(method, case.build()[0]), case)
 
 
-EACH = 3
+EACH = 2
 """How many pairs each method and each case is met in by `make test`; all of them by `make test-all`."""
 
 

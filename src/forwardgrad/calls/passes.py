@@ -15,8 +15,7 @@ from forwardgrad.calls.sums import Scaled
 from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
 from forwardgrad.calls.watch import ModelWatch, OtherPath, Transformed, UsedAgain
 from forwardgrad.directions import Directions, Law
-from forwardgrad.forward_mode import RandomState, derivatives_under
-from forwardgrad.forward_mode import notes
+from forwardgrad.forward_mode import RandomState, derivatives_under, notes
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import WHOLE, ActivityUse, Entered, Perturbation, Reading, Rows
 

@@ -133,7 +133,7 @@ def test_networks_with_table_ones_arms_are_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc, which is Linux's")
-@pytest.mark.parametrize("name", ["backprop", "forward", "low-rank"])
+@pytest.mark.parametrize("name", ["backprop", *(pytest.param(name, marks=pytest.mark.full) for name in ("forward", "low-rank"))])
 def test_the_tally_of_tensors_is_the_peak_of_a_process(name: str) -> None:
     """Tensors of 2 to 4 MB each, and kernels that need no scratch."""
     found = process_peak.process_peak(BenchCase("mlp-4x1024", 512, "contiguous"), NAMED[name])

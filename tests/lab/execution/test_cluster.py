@@ -39,6 +39,7 @@ def test_ray_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) 
         cluster.Cluster(Place(executor="ray"))
 
 
+@pytest.mark.full
 def test_ray_on_this_machine_gives_the_same_bits_and_failures_as_results(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     store, serial = Store(tmp_path / "out"), Store(tmp_path / "serial")
     fine, fails = [*seeded(0, DIES_ONCE), LEAVES], seeded(THROWS, ALWAYS_DIES)
