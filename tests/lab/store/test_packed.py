@@ -244,7 +244,7 @@ def read_all(here: Store, name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        ([], "not enough values"),
+        ([], "it is empty"),
         ([{"format": 2, "runs": 0}], "its format is 2"),
         ([{"format": 1, "runs": 1}], "it should hold 1 runs"),
         ([{"format": 1, "runs": 1}, {"run": "../../x", "files": {}}], "it should hold 1 runs"),

@@ -62,6 +62,8 @@ def _parse(path: Path, content: bytes) -> dict[str, Files]:
             lines = file.read(LARGEST + 1)
         if len(lines) > LARGEST:
             raise ValueError(f"it unpacks to more than {LARGEST:,} bytes")
+        if not lines:
+            raise ValueError("it is empty")
         head, *rows = [json.loads(line) for line in lines.splitlines()]
         if head["format"] != FORMAT:
             raise ValueError(f"its format is {head['format']!r}, and this version reads {FORMAT}")
