@@ -208,6 +208,16 @@ def test_rooms_are_not_crowded() -> None:
         assert len(inside) <= CROWDED, f"{package} holds {len(inside)} modules: make a room of some"
 
 
+def test_a_class_has_its_name_for_itself() -> None:
+    """One word means one thing: no public class is called like another one."""
+    found: dict[str, list[str]] = {}
+    for module, path in PATHS.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
 def test_files_are_short() -> None:
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in PATHS.items()}
     assert not {module: length for module, length in lengths.items() if length > LONGEST}

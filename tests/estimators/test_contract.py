@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 
 import forwardgrad as fg
 from forwardgrad.testing import promises, standing
-from forwardgrad.testing.evidence import Evidence, gather, gradients, packed
+from forwardgrad.testing.evidence import PromiseEvidence, gather, gradients, packed
 from forwardgrad.testing.evidence import estimate as estimated
 
 PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a chunk; two evaluations a tangent of zeroth order
@@ -131,7 +131,7 @@ def test_a_loss_outside_the_limits_is_told_and_gives_no_gradient(method: fg.Esti
 
 
 @pytest.fixture(scope="module")
-def promised(request: pytest.FixtureRequest) -> Evidence:
+def promised(request: pytest.FixtureRequest) -> PromiseEvidence:
     """What the tests of a method and a case look at: the estimates take most of their time, and are made once for all of them."""
     method, case = request.param
     assert torch.is_grad_enabled()
@@ -161,7 +161,7 @@ every_pair = pytest.mark.parametrize("promised", marked(PAIRS), indirect=True, s
 
 
 @every_pair
-def test_fills_grad_and_adds_to_it(promised: Evidence) -> None:
+def test_fills_grad_and_adds_to_it(promised: PromiseEvidence) -> None:
     model = promised.same.model
     reached = {id(p) for module in model.modules() if learns(promised.estimator, module, model) for p in module.parameters(recurse=False)}
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
@@ -169,7 +169,7 @@ def test_fills_grad_and_adds_to_it(promised: Evidence) -> None:
 
 
 @every_pair
-def test_same_seed_same_bits(promised: Evidence) -> None:
+def test_same_seed_same_bits(promised: PromiseEvidence) -> None:
     promises.repeats_bit_for_bit(promised)
     first, other = promises.numbers(promised.first), promises.numbers(promised.other)
     equal = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -178,7 +178,7 @@ def test_same_seed_same_bits(promised: Evidence) -> None:
 
 
 @every_pair
-def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: Evidence) -> None:
+def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pass(promised: PromiseEvidence) -> None:
     method, case, record = promised.estimator, promised.case, promised.first.record
     close = tolerance(method, 1e-12) if case.exact else 0.2 if isinstance(method, fg.ZerothOrder) and case.name in ROUGH else None
     promises.passes_as_an_ordinary_forward_pass(promised, close)
@@ -187,12 +187,12 @@ def test_the_loss_and_the_global_generator_are_those_of_one_ordinary_forward_pas
 
 
 @every_pair
-def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: Evidence) -> None:
+def test_buffers_are_updated_as_by_one_ordinary_forward_pass(promised: PromiseEvidence) -> None:
     promises.updates_buffers_once(promised, tolerance(promised.estimator, 1e-13))
 
 
 @every_pair
-def test_nothing_is_saved_for_a_backward_pass(promised: Evidence) -> None:
+def test_nothing_is_saved_for_a_backward_pass(promised: PromiseEvidence) -> None:
     if isinstance(promised.estimator, fg.Backprop):
         assert promised.first.saved is not None
         assert promised.first.saved[1] > 0  # the counter counts

@@ -34,7 +34,7 @@ from forwardgrad.calls.watch import Mark, ModelWatch
 from forwardgrad.directions import Still
 from forwardgrad.forward_mode import Evaluation, Redo, derivatives_under
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import WHOLE, ActivityUse, DenseUse, Entered, Memory, Perturbation, Pick, Place, Reading, Rows
+from forwardgrad.perturbations import WHOLE, ActivityUse, DenseUse, Entered, ExamplesPlace, Memory, Perturbation, Pick, Reading, Rows
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ class Survey:
                 break
         if best is not None:
             return best
-        whole = [Place(name) for name in self.names]
+        whole = [ExamplesPlace(name) for name in self.names]
         return Reading(path, "whole", tuple(whole), why=why or "examples could not be told apart in it")
 
     def _single(self, path: Hashable, plain: _Seen) -> Reading:
-        places = tuple(Place(name) for name in self.names)
+        places = tuple(ExamplesPlace(name) for name in self.names)
         for way in self._ways(plain):
             if not isinstance(way, str):
                 return replace(way, path=path, places=places, read=tuple(Rows(0) for _ in self._pass(way, exact=self._exact).read))
@@ -279,7 +279,7 @@ class Survey:
                 break
         return best
 
-    def _unsettled(self, places: Sequence[Place]) -> bool:
+    def _unsettled(self, places: Sequence[ExamplesPlace]) -> bool:
         """Whether another number of examples might tell more of them apart."""
         pairs = zip(places, self.entered, strict=True)
         return any(not place.apart and entered.dims and entered.shape[0] > 1 for place, entered in pairs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forwardgrad.calls.watch import Mark
 from forwardgrad.forward_mode import Redo
-from forwardgrad.perturbations import Entered, Place, Reading, Rows, codes, halves
+from forwardgrad.perturbations import Entered, ExamplesPlace, Reading, Rows, codes, halves
 
 RUNS = 400  # forward passes that a survey may take; what is not known by then is scored by the whole loss
 
@@ -52,11 +52,11 @@ class Trials:
         self._sets = codes(count) if count > 1 else []
         self._hidden = False  # whether a comparison was seen to hide something
 
-    def search(self) -> tuple[Place, ...]:
+    def search(self) -> tuple[ExamplesPlace, ...]:
         """Where examples lie at every place, and whether they stay apart behind it."""
         if self._option.count == 1:
             firsts = {index: found[0] for index, found in self._choices.items()}
-            return tuple(Place(name, firsts.get(index), index in firsts) for index, name in enumerate(self._passes.names))
+            return tuple(ExamplesPlace(name, firsts.get(index), index in firsts) for index, name in enumerate(self._passes.names))
         found = self._found()
         if found and not self._confirmed(found):
             self._hidden = True
@@ -66,10 +66,10 @@ class Trials:
             choices = self._choices.get(index, [])
             alone = any(self._passes.entered[index].shape[dim] == 1 for dim in self._passes.entered[index].dims)
             if index in found or not choices or alone:  # a row of positions is all examples' own
-                places.append(Place(name, found.get(index), index in found))
+                places.append(ExamplesPlace(name, found.get(index), index in found))
                 continue
             like = [rows for rows in choices if rows in found.values()] if found else choices
-            places.append(Place(name, like[0] if like else None, False, "examples meet"))
+            places.append(ExamplesPlace(name, like[0] if like else None, False, "examples meet"))
         return tuple(places)
 
     def _found(self) -> dict[int, Rows]:

@@ -41,7 +41,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Section:
+class ExplanationSection:
     """A part of an explanation: rows of one dataclass, whose fields are the columns."""
 
     title: str
@@ -60,7 +60,7 @@ class Explanation:
     estimator: str
     way: str
     reason: str
-    sections: tuple[Section, ...]
+    sections: tuple[ExplanationSection, ...]
 
     @property
     def calls(self) -> tuple[CallRow, ...]:
@@ -81,7 +81,7 @@ class Explanation:
         return "\n\n".join([*parts, *(_table(section) for section in self.sections if section.rows)])
 
 
-def _table(section: Section) -> str:
+def _table(section: ExplanationSection) -> str:
     names = [field.name for field in dataclasses.fields(section.rows[0])]
     rows = [names, *([str(getattr(row, name)) for name in names] for row in section.rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
@@ -126,7 +126,7 @@ def explain(
         own.set_state(before)
     way, reason = _whole(notes)
     layers = tuple(LayerRow(*scored) for scored in notes.layers)
-    return Explanation(repr(chosen), way, reason, (Section("calls", _rows(notes)), Section("layers", layers)))
+    return Explanation(repr(chosen), way, reason, (ExplanationSection("calls", _rows(notes)), ExplanationSection("layers", layers)))
 
 
 def _whole(notes: Notes) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from forwardgrad.perturbations.dense import Dense as Dense
 from forwardgrad.perturbations.dense import DenseUse as DenseUse
 from forwardgrad.perturbations.examples import MOST_PATHS as MOST_PATHS
 from forwardgrad.perturbations.examples import WHOLE as WHOLE
+from forwardgrad.perturbations.examples import ExamplesPlace as ExamplesPlace
 from forwardgrad.perturbations.examples import Memory as Memory
-from forwardgrad.perturbations.examples import Place as Place
 from forwardgrad.perturbations.examples import Reading as Reading
 from forwardgrad.perturbations.examples import Rows as Rows
 from forwardgrad.perturbations.examples import codes as codes

@@ -14,7 +14,7 @@ from torch.func import vmap
 
 from forwardgrad.directions import Directions, Law
 from forwardgrad.factored import Gradient
-from forwardgrad.perturbations.examples import Place
+from forwardgrad.perturbations.examples import ExamplesPlace
 from forwardgrad.perturbations.layers import Layer
 
 Pick = Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ class Entered(ABC):
     """What moves, in words."""
     rows: int = 1
     dims: range = range(0)
-    place: Place = Place("")
+    place: ExamplesPlace = ExamplesPlace("")
     shape: torch.Size
     """That of what moves."""
 

@@ -66,7 +66,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Place:
+class ExamplesPlace:
     """A place of the model where something moves: the dimension of its examples, and whether they stay apart from there on.
 
     `apart`: each example affects its own part of the loss alone. Otherwise the place is scored by the whole loss, and `why` says what was
@@ -104,7 +104,7 @@ class Reading:
 
     path: Hashable
     way: ReadingKind
-    places: tuple[Place, ...] = ()
+    places: tuple[ExamplesPlace, ...] = ()
     read: tuple[Rows, ...] = ()
     count: tuple[Literal["read", "place"], int, int] | None = None
     beyond: bool = False
@@ -137,11 +137,11 @@ class Reading:
         sizes = list(self.sizes(read, places))
         return None not in sizes and tuple(size == 1 for size in sizes) == self.even
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> ExamplesPlace:
         return self.places[index] if index < len(self.places) else _NOWHERE
 
 
-_NOWHERE = Place("")
+_NOWHERE = ExamplesPlace("")
 WHOLE = Reading(None, "whole")
 """What is known of a loss before anything is: it is one number."""
 

@@ -11,9 +11,9 @@ from unittest import SkipTest
 from forwardgrad.estimators import Estimator, check_count
 from forwardgrad.testing import promises, standing
 from forwardgrad.testing.cases import CASES, Case
-from forwardgrad.testing.evidence import Evidence, gather
+from forwardgrad.testing.evidence import PromiseEvidence, gather
 
-PROMISES: dict[str, Callable[[Evidence], None]] = {
+PROMISES: dict[str, Callable[[PromiseEvidence], None]] = {
     "repeats bit for bit": promises.repeats_bit_for_bit,
     "fills grad and adds to it": promises.fills_grad_and_adds_to_it,
     "passes as an ordinary forward pass": promises.passes_as_an_ordinary_forward_pass,
@@ -160,7 +160,7 @@ class _OnCase:
         return ""
 
     @cached_property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> PromiseEvidence:
         return gather(self.estimator, self.case, self.device)
 
     def taken(self) -> None:
@@ -205,7 +205,7 @@ class _Checked:
         on.taken()
         promises.returns_what_grad_needs(self.estimator, on.case, self.device)
 
-    def _read(self, on: _OnCase, promise: Callable[[Evidence], None]) -> None:
+    def _read(self, on: _OnCase, promise: Callable[[PromiseEvidence], None]) -> None:
         on.taken()
         promise(on.evidence)
 

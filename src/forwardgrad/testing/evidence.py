@@ -18,7 +18,7 @@ SEED = 7  # of the global generator ahead of every evaluation: what dropout draw
 
 
 @dataclass(frozen=True)
-class Taken:
+class FreshEstimate:
     """An estimate of the gradient of a fresh model, and what it left."""
 
     model: nn.Module
@@ -34,40 +34,40 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class PromiseEvidence:
     """What the promises are read off. Estimates take most of the time of a check, and are made once for all of them."""
 
     estimator: Estimator
     case: Case
     device: str
-    first: Taken
-    same: Taken
+    first: FreshEstimate
+    same: FreshEstimate
     """A fresh model, and the seed of the first."""
-    other: Taken
+    other: FreshEstimate
     """A fresh model, and another seed."""
-    added: Taken
+    added: FreshEstimate
     """A fresh model, the seed of the first, and −3 times the first gradient in its `.grad`."""
 
     def build(self) -> tuple[nn.Module, Loss]:
         return self.case.build(self.device)
 
 
-def gather(estimator: Estimator, case: Case, device: str = "cpu") -> Evidence:
+def gather(estimator: Estimator, case: Case, device: str = "cpu") -> PromiseEvidence:
     """Make the estimates, each on a model of its own; the global random state is left alone."""
     with torch.random.fork_rng(devices=gpus(device)):
         first, same, other = (take(estimator, *case.build(device), seed) for seed in (0, 0, 1))
         model, loss = case.build(device)
         for name, gradient in first.gradients.items():
             model.get_parameter(name).grad = -3 * gradient
-        return Evidence(estimator, case, device, first, same, other, take(estimator, model, loss))
+        return PromiseEvidence(estimator, case, device, first, same, other, take(estimator, model, loss))
 
 
-def take(estimator: Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> Taken:
+def take(estimator: Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> FreshEstimate:
     """One call of `estimate_grad_`, with all that it leaves."""
     before = _objects(model)
     record, saved = packed(lambda: estimate(estimator, model, loss, seed))
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    return Taken(model, record, gradients(model), buffers, random_state(model), saved, _objects(model) == before)
+    return FreshEstimate(model, record, gradients(model), buffers, random_state(model), saved, _objects(model) == before)
 
 
 def estimate(estimator: Estimator, model: nn.Module, loss: Loss, seed: int = 0) -> Estimate:

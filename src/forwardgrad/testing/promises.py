@@ -16,7 +16,7 @@ from torch import Tensor
 from forwardgrad.estimators import Estimate, Estimator
 from forwardgrad.objective import Objective
 from forwardgrad.testing.cases import Case, gpus
-from forwardgrad.testing.evidence import SEED, Evidence, Taken, random_state, take
+from forwardgrad.testing.evidence import SEED, FreshEstimate, PromiseEvidence, random_state, take
 
 LOSS, BUFFERS = 0.05, 1e-3  # relative: a second update of a running mean is 0.9 of the first, and finite differences are far closer
 
@@ -48,7 +48,7 @@ def returns_what_grad_needs(estimator: Estimator, case: Case, device: str = "cpu
     ensure(all(p.grad is None for p in model.parameters()), "estimate writes to .grad", "return the estimate: `estimate_grad_` adds it")
 
 
-def fills_grad_and_adds_to_it(evidence: Evidence, learns: Callable[[Tensor], bool] | None = None) -> None:
+def fills_grad_and_adds_to_it(evidence: PromiseEvidence, learns: Callable[[Tensor], bool] | None = None) -> None:
     """What is trained, and nothing else, has an estimate in its `.grad`, of its own kind, added to what was there.
 
     `learns`: whether a parameter gets an estimate; left out, every trained parameter where the estimator calls itself unbiased.
@@ -84,7 +84,7 @@ def _of_its_kind(name: str, p: Tensor, g: Tensor) -> None:
     ensure(not g.is_inference(), f"{name} has a .grad made in inference mode", "leave inference mode alone")
 
 
-def repeats_bit_for_bit(evidence: Evidence) -> None:
+def repeats_bit_for_bit(evidence: PromiseEvidence) -> None:
     """The same seed gives the same bits."""
     first, same = numbers(evidence.first), numbers(evidence.same)
     ensure(
@@ -94,12 +94,12 @@ def repeats_bit_for_bit(evidence: Evidence) -> None:
     )
 
 
-def numbers(taken: Taken) -> list[Tensor]:
+def numbers(taken: FreshEstimate) -> list[Tensor]:
     """All that an estimate says."""
     return [taken.record.loss, taken.record.derivatives, *taken.gradients.values()]
 
 
-def passes_as_an_ordinary_forward_pass(evidence: Evidence, close: float | None = LOSS) -> None:
+def passes_as_an_ordinary_forward_pass(evidence: PromiseEvidence, close: float | None = LOSS) -> None:
     """The loss is that of the batch, and the global generators are as after one ordinary forward pass.
 
     `close` None: as close as the type of number allows.
@@ -126,7 +126,7 @@ def passes_as_an_ordinary_forward_pass(evidence: Evidence, close: float | None =
     ensure(not held, "the record hangs on a graph for a backward pass", "detach the loss and the derivatives")
 
 
-def updates_buffers_once(evidence: Evidence, close: float = BUFFERS) -> None:
+def updates_buffers_once(evidence: PromiseEvidence, close: float = BUFFERS) -> None:
     """Buffers move as by one ordinary forward pass, in the first step and in the next."""
     (model, loss), taken = evidence.build(), evidence.first
     remedy = "let one evaluation of a step commit its buffers (`Objective.commit`), and the others leave none"
@@ -140,7 +140,7 @@ def updates_buffers_once(evidence: Evidence, close: float = BUFFERS) -> None:
             ensure(taken.kept, "parameters or buffers are other objects than before", remedy)
 
 
-def saves_nothing_for_a_backward_pass(evidence: Evidence) -> None:
+def saves_nothing_for_a_backward_pass(evidence: PromiseEvidence) -> None:
     """No bytes are saved for a backward pass, unless the estimator says that it makes one (`reverse`)."""
     if evidence.estimator.reverse:
         raise SkipTest(f"{type(evidence.estimator).__name__} says that it makes a backward pass")
