@@ -63,11 +63,12 @@ def test_annotations_that_are_text_are_understood_however_study_was_imported(tmp
         ("x = 1", {}, "has no study: write a function whose return annotation is Study"),
         ("def f(:", {}, r"is no Python that can be read \(line 1"),
         ("import missing_package", {}, "stops at line 1 with ModuleNotFoundError"),
+        ("from forwardgrad.lab.run import Run", {}, r"'forwardgrad.lab.run'; a study imports what it needs from forwardgrad.lab itself"),
         (GOOD.replace("    run = ", "    1 / 0\n    run = "), {}, "stops at line 6 with ZeroDivisionError: division by zero"),
         (
             GOOD.replace("return Study", "return [Study").replace("seeds)", "seeds)]"),
             {},
-            "returns list: return a forwardgrad.lab.studies.study.Study",
+            "returns list: return a forwardgrad.lab.Study",
         ),
         (GOOD + GOOD.replace("mine(", "other("), {}, "has 2 studies, mine, other: name one as my_study.py:mine"),
         (GOOD.replace('"logistic"', '"resnet"'), {}, "unknown model 'resnet'"),

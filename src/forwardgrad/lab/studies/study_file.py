@@ -54,7 +54,9 @@ def _said(path: Path, error: Exception) -> str:
         return f"{path.name} is no Python that can be read (line {error.lineno}: {error.msg})"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == path]
     at = f" at line {lines[-1]}" if lines else ""
-    return f"{path.name} stops{at} with {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    moved = isinstance(error, ImportError) and (error.name or "").startswith("forwardgrad.lab")
+    remedy = "; a study imports what it needs from forwardgrad.lab itself" if moved else ""
+    return f"{path.name} stops{at} with {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{remedy}"
 
 
 def _is_study(annotation: object, module: ModuleType) -> bool:
@@ -95,7 +97,7 @@ def _call(function: Callable[..., Any], settings: Mapping[str, str], path: Path)
     except Exception as error:
         raise UserError(_said(path, error)) from error
     if not isinstance(study, Study):
-        raise UserError(f"{path.name}:{function.__name__} returns {type(study).__name__}: return a forwardgrad.lab.studies.study.Study")
+        raise UserError(f"{path.name}:{function.__name__} returns {type(study).__name__}: return a forwardgrad.lab.Study")
     return study
 
 
