@@ -7,6 +7,7 @@ READY := .venv/.ready
 TORCH := 2.13.0# what `make lock` pins: raised on purpose only, since a newer torch can bring gigabytes along
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_COMPILE := 1# Python compiles what it imports; to compile all that is installed takes longer than to install it
 
 .PHONY: demo test test-all test-full docs lint types wheel lock clean
 
