@@ -28,6 +28,7 @@ def test_a_benchmark_runs(chosen: str, passed: int) -> None:
     assert f"{passed} passed" in done.stdout
 
 
+@pytest.mark.full
 def test_the_overhead_is_measured_beside_the_same_steps() -> None:
     command = [sys.executable, "benchmarks/overhead.py", "--empty", "--blocks", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

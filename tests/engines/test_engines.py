@@ -225,6 +225,7 @@ def test_a_model_put_in_the_place_of_another_is_the_one_that_moves() -> None:
     compare(network, RANK_1, run=run, graphs=1)  # of the same kind, it needs no graph of its own
 
 
+@pytest.mark.full
 def test_scripted_parts_are_told_or_followed_but_no_crash() -> None:
     model = nn.Sequential(torch.jit.script(nn.Linear(4, 3)))
     step = fg.TrainingStep(loss, model, sgd(model), fg.Backprop(), engine="compile")
@@ -366,6 +367,7 @@ def test_a_compiled_step_hands_its_gradient_to_an_optimizer_that_looks_ahead() -
     compare(network, RANK_1, OPTIMIZERS["nesterov"], run=whole, graphs=1)
 
 
+@pytest.mark.full
 def test_a_compiled_step_under_autocast() -> None:
     def halved(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

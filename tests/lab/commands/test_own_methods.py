@@ -66,6 +66,7 @@ def test_train_stores_the_import_paths_of_a_module_or_a_file(
     assert stored["code"]
 
 
+@pytest.mark.full
 def test_workers_find_what_a_file_elsewhere_holds(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -369,6 +369,7 @@ def terminal(*words: str, until: bytes, interrupt: bool = False, seconds: float 
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
 
 
+@pytest.mark.full
 def test_a_study_is_watched_from_another_terminal_until_it_is_done(tmp_path: Path) -> None:
     study = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "120"])
     try:

@@ -256,6 +256,7 @@ def test_the_command_batches_and_the_report_says_that_time_was_shared(
     assert "shared by 2 runs at once" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.full
 def test_the_benchmark_runs() -> None:
     script = Path(__file__).resolve().parents[3] / "benchmarks" / "batched_runs.py"
     words = ("--model", "logistic", "--runs", "1,3", "--rounds", "2", "--optimizer", "nesterov")
