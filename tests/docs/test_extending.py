@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 from torch import nn
 
 import forwardgrad as fg

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 import forwardgrad as fg
 from forwardgrad.lab.cli import app

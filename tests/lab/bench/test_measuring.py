@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 from tests.support.stored import ENVIRONMENT, reported, row
 
 from forwardgrad.lab.bench import measuring, process_peak, roofline, timing

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 import forwardgrad as fg
 from forwardgrad.lab.report import document

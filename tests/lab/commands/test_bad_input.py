@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 from forwardgrad.lab import cli
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 FACTORY = """
 from dataclasses import dataclass

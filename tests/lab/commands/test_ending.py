@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 from forwardgrad.lab.store.standing import snapshot
 from forwardgrad.lab.store.store import Store

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 from forwardgrad.lab.commands import studies, training
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 METHODS = """
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 from tests.support.stored import fail, put, record, seeds, tried, under_way
 
 from forwardgrad.lab.recipes import paper

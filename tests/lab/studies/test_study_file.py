@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.lab.commands.test_cli import run
+from tests.support.command import run
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies.study_file import load

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.interrupted import killed_and_resumed
 
 from forwardgrad.engines import compiled
 from forwardgrad.lab import store
@@ -43,20 +44,9 @@ def test_a_run_in_graphs_is_the_run(tmp_path: Path, optimizer: Optimizer, estima
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_killed_run_in_graphs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, tell, kills = dataclasses.replace(RUN, engine="compile"), loop.write_status, [20]
+    run = dataclasses.replace(RUN, engine="compile")
     loop.train(run, tmp_path / "undisturbed")
-
-    def killed(training: Any, *rest: Any) -> None:
-        tell(training, *rest)
-        if kills and training.state.step >= kills[0]:
-            kills.clear()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "write_status", killed)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
-    loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
-    assert not kills
+    killed_and_resumed(run, tmp_path / "killed", monkeypatch, step=20)
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.interrupted import killed_and_resumed
 from torch import nn
 
 from forwardgrad.lab import store
@@ -47,20 +48,9 @@ def test_a_network_learns_in_bfloat16(tmp_path: Path, images: Dataset, method: d
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, images: Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]
 ) -> None:
-    run, tell, kills = made(method, epochs=3), loop.write_status, [4]
+    run = made(method, epochs=3)
     loop.train(run, tmp_path / "undisturbed")
-
-    def killed(training: Any, *rest: Any) -> None:
-        tell(training, *rest)
-        if kills and training.state.step >= kills[0]:
-            kills.clear()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "write_status", killed)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
-    loop.train(run, tmp_path / "killed", checkpoint_seconds=0.0)
-    assert not kills
+    killed_and_resumed(run, tmp_path / "killed", monkeypatch, step=4)
     for name in ("losses.csv.gz", "walk.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.commands.test_cli import run as command
 from tests.lab.training.test_loop import left_behind
+from tests.support.command import run as command
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution.dispatch import execute
