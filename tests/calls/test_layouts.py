@@ -84,7 +84,7 @@ STATISTICAL = ("transformer_time_first_of_equal_sizes", "patches_in_front_of_the
 def test_directions_of_rank_one_and_feedback_are_unbiased_too(case: Layout, method: fg.Estimator) -> None:
     """Tested along 17 directions of all weights: correct code fails once in 10,000 (Bonferroni), and the seed is fixed."""
     model, loss = case.build()
-    found = fg.quality(loss, model, method, generator=seeded(1), state={}, repeats=400)
+    found = fg.quality(loss, model, method, generator=seeded(1), state={}, repeats=200)
     assert found.total.p > 1e-4
     assert found.total.length is not None
     assert found.total.length.low < 1 < found.total.length.high or found.total.p > 0.01

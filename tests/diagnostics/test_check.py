@@ -145,17 +145,18 @@ SOME = [CASES[i] for i in (0, 1, 3, 6, 10, 13)]  # mlp, cnn, tied, batch norm, a
 PAIRS = [(method, case) for case in SOME for method in METHODS if applies(method, case)]
 
 
+@pytest.mark.filterwarnings("ignore:directions are evaluated one after another:UserWarning")  # vmap cannot follow an LSTM
 @pytest.mark.product
 @pytest.mark.parametrize(("method", "case"), PAIRS, ids=[f"{case}-{short(method)}" for method, case in PAIRS])
 def test_every_estimator_of_the_library_passes_and_leaves_the_model_as_it_was(method: fg.Estimator, case: Any) -> None:
-    """60 estimates each: enough for every test but that of bias, which `test_quality` has for many more."""
+    """20 estimates each: what is planted above is found in as many or in 60, and bias is `test_quality`'s, which has many more."""
     model, loss = case.build()
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, 3.0) if i % 2 else None
     twin, generator, state = copy.deepcopy(model), seeded(3), dict[str, Tensor]()
     torch.manual_seed(7)
     random, own = torch.get_rng_state(), generator.get_state()
-    check = fg.check(loss, model, method, generator=generator, state=state if method.stateful else None, repeats=60)
+    check = fg.check(loss, model, method, generator=generator, state=state if method.stateful else None, repeats=20)
     assert check.passed, str(check)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.equal(generator.get_state(), own)
@@ -167,11 +168,11 @@ def test_every_estimator_of_the_library_passes_and_leaves_the_model_as_it_was(me
 
 
 def test_bias_is_not_seen_where_there_is_none() -> None:
-    """400 streams of 100 estimates of one Gaussian tangent, and where a tensor moves in one step of twenty. A false alarm has a chance of
+    """200 streams of 100 estimates of one Gaussian tangent, and where a tensor moves in one step of twenty. A false alarm has a chance of
     1e-4 in each (`forwardgrad.diagnostics.checks.bias`), two of them of less than 1e-3 over all."""
     generator, alarms = seeded(1), 0
     g = [rows(4), rows(3, 5).flatten()]
-    for stream in range(400):
+    for stream in range(200):
         moments = Moments(["a", "b"], g)
         for _ in range(50):
             pair = []
@@ -194,14 +195,9 @@ class Custom(torch.autograd.Function):
         return gradient
 
 
-class Packed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(4, 3, batch_first=True)
-
+class Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]), batch_first=True)
-        return self.lstm(packed)[1][0]
+        return x.scatter_reduce(1, torch.zeros_like(x, dtype=torch.int64), x, "prod")
 
 
 def ctc(model: nn.Module) -> Tensor:
@@ -210,16 +206,12 @@ def ctc(model: nn.Module) -> Tensor:
 
 
 RULELESS: dict[str, tuple[nn.Module, Loss, str]] = {
-    "EmbeddingBag": (
-        nn.Sequential(nn.EmbeddingBag(7, 3)),
-        lambda m: m(torch.tensor([[0, 1], [2, 3]])).square().mean(),
-        "EmbeddingBag has no rule for forward mode in torch in module '0' (EmbeddingBag)",
+    "scatter_reduce": (
+        nn.Sequential(nn.Linear(4, 3), Product()),
+        lambda m: m(rows(6, 4)).mean(),
+        "scatter_reduce has no rule for forward mode in torch in module '1' (Product)",
     ),
-    "weight_norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), lambda m: m(rows(6, 4)).mean(), "weight_norm has no rule"),
-    "spectral_norm": (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)), lambda m: m(rows(6, 4)).mean(), "(_SpectralNorm)"),
-    "packed": (Packed(), lambda m: m(rows(2, 3, 4)).square().mean(), "in module 'lstm' (LSTM)"),
     "ctc": (nn.Linear(4, 5), ctc, "ctc_loss has no rule"),
-    "cdist": (nn.Linear(4, 3), lambda m: torch.cdist(m(rows(6, 4)), rows(5, 3)).mean(), "cdist has no rule"),
     "custom": (nn.Linear(4, 3), lambda m: Custom.apply(m(rows(6, 4))).mean(), "the autograd function Custom has no rule for forward mode"),
 }
 
@@ -232,6 +224,7 @@ def test_what_has_no_forward_rule_is_named_with_what_works(case: str, method: fg
     (fault,) = check.faults
     assert fault.name == "forward rule"
     assert words in fault.found
+    assert "with forwardgrad.differences()" in fault.remedy
     assert "fg.ZerothOrder(), which needs no derivative and works here" in fault.remedy
     assert "\n" not in fault.found + fault.remedy
 
@@ -346,7 +339,7 @@ def test_plain_tensors_are_checked_and_compile_is_only_for_modules() -> None:
 
 @pytest.mark.full
 def test_a_step_compiles_or_the_finding_says_why_not() -> None:
-    model, loss = deep()
+    model, loss = perceptron().double(), classify(rows(6, 4))
     last = fg.check(loss, model, fg.ForwardGradient(), repeats=10, compile=True).findings[-1]
     assert (last.name, last.status) == ("compile", "ok"), last
     last = fg.check(loss, model, fg.Backprop(checkpoint=True), repeats=10, compile=True).findings[-1]

@@ -344,3 +344,21 @@ def test_plain_descent_by_parts_is_sgd(name: str, method: fg.Estimator) -> None:
         results.append(trained(model))
     for key, value in results[0].items():
         torch.testing.assert_close(value, results[1][key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_call_that_gives_whole_numbers_alone_keeps_the_faster_way(count: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), rows(6, 4)
+
+    def loss(model: nn.Module) -> Tensor:
+        h = model(x)
+        return h.gather(1, h.to(torch.int64).abs() % 3).square().sum()
+
+    objective = Objective(loss, model)
+    tangents = {name: torch.randn(count, *p.shape, dtype=p.dtype, generator=seeded()) for name, p in objective.parameters.items()}
+    _, d = fg.directional_derivatives(objective, tangents)
+    exact = torch.autograd.grad(loss(model), list(model.parameters()))
+    wanted = sum((g * v).flatten(1).sum(1) for g, v in zip(exact, tangents.values(), strict=True))
+    torch.testing.assert_close(d, wanted, rtol=1e-10, atol=1e-12)
+    assert ways(model, loss) == [False]

@@ -70,7 +70,7 @@ def without_the_model(m: nn.Module) -> Tensor:
 WHOLE = {f.__name__: f for f in (slope_penalty, mapped, along_inputs, gradient_penalty)}
 """Losses that use every parameter inside."""
 PART = {f.__name__: f for f in (head_alone, between_layers, along_activities, without_the_model)}
-PERTURBATIONS = [kind() for kind in fg.PERTURBATIONS]
+PERTURBATIONS = [kind() for kind in fg.PERTURBATIONS if kind().unbiased]
 
 
 def gradient(loss: Loss, model: nn.Module, method: fg.Estimator) -> dict[str, Tensor]:

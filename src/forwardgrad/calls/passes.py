@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forwardgrad.calls.ahead import Ahead, AtEnd
 from forwardgrad.calls.replay import Slot, errors
+from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled
 from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
-from forwardgrad.calls.watch import ModelWatch, OtherPath, Transformed, UsedAgain
+from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.directions import Directions, Law
 from forwardgrad.forward_mode import RandomState, derivatives_under, notes
 from forwardgrad.objective import Objective
@@ -33,6 +35,8 @@ class Pass:
     parts: the loss functions that the loss is a sum of, where that is known.
     replay: the loss as a function of `read`, where the calls behind the last layer are made again.
     blocks, ended: for local losses, the block of each use; and the places where blocks end, with values and tangents (None: unmoved).
+    told: the part of each example in the derivatives, where whoever made the evaluations knows it.
+    learned: how many blocks, from the first one, were handed to `at_end` on the way.
     """
 
     loss: Float[Tensor, ""]
@@ -46,6 +50,8 @@ class Pass:
     replay: tuple[Callable[..., Tensor], Mapping[Slot, Tensor]] | None = None
     blocks: tuple[int, ...] = ()
     ended: tuple[tuple[ActivityUse, Tensor, Tensor | None], ...] = ()
+    told: Float[Tensor, "k count"] | None = None
+    learned: int = 0
 
     @cached_property
     def errors(self) -> list[Tensor]:
@@ -67,6 +73,8 @@ class Pass:
     @cached_property
     def rows(self) -> Float[Tensor, "k count"] | None:
         """The part of each example in the derivatives of the loss, None where they cannot be told apart."""
+        if self.told is not None:
+            return self.told
         if self.reading.way == "examples" and self.terms is not None:
             return self.reading.read[0].gather(self.terms, self.count, lead=1).sum(2)
         if not self.read or not self.moved:
@@ -136,7 +144,7 @@ def perturbed_pass(
     objective: Objective,
     perturbation: Perturbation,
     law: Law,
-    seeds: list[int],
+    seeds: Sequence[int],
     device: torch.device,
     *,
     who: str = "",
@@ -144,50 +152,91 @@ def perturbed_pass(
     commit: bool = True,
     ends: Callable[[ActivityUse], bool] = lambda _: False,
     still_ends: bool = False,
+    at_end: AtEnd | None = None,
+    kept: Sequence[int] | None = None,
+    first: int = 0,
+    total: int | None = None,
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
     Where each example moves on its own, a survey finds out which dimension the examples are, when the model takes a path of calls for the
     first time. Where a layer's output turns out to be used by something besides the ReLU behind it, the pass is made again, with that
     output moving at once. Both are remembered for the model under this loss, so they happen in the first step alone. Warnings about what
-    it costs where examples influence one another name `who`; there are none if it is left out.
+    it costs where examples influence one another name `who`; there are none if it is left out. `kept` are the seeds of the factors that
+    the directions keep for some steps.
+
+    `at_end` is called with every block as soon as it ended, where all of the loss but its values is known from an earlier pass, and what
+    it does may change the parameters of that block: nothing uses them any more. No value of a block is then held after it.
+
+    `first`, `total`: the tangents are those from number `first` on, of so many in all.
     """
     perturbation.check(law)
+    perturbation = perturbation.among(objective.parameters, first, len(seeds) if total is None else total)
     surveyed = Surveyed.of(objective, perturbation, exact_output=exact_output, who=who)
-    random = RandomState(objective)
+    random, early = RandomState(objective), _Early(objective, at_end)
+    ahead = None if at_end is None else surveyed.ahead(ends)
     for _ in range(ATTEMPTS):
         try:
             reading = surveyed.reading()
 
-            def watch(reading: Reading = reading) -> ModelWatch:
+            def watch(reading: Reading = reading, ahead: Ahead | None = ahead) -> ModelWatch:
                 return ModelWatch(
                     perturbation,
-                    Directions(law, seeds, device),
+                    Directions(law, seeds if ahead is None else [], device, kept),
                     reading=reading,
                     exact_output=exact_output,
                     at_once=surveyed.memory.at_once,
                     whole=surveyed.memory.whole,
                     ends=ends,
                     still_ends=still_ends,
+                    apart=surveyed.memory.apart,
+                    ahead=ahead,
+                    at_end=early,
                 )
 
-            stands, derived = derivatives_under(objective, watch, len(seeds), (surveyed.key, reading.way), commit=commit)
+            count = len(seeds) if ahead is None else 0
+            early.ahead = ahead
+            stands, derived = derivatives_under(objective, watch, count, (surveyed.key, reading.way), commit=commit)
         except UsedAgain as found:
             surveyed.used_again(found.index)
         except OtherPath as found:
             surveyed.went(found.path)
+        except Strayed:
+            pass
+        except WrittenTo:
+            surveyed.memory.apart = True
         except Transformed as found:
             if found.blocks:
                 raise
             surveyed.went_through(found.names)
         else:
             one = gathered(derived.values, derived.derivatives, stands)
+            one = replace(one, learned=early.learned)
             surveyed.took(stands.path_taken)
+            if at_end is not None:
+                surveyed.came(stands, one.parts, ends, ahead)
             if (asked := notes.asked.get()) is not None:
                 asked.layers[:] = [one.scored(entered) for entered in one.entered]
             return one
+        if early.learned:
+            surveyed.strayed()
         random.restore()
+        ahead = None  # what was learned stays learned, and the rest follows when the loss is there
     raise RuntimeError(UNSTEADY)
+
+
+class _Early:
+    """Hands each block on once, in however many attempts."""
+
+    def __init__(self, objective: Objective, at_end: AtEnd | None) -> None:
+        self._given, self._at_end = objective.given, at_end
+        self.ahead: Ahead | None = None
+        self.learned = 0
+
+    def __call__(self, index: int, point: ActivityUse, values: Tensor) -> None:
+        if self._at_end is not None and self.ahead is not None:
+            self._at_end(index, point, values, self.ahead.part(self._given))
+            self.learned = index + 1
 
 
 def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: ModelWatch) -> Pass:
@@ -196,9 +245,10 @@ def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: M
     total = derivatives.get("loss", loss.new_empty(0))
     if total.dim() > 1:
         terms = total / total.shape[1]
-        loss, total = loss.mean(), total.mean(1)
-    read = _numbered(values, "output")
-    moved = _numbered(derivatives, "output")
+        total = total.mean(1)
+    loss = loss.mean() if loss.dim() else loss
+    read = numbered(values, "output")
+    moved = numbered(derivatives, "output")
     names = [f"block {index}" for index in range(len(watch.ending))]
     ended = tuple(
         (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
@@ -207,6 +257,7 @@ def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: M
     return Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
 
 
-def _numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:
+def numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:
+    """Those of some tensors by name that are called `what` and a number, in order."""
     names: Sequence[str] = [f"{what} {index}" for index in range(sum(name.startswith(f"{what} ") for name in found))]
     return tuple(found[name] for name in names)

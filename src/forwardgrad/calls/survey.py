@@ -253,7 +253,8 @@ class Survey:
             if seen.watch.loss_of is None:
                 return f"it is one number, and the calls behind the last layer cannot be made again ({seen.watch.flaw})"
             again = seen.watch.loss_of(seen.read, seen.watch.constants)
-            errors(seen.watch.loss_of, seen.read, seen.watch.constants)
+            if not any(bool(error.any()) for error in errors(seen.watch.loss_of, seen.read, seen.watch.constants)):
+                return "it is one number, and its derivative with respect to the outputs is zero"
         except Redo:
             raise
         except Exception as error:

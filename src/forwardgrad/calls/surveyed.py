@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.kept import kept
+from forwardgrad.calls.sums import Scaled
 from forwardgrad.calls.survey import Survey
+from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.forward_mode import notes
 from forwardgrad.objective import Objective, code_of
 from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading
@@ -87,6 +90,46 @@ class Surveyed:
         """The path of an evaluation that was read as a whole: the next may be known."""
         if self.memory.last is not None and self.memory.last.path is None:
             self.memory.last = self.memory.readings.get(path, self.memory.last)
+
+    def ahead(self, ends: Hashable) -> Ahead | None:
+        """What is known of the loss of the path that the next evaluation will probably take, where blocks end by this rule."""
+        last, given = self.memory.last, self._objective.given
+        if last is None or self.memory.unsteady or not given:
+            return None
+        known: Ahead | None = self.memory.ahead.get(self._setting(last.path, ends))
+        return known if known is not None and known.fits(given) else None
+
+    def _setting(self, path: Hashable, ends: Hashable) -> Hashable:
+        """A path, and what makes a model leave it that is known before: what is trained, and in which mode its modules are."""
+        at = self._objective.at
+        modes = tuple([module.training for module in at.modules()]) if isinstance(at, torch.nn.Module) else ()
+        return path, ends, tuple(self._objective.parameters), modes
+
+    def strayed(self) -> None:
+        """Another path was taken than that by which blocks had learned: those behind them saw blocks that had moved."""
+        self._unsteady("the model took another path through its calls than in the step before")
+
+    def came(self, stands: ModelWatch, parts: Sequence[Scaled], ends: Hashable, ahead: Ahead | None) -> None:
+        """The loss of an evaluation came: remember it, or say where it is not what blocks had learned by."""
+        given = self._objective.given
+        if ahead is not None:
+            if not ahead.holds(parts, given):
+                self._unsteady("the loss has another factor, label or option than in the step before")
+        elif not self.memory.unsteady:
+            found = Ahead.of(parts, given, stands.entered, stands.prefixes, stands.read_bare)
+            if found is not None:
+                self.memory.ahead[self._setting(stands.path_taken, ends)] = found
+
+    def _unsteady(self, what: str) -> None:
+        """Say, once, that blocks learned by what did not hold, and let none do so again."""
+        self.memory.ahead.clear()
+        if not self.memory.unsteady:
+            self.memory.unsteady = True
+            warnings.warn(
+                f"{what}, by which blocks of this step had learned: it is not quite the step that was meant. From now on blocks learn when "
+                "the loss is there, and activations are kept until then",
+                stacklevel=6,
+            )
 
     def _look(self) -> None:
         if get_proxy_mode() is not None:

@@ -16,41 +16,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from forwardgrad.calls import paths
+from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
+from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
-from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Redo, Unfollowed, levels
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Unfollowed, levels
 from forwardgrad.forward_mode.rules import losses
-from forwardgrad.perturbations import LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
-
-
-class UsedAgain(Redo):
-    """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-class OtherPath(Redo):
-    """The model took other calls than those that its reading was made for."""
-
-    def __init__(self, path: Hashable) -> None:
-        self.path = path
-
-
-class Transformed(Redo, RuntimeError):
-    """Parameters went through a transform of torch.func, inside of which nothing can begin to move: they have to do so before it.
-
-    `blocks`: whether blocks of the model ended on the way, so that a move from the start would be seen by the losses of other blocks.
-    """
-
-    def __init__(self, names: frozenset[str], blocks: bool) -> None:
-        self.names, self.blocks = names, blocks
-        which = ", ".join(sorted(name.removeprefix("model.") for name in names))
-        super().__init__(
-            f"the loss uses {which} inside torch.func.grad, vmap or jvp: use ForwardGradient(perturb=Dense()) or ZerothOrder()"
-        )
-
+from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
 Mark = Callable[[int, Entered, Tensor], Tensor]
 """Changes what stands at a place, whose number it gets, to see what follows: see `survey`."""
@@ -66,6 +39,8 @@ class ModelWatch(TorchFunctionMode):
     `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
     block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
     `still_ends`: leave the places where blocks end unmoved.
+    `apart`: give what follows a copy of a block's values, see `WrittenTo`.
+    `ahead`, `at_end`: what is known of the loss, and what to call with each block as soon as it ended; nothing of it is held after that.
     `mark`: what to do at every place instead of moving it.
     """
 
@@ -80,12 +55,18 @@ class ModelWatch(TorchFunctionMode):
         whole: frozenset[str] = frozenset(),
         ends: Callable[[ActivityUse], bool] = lambda _: False,
         still_ends: bool = False,
+        apart: bool = False,
+        ahead: Ahead | None = None,
+        at_end: Callable[[int, ActivityUse, Tensor], None] | None = None,
         mark: Mark | None = None,
     ) -> None:
         super().__init__()
+        self.ahead, self.at_end = ahead, at_end
+        self.prefixes: list[int] = []
+        self.read_bare = set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
-        self.mark = mark
+        self.mark, self.apart = mark, apart
         self.whole = whole
         self.blocks: list[int] = []
         self.ending: list[ActivityUse] = []
@@ -103,6 +84,7 @@ class ModelWatch(TorchFunctionMode):
         self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended: dict[str, Tensor] = {}
+        self._passed_on: list[tuple[Tensor, int]] = []  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
         self.last_layer = 0  # the number of the call
         self.sums = Sums()
@@ -126,15 +108,19 @@ class ModelWatch(TorchFunctionMode):
 
     @property
     def silent(self) -> bool:
-        return bool(self._ended) or any(isinstance(entered, ActivityUse) and entered.exact for entered in self.entered)
+        return bool(self.prefixes) or any(isinstance(entered, ActivityUse) and entered.exact for entered in self.entered)
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._missed:
-            raise Transformed(frozenset(self._missed), bool(self._ended))
+            raise Transformed(frozenset(self._missed), bool(self.prefixes))
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
             point.place_at(self._evaluation.primal(tensor))
             point.draw(self._evaluation.primal(tensor))
         self.path_taken = self.path
+        if self.ahead is not None and tuple(self.prefixes) != self.ahead.prefixes:
+            raise Strayed
+        if not self.apart and any(tensor._version != version for tensor, version in self._passed_on):
+            raise WrittenTo
         if self.reading.path is not None and self.path_taken != self.reading.path:
             raise OtherPath(self.path_taken)
         read = self._read(loss)
@@ -182,7 +168,7 @@ class ModelWatch(TorchFunctionMode):
         return tensor if found is None else found[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        self._moving, self._waiting, self._passed = {}, {}, {}
+        self._moving, self._waiting, self._passed, self._passed_on = {}, {}, {}, []
         self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
@@ -219,12 +205,16 @@ class ModelWatch(TorchFunctionMode):
         # stay unmoved. What is left is a function without a rule: all that it is given starts to move here, so nothing trained is missed.
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
+        other = self._waits(args[1]) if len(args) == 2 and func not in INTO_FIRST else None
+        if other is not None and other.lets_pass(func, args[::-1], kwargs):  # a sum, either way round
+            return self._pass(other, func, args[::-1], kwargs)
         if (found := losses.bind(func, args, kwargs)) is not None:
             return self._loss(found, func, args, kwargs)
         if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
             self.last_layer = self._calls.count
             return self._layer(layer)
         if func in DROPS and args and id(args[0]) in self._names and id(args[0]) not in self._moving:
+            self.read_bare.add(self._names[id(args[0])])
             return self._call(func, *args, **kwargs)  # values alone: a direction would be noise
         return self._call(func, *(self._standing(a) for a in args), **{key: self._standing(a) for key, a in kwargs.items()})
 
@@ -276,7 +266,13 @@ class ModelWatch(TorchFunctionMode):
         return found[1] if found is not None else None
 
     def _dense(self, parameter: Tensor) -> Tensor:
-        use = DenseUse(self._names[id(parameter)], self.directions.draw(tuple(parameter.shape), parameter))
+        name = self._names[id(parameter)]
+
+        def made(directions: Directions) -> DenseUse:
+            number = directions.next_place
+            return DenseUse(name, directions.draw(tuple(parameter.shape), parameter), directions, number)
+
+        use = self.perturbation.whole(name, self.directions, made)
         return self._stand(parameter, self._sow(use, parameter))
 
     def _enter(self, entered: Entered, out: Tensor) -> None:
@@ -288,7 +284,7 @@ class ModelWatch(TorchFunctionMode):
         self._enter(entered, out)
         if self.mark is not None:
             return self.mark(len(self.entered) - 1, entered, out)
-        return self._evaluation.inject(out, entered) if len(self.directions) else out
+        return self._evaluation.inject(out, entered) if len(self.directions) and entered.moves else out
 
     def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
         self._moving[id(tensor)] = (tensor, instead)
@@ -327,7 +323,8 @@ class ModelWatch(TorchFunctionMode):
     def _pass(self, point: ActivityUse, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         before = args[0]
         del self._waiting[id(before)]
-        out = point.advance(function, args, kwargs, self._call)
+        rest = tuple([self._standing(value) for value in args[1:]]) if point.through else args[1:]
+        out = point.advance(function, (before, *rest), kwargs, self._call, self._evaluation.primal, self._names)
         if out is not before:
             self._passed[id(before)] = (weakref.ref(before), point)
         return self._wait(out, point)
@@ -342,10 +339,27 @@ class ModelWatch(TorchFunctionMode):
             point.draw(self._evaluation.primal(tensor))
             moved = self._evaluation.inject(tensor, point)
         if ends:
+            self.prefixes.append(self._calls.seen())
+            if self.ahead is not None and self.at_end is not None:
+                return self._learn(tensor, point)
             self.ending.append(point)
+            self.blocks[self.entered.index(point)] = len(self._ended)  # another block may have ended since the layer was called
             self._ended[f"block {len(self._ended)}"] = moved
             moved = self._evaluation.primal(moved)
+            moved = moved.clone() if self.apart else moved
+            self._passed_on.append((moved, moved._version))
         return self._stand(tensor, moved)
+
+    def _learn(self, tensor: Tensor, point: ActivityUse) -> Tensor:
+        """Let a block learn at once. All that holds its values from here on is the model itself."""
+        assert self.ahead is not None
+        assert self.at_end is not None
+        index = len(self.prefixes) - 1
+        if self.prefixes != list(self.ahead.prefixes[: index + 1]):
+            raise Strayed
+        self.at_end(index, point, self._evaluation.primal(tensor))
+        point.kept.clear()
+        return tensor
 
     def _settle(self, tensor: Tensor, point: ActivityUse) -> Tensor:
         """Leave the place behind a last layer unmoved: the gradient there is exact."""

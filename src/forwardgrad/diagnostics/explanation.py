@@ -18,7 +18,8 @@ from forwardgrad.objective import Objective, Point
 
 @dataclass(frozen=True)
 class CallRow:
-    """Calls of one function that went one way: "rule" (the explicit way knows it), "dual numbers" (torch's own), "did not move"."""
+    """Calls of one function that went one way: "rule" (the explicit way knows it), "dual numbers" (torch's own), "did not move", or
+    "differences" (of this operator, where `forwardgrad.differences` asks for them)."""
 
     function: str
     times: int
@@ -137,6 +138,6 @@ def _whole(notes: Notes) -> tuple[str, str]:
 
 
 def _rows(notes: Notes) -> tuple[CallRow, ...]:
-    order = ("dual numbers", "rule", "did not move")
+    order = ("differences", "dual numbers", "rule", "did not move")
     counted = sorted(notes.calls.items(), key=lambda item: (order.index(item[0].kind), -item[1], item[0]))
     return tuple(CallRow(way.function, times, way.kind, way.reason) for way, times in counted if times)

@@ -3,6 +3,7 @@ from forwardgrad.forward_mode import notes as notes
 from forwardgrad.forward_mode.arbitration import Redo as Redo
 from forwardgrad.forward_mode.arbitration import plainly as plainly
 from forwardgrad.forward_mode.derivative import directional_derivatives as directional_derivatives
+from forwardgrad.forward_mode.dual_numbers import Alike as Alike
 from forwardgrad.forward_mode.explicit import DROPS as DROPS
 from forwardgrad.forward_mode.explicit import READS as READS
 from forwardgrad.forward_mode.explicit import Explicit as Explicit
@@ -11,9 +12,12 @@ from forwardgrad.forward_mode.guard import address as address
 from forwardgrad.forward_mode.notes import Kind as Kind
 from forwardgrad.forward_mode.notes import Notes as Notes
 from forwardgrad.forward_mode.notes import asking as asking
+from forwardgrad.forward_mode.quotients import differences as differences
 from forwardgrad.forward_mode.refusals import Said as Said
 from forwardgrad.forward_mode.refusals import place_of as place_of
 from forwardgrad.forward_mode.refusals import refusal as refusal
+from forwardgrad.forward_mode.rules.attention import attention_by_tiles as attention_by_tiles
 from forwardgrad.forward_mode.watching import Evaluation as Evaluation
 from forwardgrad.forward_mode.watching import derivatives_under as derivatives_under
 from forwardgrad.forward_mode.workarounds import RandomState as RandomState
+from forwardgrad.forward_mode.workarounds import one_by_one as one_by_one

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from forwardgrad.forward_mode.guard import Unfollowed
-from forwardgrad.forward_mode.notes import Way, asked
+from forwardgrad.forward_mode.notes import Way, asked, outside
+from forwardgrad.forward_mode.quotients import are_asked, asked_of, lent
 from forwardgrad.forward_mode.refusals import place_of, refusal
 from forwardgrad.forward_mode.workarounds import RandomState, forward_mode
 from forwardgrad.objective import Objective, code_of
@@ -75,7 +76,7 @@ def either(
     objective: Objective, explicit: Callable[[bool], Outcome[W]], plain: Callable[[], Outcome[W]], key: Hashable, commit: bool
 ) -> Outcome[W]:
     """The explicit evaluation where it can be trusted, else the plain one; without a key the plain one alone."""
-    known = _Known(plain=True, reason="")
+    known, plain = _Known(plain=True, reason=""), partial(_with_differences, objective, plain)
     with torch.no_grad(), forward_mode(objective, commit):
         try:
             if _only_plain.get():
@@ -99,6 +100,21 @@ def either(
         notes.calls.update(found.ways or {})
         notes.passes.append(("dual numbers", known.reason) if known.plain else ("explicit", ""))
     return found
+
+
+def _with_differences(objective: Objective, plain: Callable[[], Outcome[W]]) -> Outcome[W]:
+    """The plain evaluation, made again where it met a custom function that torch refuses, until differences serve all that there are."""
+    if not are_asked():
+        return plain()
+    while True:
+        random = RandomState(objective)
+        try:
+            with lent():
+                return plain()
+        except RuntimeError as error:
+            if not asked_of(error):
+                raise
+        random.restore()
 
 
 def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain: Callable[[], Outcome[W]], known: _Known) -> Outcome[W]:
@@ -143,16 +159,8 @@ def _give_up(known: _Known, objective: Objective, reason: str) -> None:
         warnings.warn(
             f"derivatives of {type(objective.at).__name__} under this loss are made by torch's own forward mode from now on, which is "
             f"slower (a transformer with four tangents takes about twice as long): {reason}. forwardgrad.explain(loss, model) tells more",
-            stacklevel=_outside(),
+            stacklevel=outside(),
         )
-
-
-def _outside() -> int:
-    """The level of the stack at which the caller of the library stands."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("forwardgrad", "contextlib", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level - 1
 
 
 def _disagreement(one: Derived, other: Derived, low: bool) -> str | None:

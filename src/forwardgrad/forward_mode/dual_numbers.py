@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from forwardgrad.forward_mode.explicit import READS
 from forwardgrad.forward_mode.notes import Way, counter, name_of
-from forwardgrad.forward_mode.rules import dropout
+from forwardgrad.forward_mode.quotients import Call, Differenced, attempt
+from forwardgrad.forward_mode.rules import attention, composed, dropout
 from forwardgrad.forward_mode.structure import leaves
 
 
@@ -85,10 +86,36 @@ class Alike(TorchFunctionMode):
         if func in dropout.OPENED:
             with self:
                 return dropout.opened(func)(*args, **kwargs)
-        if dropout.holds_dropout(func, args, kwargs):
+        if func in READS:
+            return func(*args, **kwargs)
+        if (composition := composed.composition_of(func)) is not None and _moves(args, kwargs):
             with self:
-                return dropout.attention(*args, **kwargs)
-        if self.ways is not None and func not in READS and (name := name_of(func)) not in _OURS:
-            moves = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in leaves((args, kwargs)))
-            self.ways[Way(name, "dual numbers", "all calls go this way")] += moves
-        return dropout.masked(func, args, kwargs) if func in dropout.DROPOUTS else func(*args, **kwargs)
+                result = composition(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if self.ways is not None and (name := name_of(func)) not in _OURS:
+            self.ways[Way(name, "dual numbers", "all calls go this way")] += _moves(args, kwargs)
+        if func is attention.FUNCTION and (made := attention.values(args, kwargs, derived=True)) is not NotImplemented:
+            return made
+        if func in dropout.DROPOUTS:
+            return dropout.masked(func, args, kwargs)
+        return attempt(func, args, kwargs, lambda: func(*args, **kwargs), self._by_differences, lambda: _moves(args, kwargs))
+
+    def _by_differences(self, call: Call) -> Any:
+        """One call by central differences, if something in it moves."""
+        if not _moves(call.args, call.kwargs):
+            return call.function(*call.args, **call.kwargs)
+        call.say()
+        if self.ways is not None:
+            self.ways[Way(call.name, "differences", "torch has no forward mode for it")] += 1
+        return call.rebuilt(Differenced.apply(call, *call.tensors))  # type: ignore[no-untyped-call]
+
+
+def _moves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return any(_is_dual(tensor) for tensor in leaves((args, kwargs)))
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(tensor):  # by a vmap of the loss's own, under which torch cannot look
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None

@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from forwardgrad.forward_mode.guard import Guard, Unfollowed, address
 from forwardgrad.forward_mode.levels import level, unwrapped
 from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
-from forwardgrad.forward_mode.rules import ALL_RULES, Track, dropout
+from forwardgrad.forward_mode.quotients import Call, attempt
+from forwardgrad.forward_mode.rules import ALL_RULES, Track, attention, composed, dropout
 from forwardgrad.forward_mode.structure import exchanged, leaves, named, rebuilt
 
 
@@ -69,6 +70,11 @@ _NEW: frozenset[Any] = (
     }
 )
 """What gives truths, whole numbers or numbers of its own, in new memory."""
+
+
+def _is_low(tensor: Tensor) -> bool:
+    """Whether a call on a tensor is computed in low precision."""
+    return torch.is_autocast_enabled(tensor.device.type) or (tensor.dtype.itemsize < 4 and tensor.dtype.is_floating_point)
 
 
 class Explicit(TorchFunctionMode):
@@ -208,7 +214,8 @@ class Explicit(TorchFunctionMode):
             raise Unfollowed("a transform of torch.func was handed something that moves")
         if not any(self._moves(value) for value in args) and not (kwargs and any(self._moves(value) for value in kwargs.values())):
             self._note(func, "did not move")
-            result = func(*args, **kwargs)
+            result = NotImplemented if func is not attention.FUNCTION else attention.values(args, kwargs, derived=False)
+            result = func(*args, **kwargs) if result is NotImplemented else result
             if self._guard is not None and any(self._is_still(tensor) for tensor in leaves((args, kwargs))):
                 for tensor in leaves(result):  # it may be a view of what is known to stand still
                     self._still(tensor)
@@ -216,7 +223,7 @@ class Explicit(TorchFunctionMode):
         if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
             raise Unfollowed("an autograd function is being evaluated")
         self._calls.append(getattr(func, "__code__", func))  # a method or a lambda may be a new one at every step
-        self.low = self.low or any(isinstance(value, Tensor) and torch.is_autocast_enabled(value.device.type) for value in args[:1])
+        self.low = self.low or any(isinstance(value, Tensor) and _is_low(value) for value in args[:1])
         try:
             return self._moving(func, args, kwargs)
         except Exception as error:
@@ -236,16 +243,36 @@ class Explicit(TorchFunctionMode):
         if func in dropout.OPENED:
             with _Within(self):
                 return dropout.opened(func)(*args, **kwargs)
-        if dropout.holds_dropout(func, args, kwargs):
+        if (composition := composed.composition_of(func)) is not None:
             with _Within(self):
-                return dropout.attention(*args, **kwargs)
+                result = composition(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if (rule := ALL_RULES.get(func)) is not None:
             result = rule(self, func, args, kwargs)
             if result is not NotImplemented:
                 self._note(func, "rule")
                 return result
-        self._note(func, "dual numbers", "there is no rule for it" if rule is None else "its rule does not hold for these arguments")
-        return self._by_duals(func, args, kwargs)
+        lacks = "there is no rule for it" if rule is None else "its rule does not hold for these arguments"
+
+        def by_duals() -> Any:
+            result = self._by_duals(func, args, kwargs)
+            self._note(func, "dual numbers", lacks)
+            return result
+
+        return attempt(func, args, kwargs, by_duals, self._by_differences)
+
+    def _by_differences(self, call: Call) -> Any:
+        """One call by central differences."""
+        call.say()
+        self._note(call.function, "differences", "torch has no forward mode for it")
+        tracks = [self.track(tensor) for tensor in call.tensors]
+        given = [None if track is None else track.of(tensor) for track, tensor in zip(tracks, call.tensors, strict=True)]
+        values = [tensor.detach() for tensor in call.tensors]
+        found = call.value(values)
+        moved = iter(call.moved(values, given))
+        outs = [self.attach(leaf, next(moved), fresh=True) if moves else leaf for leaf, moves in zip(found, call.moves, strict=True)]
+        return call.rebuilt(outs)
 
     def _note(self, func: Any, kind: Kind, reason: str = "") -> None:
         if self.ways is not None:
@@ -288,6 +315,7 @@ class Explicit(TorchFunctionMode):
                 result = func(*exchanged(args, given), **exchanged(kwargs, given))
                 shape[:] = [result]
                 real = [leaf for leaf in leaves(result) if leaf.is_floating_point() or leaf.is_complex()]
+                real = real or [values[0].new_zeros(())]  # jvp wants one, and whole numbers alone have none: it is left over
                 return tuple(real), [leaf for leaf in leaves(result) if not (leaf.is_floating_point() or leaf.is_complex())]
 
             return jvp(flat, tuple(value for value, _ in found.values()), tangents, has_aux=True)

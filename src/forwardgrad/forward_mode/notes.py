@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Kind = Literal["rule", "dual numbers", "did not move"]
+Kind = Literal["rule", "dual numbers", "differences", "did not move"]
 
 
 class Way(NamedTuple):
@@ -74,3 +75,11 @@ def name_of(function: Callable[..., Any]) -> str:
     if name in ("__get__", "__set__"):  # of a property, such as Tensor.T
         name = getattr(getattr(function, "__self__", None), "__name__", name)
     return "the loss as one number" if name == "<lambda>" else name
+
+
+def outside() -> int:
+    """The level of the stack at which the caller of the library stands."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("forwardgrad", "contextlib", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level - 1

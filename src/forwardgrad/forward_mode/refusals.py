@@ -9,15 +9,17 @@ from torch import nn
 from torch.autograd import Function
 
 _KNOWN = {  # operators whose names their users never see
-    "_embedding_bag": "EmbeddingBag",
-    "_weight_norm_interface": "weight_norm",
-    "_pack_padded_sequence": "a packed sequence (pack_padded_sequence)",
     "_ctc_loss": "ctc_loss",
     "_cudnn_ctc_loss": "ctc_loss",
-    "_cdist_forward": "cdist",
-    "div_out": "normalize(..., out=...), as spectral_norm calls it,",
+    "grid_sampler_3d": "grid_sample of volumes",
 }
-_INSTEAD = "replace it, or train this model with ZerothOrder, which needs no derivatives"
+NO_RULE = re.compile(r"forward AD with (\S+) that does not support it")
+"""What torch says of an operator that it has no forward mode for."""
+
+_INSTEAD = (
+    "replace it, ask for differences of this one operator (with forwardgrad.differences(): ...), "
+    "or train this model with ZerothOrder, which needs no derivatives"
+)
 _CHECKPOINT = (
     "call it with use_reentrant=False (of a Hugging Face model, "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})), or leave checkpoints away: "
@@ -30,9 +32,9 @@ def refusal(error: Exception, at: Any) -> Said | None:
     if not isinstance(error, (NotImplementedError, RuntimeError)) or isinstance(error, Said):
         return None
     text, where = str(error), place_of(error, at)
-    if found := re.search(r"forward AD with (\S+) that does not support it", text):
+    if found := NO_RULE.search(text):
         return Said(f"{_KNOWN.get(found[1], found[1])} has no rule for forward mode in torch{where}", _INSTEAD)
-    if (function := _function_of(error)) is not None and ("setup_context" in text or "jvp" in text):
+    if (function := custom_function_of(error)) is not None and ("setup_context" in text or "jvp" in text):
         if function.__name__ == "CheckpointFunction":
             return Said(f"a reentrant checkpoint has no forward mode{where}", _CHECKPOINT)
         lacks = "write forward without ctx, with setup_context and jvp" if "setup_context" in text else "give it a jvp"
@@ -42,7 +44,7 @@ def refusal(error: Exception, at: Any) -> Said | None:
     if found := re.search(r"vmap: we do not yet support (?:aten::)?(\w+)", text):
         return Said(f"{found[1]} cannot take several tangents at once{where}", "use tangents=1 or chunk_size=1, or replace it")
     if "Cannot access data pointer" in text or "doesn't have storage" in text:
-        return Said(f"an operator reads its input's memory, which forward mode does not let it{where} (packed sequences do)", _INSTEAD)
+        return Said(f"an operator reads its input's memory, which forward mode does not let it{where}", _INSTEAD)
     return None
 
 
@@ -68,7 +70,7 @@ def place_of(error: Exception, at: Any) -> str:
     return f" in module {name!r} ({type(inner).__name__})" if name else f" in {type(inner).__name__}"
 
 
-def _function_of(error: Exception) -> type[Function] | None:
+def custom_function_of(error: Exception) -> type[Function] | None:
     """The custom autograd function that was being applied, the innermost."""
     found = None
     for variables in _frames(error):

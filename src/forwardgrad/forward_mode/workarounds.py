@@ -3,9 +3,9 @@
 What torch needs to be worked around for, each in one place, and to go when torch no longer needs it:
 
 here
-- Attention runs on the MATH backend with the fused inference path off: the others have no forward-mode rule.
+- Attention runs on the MATH backend with the fused inference path off: the others have no forward-mode rule. A call of many numbers is
+  made by tiles instead, whichever way derivatives go (`rules.attention`): that backend would hold T × T of them.
 - CPU LSTM and GRU run without oneDNN, whose recurrent kernels have no forward-mode rule.
-- Embeddings hold their padding row still themselves: torch's forward-mode rule would train it.
 - Random layers see one state of the global generator a step, however many evaluations the step makes (`RandomState`).
 
 in `arbitration`
@@ -20,6 +20,10 @@ in `dual_numbers` and `rules.dropout`
 - `requires_grad_()` inside a model, with which some prepare for checkpoints, is passed over: `torch.func` refuses it.
 - Dropout draws its mask outside of `torch.func`, which would draw another one from the same seed.
 
+in `rules.composed`
+- Operators without a forward-mode rule are made of others that have one.
+- Embeddings hold their padding row still themselves: torch's forward-mode rule would train it.
+
 in `derivative` and `watching`
 - A loss whose tangent was dropped on the way (detach, .item(), numpy) is an error: torch itself would answer zero.
 """
@@ -30,7 +34,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forwardgrad.objective import Objective
@@ -61,19 +65,19 @@ def forward_mode(objective: Objective, commit: bool) -> Iterator[None]:
         if not commit:
             stack.enter_context(torch.random.fork_rng(_gpus(objective)))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.backends.mha.get_fastpath_enabled():
-            torch.backends.mha.set_fastpath_enabled(False)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        stack.enter_context(one_by_one())
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # not mkldnn.flags(): it also sets, and warns about, settings that are none of our business
             stack.callback(setattr, torch.backends.mkldnn, "enabled", torch.backends.mkldnn.enabled)
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        for module in modules:
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                stack.callback(module.register_forward_hook(_still_padding).remove)
         yield
 
 
-def _still_padding(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    padding = torch.eq(inputs[0], module.padding_idx or 0).unsqueeze(-1)
-    return torch.where(padding, output.detach(), output)
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Inside, attention and transformer layers make their calls one by one: fused ones are no layers to whoever watches calls."""
+    with ExitStack() as stack:
+        if torch.backends.mha.get_fastpath_enabled():
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        yield

@@ -19,9 +19,12 @@ _STEPS = 4  # the state of an estimator is filled in the first, and a graph may 
 
 
 def explained(subject: Subject) -> Iterator[Finding]:
-    """Which layers are scored example by example, and which calls go through torch's dual numbers."""
+    """Which layers are scored example by example, and which calls go by differences or through torch's dual numbers."""
     found = subject.explained()
     yield _layers(found)
+    if quotients := [row.function for row in found.calls if row.way == "differences"]:
+        told = f"{listed(quotients)}: derived by central differences, as forwardgrad.differences asks: near the derivative, not exact"
+        yield Finding("differences", "note", told, "give it a jvp, or write it with operations that have a rule")
     slow = [f"{row.function} ({row.reason})" if row.reason else row.function for row in found.calls if row.way == "dual numbers"]
     if found.way == "dual numbers":
         why = found.reason or "it was asked for"

@@ -1,3 +1,5 @@
+from forwardgrad.forward_mode.rules import attention as attention
+from forwardgrad.forward_mode.rules import composed as composed
 from forwardgrad.forward_mode.rules import dropout as dropout
 from forwardgrad.forward_mode.rules import elementwise as elementwise
 from forwardgrad.forward_mode.rules import losses as losses

@@ -36,7 +36,8 @@ OPENED = frozenset(
 @cache
 def opened(function: Any) -> Callable[..., Any]:
     """The same function, which does not offer itself to a function mode as one call: the calls inside it are seen instead."""
-    within = {**function.__globals__, "has_torch_function": _never, "has_torch_function_unary": _never}
+    asks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    within = {**function.__globals__, **dict.fromkeys(asks, _never)}
     inner = FunctionType(function.__code__, within, function.__name__, function.__defaults__, function.__closure__)
     inner.__kwdefaults__ = function.__kwdefaults__
     return inner
@@ -141,36 +142,3 @@ def _dropout(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str
 
 
 RULES: dict[Callable[..., Any], Rule] = dict.fromkeys(DROPOUTS, _dropout)
-
-
-def holds_dropout(function: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> bool:
-    """Whether a call is one of attention with dropout, which `attention` makes in smaller calls."""
-    return function is F.scaled_dot_product_attention and bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention as torch's MATH backend computes it, call by call, so that its dropout is seen; in training there is no other on CPU."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = torch.matmul(query * root, (key * root).transpose(-2, -1))
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask.logical_not(), -math.inf)
-        scores = scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    if attn_mask is not None:  # a row of which all is masked has no weights
-        weights = torch.where((scores == -math.inf).all(-1, keepdim=True), torch.zeros((), dtype=weights.dtype), weights)
-    return torch.matmul(torch.dropout(weights, dropout_p, True), value)
