@@ -14,6 +14,7 @@ from tests.support.cases import seeded
 from torch import Tensor
 
 import forwardgrad as fg
+from forwardgrad.directions import laws
 
 LAWS = [law() for law in fg.LAWS]
 SEPARATE = [law for law in LAWS if not law.joint]
@@ -232,3 +233,29 @@ def test_many_numbers_are_the_same_bits_on_any_number_of_cores(law: fg.Law) -> N
     assert abs(v.mean()) < 4.5 / math.sqrt(n)
     assert abs((v**4).mean() - 3) < 4.5 * math.sqrt(96 / n)
     assert len({float(block[0]) for block in found[0].split(2**20)}) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 31, 64, 1000])
+def test_signs_by_operations_are_those_of_the_table(count: int, dtype: torch.dtype) -> None:
+    words = laws._words(count, seeded(4))
+    signs = laws._shifted(words, count, dtype)
+    assert torch.equal(signs, laws._looked_up(words, count, dtype))
+    assert signs.dtype == dtype
+    assert len(signs.unique()) == min(count, 2)
+
+
+@pytest.mark.parametrize("law", [fg.Gaussian(), fg.Rademacher()], ids=repr)
+def test_a_part_drawn_alone_has_the_moments_of_its_law(law: fg.Law, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(laws, "_WORTH_A_STREAM", 100)
+    like, generator = torch.empty(30, 40, dtype=torch.float64), torch.Generator()
+    parts = torch.stack([law.part(like, generator, lambda seed=seed: seed, seed) for seed in range(400)])
+    assert torch.equal(parts[7], law.part(like, generator, lambda: 7, "another"))
+    n = parts.numel()
+    assert abs(float(parts.mean())) * n**0.5 < 4.5  # m = 4 with the two below, a law: false alarms below 0.01 % in all
+    spread = {"gaussian": 2.0, "rademacher": 0.0}[law.name]
+    assert abs(float(parts.square().mean()) - 1) * n**0.5 <= 4.5 * spread**0.5
+    between = (parts[:, 0, :-1] * parts[:, 0, 1:]).flatten()  # of neighbours, which may come from one word
+    assert abs(float(between.mean())) * len(between) ** 0.5 < 4.5
+    steps = (parts[:-1] * parts[1:]).flatten()  # of seeds that follow one another
+    assert abs(float(steps.mean())) * len(steps) ** 0.5 < 4.5

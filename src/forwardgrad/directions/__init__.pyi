@@ -1,5 +1,7 @@
 from forwardgrad.directions import streams as streams
 from forwardgrad.directions.evaluation import Directions as Directions
+from forwardgrad.directions.evaluation import HeldDirections as HeldDirections
+from forwardgrad.directions.evaluation import PartOfSeeds as PartOfSeeds
 from forwardgrad.directions.evaluation import Still as Still
 from forwardgrad.directions.laws import LAWS as LAWS
 from forwardgrad.directions.laws import Gaussian as Gaussian
@@ -7,6 +9,7 @@ from forwardgrad.directions.laws import Law as Law
 from forwardgrad.directions.laws import Orthogonal as Orthogonal
 from forwardgrad.directions.laws import Rademacher as Rademacher
 from forwardgrad.directions.laws import Sphere as Sphere
+from forwardgrad.directions.laws import StreamSeeds as StreamSeeds
 from forwardgrad.directions.laws import fork as fork
 from forwardgrad.directions.plan import Growth as Growth
 from forwardgrad.directions.plan import Plan as Plan
@@ -14,3 +17,4 @@ from forwardgrad.directions.plan import Unplanned as Unplanned
 from forwardgrad.directions.plan import drawn as drawn
 from forwardgrad.directions.plan import handed as handed
 from forwardgrad.directions.plan import planned as planned
+from forwardgrad.directions.plan import unplanned as unplanned

@@ -10,13 +10,14 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from forwardgrad.directions import streams
@@ -59,6 +60,19 @@ class Law(ABC):
         made = self.draw(like, count, generator)
         for start in starts:  # cloned, since a chunk may be written to and outlives the others
             yield {name: tangent[start : start + size].clone() for name, tangent in made.items()}
+
+    def part(self, like: Tensor, generator: Generator, seed: Callable[[], int], once: Hashable) -> Tensor:
+        """What a tangent has for one parameter, drawn alone, as only an independent law can: it follows from `seed` and nothing else.
+
+        `seed` is asked again wherever a plan draws again. Whoever asks again with the same `once` gets the same bits, in new memory.
+        """
+
+        def make() -> Tensor:
+            v = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+            self.fill_([v], generator.manual_seed(seed()))
+            return v.to(like.device)
+
+        return drawn(make, once)
 
     @abstractmethod
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
@@ -122,6 +136,12 @@ class Gaussian(Law):
         parts = {name: blocks[p.dtype][:, places[name] : places[name] + p.numel()] for name, p in like.items()}
         return {name: parts[name].view(count, *p.shape).to(p.device) for name, p in like.items()}
 
+    def part(self, like: Tensor, generator: Generator, seed: Callable[[], int], once: Hashable) -> Tensor:
+        """As `Law.part`. A large one is a stream, as in `draw`."""
+        if not _streamed(like, generator):
+            return super().part(like, generator, seed, once)
+        return _grown(drawn(lambda: torch.tensor([seed()], device=like.device), once), like, once)[0]
+
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
             _normal_(part, generator)
@@ -137,9 +157,20 @@ class Rademacher(Law):
     name: ClassVar[str] = "rademacher"
     independent: ClassVar[bool] = True
 
+    def part(self, like: Tensor, generator: Generator, seed: Callable[[], int], once: Hashable) -> Tensor:
+        """As `Law.part`. Drawn are the bits alone; what uses them makes signs of them, a compiler wherever it needs them."""
+        words = drawn(lambda: _words(like.numel(), generator.manual_seed(seed())).to(like.device), once)
+        return (_shifted if torch.compiler.is_compiling() else _looked_up)(words, like.numel(), like.dtype).view(like.shape)
+
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
-            part.copy_(_signs(part.numel(), part.dtype, generator).view(part.shape))
+            part.copy_(_looked_up(_words(part.numel(), generator), part.numel(), part.dtype).view(part.shape))
+
+    def fill_by_(self, stack: Float[Tensor, "k ..."], words: Callable[[int], Int[Tensor, "k words"]]) -> None:
+        """Fill a stack of parts in place, each by so many words of its own."""
+        count = stack[0].numel()
+        bits = words(-(-count // _WORD))
+        stack.copy_(_looked_up(bits.flatten(), bits.numel() * _WORD, stack.dtype).view(len(stack), -1)[:, :count].view_as(stack))
 
     def moment(self, n: int) -> float:
         return n
@@ -237,11 +268,11 @@ def _streamed(part: Tensor, generator: Generator) -> bool:
     return generator.device.type == "cpu" and part.is_floating_point() and part.numel() >= _WORTH_A_STREAM
 
 
-def _grown(seeds: Tensor, like: Tensor) -> Tensor:
+def _grown(seeds: Tensor, like: Tensor, once: Hashable = None) -> Tensor:
     """The streams of some seeds, [count, *shape]."""
     on_host = seeds.device.type == "cpu" and not torch.compiler.is_compiling()
     given = seeds.tolist() if on_host else seeds  # of a GPU the host is not to wait for
-    grown(Growth(len(seeds), like.numel(), like.dtype, like.device, on_host))
+    grown(Growth(len(seeds), like.numel(), like.dtype, like.device, on_host), once)
     return streams.normal(given, like.numel(), like.dtype, like.device).view(len(seeds), *like.shape)
 
 
@@ -280,10 +311,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not outlive a fork
 
 
-def _signs(count: int, dtype: torch.dtype, generator: Generator) -> Tensor:
-    """`count` random signs from one bit each: a byte of random bits picks a row of eight signs from a table of 256."""
-    words = torch.empty(-(-count // _WORD), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
-    return _sign_table(dtype, generator.device).index_select(0, words.view(torch.uint8).int()).view(-1)[:count]
+def _words(count: int, generator: Generator) -> Tensor:
+    """Random bits for `count` signs, one bit each, in words of 64."""
+    return torch.empty(-(-count // _WORD), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+
+
+def _looked_up(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The first `count` bits as signs: a byte picks a row of eight signs from a table of 256."""
+    return _sign_table(dtype, words.device).index_select(0, words.view(torch.uint8).int()).view(-1)[:count]
+
+
+def _shifted(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The same signs by operations, which a compiler can make part of what uses them; half a word at a time, since that takes less."""
+    bits = words.view(torch.int32).unsqueeze(1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    return (bits * 2 - 1).to(dtype).view(-1)[:count]
 
 
 @cache

@@ -66,6 +66,12 @@ class Plan:
         self.draws: list[Draw] = []
         self.growths: list[Growth] = []
         self._known: set[Hashable] = set()
+        self._grown: set[Hashable] = set()
+
+    def grow(self, growth: Growth, once: Hashable) -> None:
+        if once is None or once not in self._grown:
+            self._grown.add(once)
+            self.growths.append(growth)
 
     def note(self, make: Callable[[], Any], once: Hashable, on: Sequence[Generator] | None) -> Any:
         made = make()
@@ -140,11 +146,11 @@ def drawn(make: Callable[[], Made], once: Hashable = None, on: Sequence[Generato
     return made
 
 
-def grown(growth: Growth) -> None:
-    """Tell the plan that is being written, if there is one, what a step makes of its seeds."""
+def grown(growth: Growth, once: Hashable = None) -> None:
+    """Tell the plan that is being written, if there is one, what a step makes of its seeds; the same `once`: the same numbers again."""
     plan = _at_work.get()
     if isinstance(plan, Plan):
-        plan.growths.append(growth)
+        plan.grow(growth, once)
 
 
 @contextmanager
@@ -153,6 +159,13 @@ def planned(plan: Plan | None = None) -> Iterator[Plan]:
     plan = Plan() if plan is None else plan
     with _working(plan):
         yield plan
+
+
+@contextmanager
+def unplanned() -> Iterator[None]:
+    """Inside, draws belong to no plan: for what is done once, and no part of a step."""
+    with _working(None):
+        yield
 
 
 @contextmanager

@@ -51,8 +51,30 @@ def normal(seeds: Seeds, count: int, dtype: torch.dtype, device: torch.device | 
     else:
         length, angle = (words >> 32).int().float(), words.int().float()
     length = torch.sqrt(torch.log((length + 0.5).abs() * (1 / _SCALE[wide])) * -2)
-    angle = angle * (math.pi / _SCALE[wide])
-    return torch.cat([torch.cos(angle) * length, torch.sin(angle) * length], 1)[:, :count].to(dtype)
+    cosine, sine = _turned(angle * (1 / _SCALE[wide]))
+    return torch.cat([cosine * length, sine * length], 1)[:, :count].to(dtype)
+
+
+# sin πh / h and cos πh as polynomials of h² for |h| ≤ 1/2: least largest errors of 3e-9 and 5e-8, of which float32 sees little
+_SIN = (3.141592580568632, -5.167706900163041, 2.550031640175756, -0.598046445926762, 0.07722223980834378)
+_COS = (0.9999999534706298, -4.9347928588338235, 4.05841191569072, -1.3318801653219854, 0.21969679863844838)
+
+
+def _turned(t: Tensor) -> tuple[Tensor, Tensor]:
+    """cos πt and sin πt for |t| ≤ 1. In float32 they are polynomials: a compiler's own functions first look for the part of the circle,
+    each for itself, and take a sixth of the time of all that a stream is made of."""
+    if t.dtype == torch.float64:
+        return torch.cos(t * math.pi), torch.sin(t * math.pi)
+    h = 0.5 - t.abs()  # without rounding: cos πt = sin πh and |sin πt| = cos πh
+    square = h * h
+    return h * _polynomial(square, _SIN), torch.copysign(_polynomial(square, _COS), t)
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value: Tensor = x * coefficients[-1] + coefficients[-2]
+    for coefficient in reversed(coefficients[:-2]):
+        value = value * x + coefficient
+    return value
 
 
 def _fill_(numbers: Float[Tensor, "k count"], start: Tensor, gamma: Tensor) -> None:
@@ -96,6 +118,12 @@ def _begun_together(seeds: Int[Tensor, " k"]) -> tuple[Int[Tensor, " k"], Int[Te
     start, gamma = mixed(seeds + _signed(_GOLDEN)), mixed(seeds + _signed(2 * _GOLDEN), _MURMUR) | 1
     changes = ((gamma ^ gamma >> 1).unsqueeze(1) >> torch.arange(63, device=seeds.device) & 1).sum(1)
     return start, torch.where(changes < 24, gamma ^ _signed(_ALTERNATING), gamma)
+
+
+def words(seeds: Sequence[int], place: int, count: int, device: torch.device) -> Int[Tensor, "k count"]:
+    """Random words of one of many places for each of some seeds: those of a stream of one step for all, begun at 64 mixed bits."""
+    start = mixed(torch.tensor(seeds, dtype=torch.int64, device=device) + _signed((place + 1) * _GOLDEN & _MASK))
+    return mixed(start.unsqueeze(1) + torch.arange(1, count + 1, device=device) * _signed(_GOLDEN))
 
 
 def sown(seed: int, place: int) -> int:

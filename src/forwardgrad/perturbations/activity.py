@@ -14,8 +14,9 @@ from torch import Tensor
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick
-from forwardgrad.perturbations.layers import Caller, Embedding, Layer, Norm
+from forwardgrad.perturbations.layers import BatchNorm, Caller, Embedding, Layer, Norm
 from forwardgrad.perturbations.norms import PerExampleNorm
+from forwardgrad.perturbations.stages import POOLING, POOLS, RECTIFIERS, RETURN_INDICES, SUMS, Normalised, Pooled
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,18 @@ class ActivityUse(Entered):
     """The place behind a layer where activities move: its output, or what ReLU and max-pooling directly behind it make of that.
 
     Moving the result of a ReLU or of max-pooling where it is active is the same as moving the layer's output there, so the place is
-    put off until something else uses it.
+    put off until something else uses it. With `through`, normalisation behind the layer and the sum with what skips it belong to the
+    layer, too: an error at the place reaches the layer, gain and bias by their derivative in closed form.
     """
 
     kind: ClassVar[str] = "activities"
 
-    def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool) -> None:
+    def __init__(self, layer: Layer, x: Tensor, directions: Directions, *, masked: bool, through: bool = False) -> None:
         super().__init__()
-        self.layer, self.directions, self.masked = layer, directions, masked
+        self.layer, self.directions, self.masked, self.through = layer, directions, masked, through
         self.rows, self.dims = layer.rows, layer.dims
         self.kept["x"] = x
-        self.tail: list[tuple[str, tuple[torch.Size, bool], dict[str, Any]]] = []  # poolings behind the layer, last one first
+        self.tail: list[Pooled | Normalised] = []  # what stands behind the layer, last one first
         self.rectified = self.moved = self.exact = False
         self.read_at: int | None = None  # which of the tensors that the loss is read at it is, where its gradient is exact
         self.u: Tensor | None = None
@@ -78,20 +80,40 @@ class ActivityUse(Entered):
     def lets_pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is a ReLU or max-pooling behind the layer, and not one that also gives its winners away."""
         known = function in RECTIFIERS or (function in POOLS and not kwargs.get("return_indices") and len(args) < RETURN_INDICES)
-        return self.masked and known
+        return (self.masked and known) or (self.through and self._belongs(function, args, kwargs))
 
-    def advance(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], calls: Caller) -> Tensor:
-        """Let a ReLU or max-pooling pass, and put the place behind it."""
-        if function in RECTIFIERS:
-            self.rectified = True
+    def _belongs(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.rectified or any(isinstance(stage, Pooled) for stage in self.tail):
+            return False  # what was cut off ahead of it would have to be told from what is cut off behind it
+        if function is F.batch_norm:
+            return not self.tail
+        other = args[1] if function in SUMS and len(args) == 2 and not kwargs else None
+        return isinstance(other, Tensor) and other is not args[0] and other.shape == args[0].shape
+
+    def advance(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        calls: Caller,
+        primal: Callable[[Tensor], Tensor],
+        names: Mapping[int, str],
+    ) -> Tensor:
+        """Let a call that `lets_pass` named pass, and put the place behind it."""
+        if function not in POOLS:
+            if function is F.batch_norm:
+                call = {**dict(zip(BatchNorm.arguments, args, strict=False)), **kwargs}
+                found = {role: names[id(call[role])] for role in ("weight", "bias") if id(call.get(role)) in names}
+                self.tail.insert(0, Normalised.of(call, found, primal, self.kept))
+            self.rectified |= function in RECTIFIERS
             out: Tensor = calls(function, *args, **kwargs)
             return out
         out, winners = calls(F.max_pool2d_with_indices, *args, **{**kwargs, "return_indices": True})
         call = {**dict(zip(POOLING, args, strict=False)), **kwargs}
         key, given = f"winners {len(self.tail)}", call.pop("input")
-        like = given.shape, given.is_contiguous(memory_format=torch.channels_last) if given.dim() == 4 else False
+        last = given.is_contiguous(memory_format=torch.channels_last) if given.dim() == 4 else False
         self.kept[key] = winners
-        self.tail.insert(0, (key, like, call))
+        self.tail.insert(0, Pooled(key, given.shape, last, call))
         return out
 
     def place_at(self, out: Tensor) -> None:
@@ -146,10 +168,11 @@ class ActivityUse(Entered):
         """Gradients by parameter name from the error at the place, of its shape; each in the precision of its parameter."""
         x = self.kept["x"]
         error = self.still(error.to(x.dtype) if x.is_floating_point() else error)
-        for key, like, call in self.tail:
-            error = _unpool(error, self.kept[key], like, call)
+        gradients: dict[str, Gradient] = {}
+        for stage in self.tail:
+            error = stage.back(error, self.kept, gradients)
         found = self.layer.local(x, error)
-        return {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
+        return gradients | {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         assert self.u is not None
@@ -163,26 +186,22 @@ class ActivityUse(Entered):
 
     @property
     def names(self) -> list[str]:
-        return list(self.layer.names.values())
+        behind = [name for stage in self.tail if isinstance(stage, Normalised) for name in stage.names.values()]
+        return [*self.layer.names.values(), *behind]
 
     def gram(self) -> Tensor:
         u = self.moves(self.rows)
         return torch.einsum("kbi,lbi->klb", u, u)
 
 
-def _unpool(error: Tensor, winners: Tensor, like: tuple[torch.Size, bool], call: dict[str, Any]) -> Tensor:
-    """Errors sent back to the winners of max-pooling; windows that overlap add up."""
-    shape, last = like
-    given = torch.empty(shape, dtype=error.dtype, device=error.device)  # only its shape and order in memory matter
-    given = given.contiguous(memory_format=torch.channels_last) if last else given
-    size = call["kernel_size"]
-    stride, padding, dilation = call.get("stride") or size, call.get("padding", 0), call.get("dilation", 1)
-    options = [[value] if isinstance(value, int) else list(value) for value in (size, stride, padding, dilation)]
-    back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(error, given, *options, bool(call.get("ceil_mode")), winners)
-    return back
+@dataclass(frozen=True)
+class Block(Activity):
+    """`Activity` of whole blocks: a layer with the batch normalisation, the sum, the ReLU and the max-pooling behind it, in this order."""
 
+    name: ClassVar[str] = "block"
 
-RECTIFIERS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu_})
-POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
-RETURN_INDICES = len(POOLING) + 1  # place of that argument of max-pooling, counted from one
-POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d})
+    def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
+        entered = super().enter(layer, x, out, directions)
+        if isinstance(entered, ActivityUse):
+            entered.through = True
+        return entered

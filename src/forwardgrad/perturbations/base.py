@@ -20,6 +20,9 @@ from forwardgrad.perturbations.layers import Layer
 Pick = Callable[[Tensor], Tensor]
 """From a stack of K to the one that is being evaluated: `stack[k]`, with k unknown to the code while K are evaluated at once."""
 
+Step = float | Tensor
+"""How far to go along a direction: a number, or one that is unknown to the code while several points are evaluated at once."""
+
 
 class Entered(ABC):
     """One use of a layer or parameter that moves, in one evaluation: its random directions, and the gradient that follows from them.
@@ -47,8 +50,23 @@ class Entered(ABC):
         return self.place.rows.along(weights, self.rows)
 
     @abstractmethod
+    def tangent(self, pick: Pick) -> Tensor:
+        """What stands at the place moves by this along one tangent."""
+
+    def displaced(self, tensor: Tensor, step: Step, pick: Pick) -> Tensor:
+        """What stands at the place, a step further along one tangent. It may be written into `tensor`, a result that nobody else has."""
+        moved = self.tangent(pick)
+        if isinstance(step, Tensor):
+            return tensor + (moved * step).to(tensor.dtype)
+        return torch.add(tensor, moved.to(tensor.dtype), alpha=step)
+
+    @abstractmethod
     def gradient(self, weights: Float[Tensor, "k n"]) -> Mapping[str, Gradient]:
         """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name; a single weight is that of all examples."""
+
+    def along(self, directions: Directions) -> Entered:
+        """The same use of the same place, once more along other directions, of which a gradient is asked alone."""
+        raise NotImplementedError(f"{type(self).__name__} has no `along`, which ranks that divide the directions need")
 
     def gram(self) -> Float[Tensor, "k k rows"]:
         """Inner products of the directions of each row: what combine="projection" needs, and nothing else."""
@@ -61,15 +79,16 @@ class Entered(ABC):
 
 
 class Sown(Entered):
-    """Weights that move: their directions have covariance I, and the move of the layer's output is added when the layer is called."""
+    """Weights that move: their directions have covariance I, and the move of the layer's output is added when the layer is called.
+
+    `moves`: whether any direction of the evaluation moves them.
+    """
+
+    moves: bool = True
 
     def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
         """⟨direction k of row b, other⟩ with `other` given by parameter name: what a control variate needs, and nothing else."""
         raise NotImplementedError(f"{type(self).__name__} has no `inner`, which a control variate needs: let `weights` be False")
-
-    @abstractmethod
-    def tangent(self, pick: Pick) -> Tensor:
-        """What the layer's output moves by along one tangent."""
 
     def tangents(self, count: int) -> Tensor:
         """What it moves by along each of `count` tangents."""
@@ -99,6 +118,28 @@ class Perturbation(ABC):
     def weights(self) -> bool:
         """Whether directions lie in the space of the weights and have an `inner` product with others there, as a control variate asks."""
         return True
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the mean of the estimates with these directions is the gradient."""
+        return True
+
+    @property
+    def least(self) -> int:
+        """The fewest directions that an estimate needs."""
+        return 1
+
+    def variance(self, law: Law, gradient: Mapping[str, Tensor], count: int) -> float | None:
+        """E‖ĝ − ∇f‖²/‖∇f‖² of the mean of `count` directions where a formula gives it, from the exact gradient by parameter."""
+        return None
+
+    def among(self, parameters: Mapping[str, Tensor], first: int, total: int) -> Perturbation:
+        """What moves in an evaluation along the directions from `first` on, of `total` in all, where these parameters are trained."""
+        return self
+
+    def whole(self, name: str, directions: Directions, make: Callable[[Directions], Sown]) -> Sown:
+        """A parameter that moves as a whole: what `make` makes of the directions that move it."""
+        return make(directions)
 
     @abstractmethod
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from forwardgrad.directions import Directions
+from forwardgrad.directions import Directions, Law
 from forwardgrad.factored import Along, Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Layer
@@ -37,13 +37,21 @@ class Dense(Perturbation):
     def check(self, law: object) -> None:
         pass
 
+    def variance(self, law: Law, gradient: Mapping[str, Tensor], count: int) -> float | None:
+        return law.second_moment(sum(g.numel() for g in gradient.values()), count) - 1
+
+    def masked_(self, directions: Tensor, parameter: Tensor) -> Tensor:
+        """Set to zero what stands still of the directions for a parameter, in place: nothing does."""
+        return directions
+
 
 class DenseUse(Sown):
     """A parameter as a whole, wherever it is used outside a layer with a rule."""
 
-    def __init__(self, name: str, v: Tensor) -> None:
+    def __init__(self, name: str, v: Tensor, directions: Directions | None = None, number: int = 0) -> None:
+        """`directions`, `number`: what the tangents were drawn from at which place, where they were."""
         super().__init__()
-        self.name, self.v = name, v
+        self.name, self.v, self.directions, self.number = name, v, directions, number
 
     def tangent(self, pick: Pick) -> Tensor:
         return pick(self.v)
@@ -52,6 +60,10 @@ class DenseUse(Sown):
         """A single tangent is used up, sparing a copy of the parameters: the directions are gone afterwards."""
         shared = weights.sum(1).to(self.v.dtype)
         return {self.name: Along(self.v[0], shared[0]) if len(self.v) == 1 else torch.tensordot(shared, self.v, dims=1)}
+
+    def along(self, directions: Directions) -> DenseUse:
+        directions.next_place = self.number
+        return DenseUse(self.name, directions.draw(tuple(self.v.shape[1:]), self.v), directions, self.number)
 
     @property
     def names(self) -> list[str]:
@@ -63,3 +75,26 @@ class DenseUse(Sown):
 
     def inner(self, other: dict[str, Tensor]) -> Tensor:
         return (self.v.reshape(len(self.v), -1) @ other[self.name].reshape(-1)).unsqueeze(1)
+
+
+class WholeUse(Sown):
+    """As `DenseUse`, its directions drawn again wherever they are needed: none is held."""
+
+    def __init__(self, name: str, parameter: Tensor, directions: Directions) -> None:
+        super().__init__()
+        self.name, self._parameter, self.directions, self.number = name, parameter, directions, directions.next_place
+        self._numbers = directions.replayed(tuple(parameter.shape), parameter)
+
+    def tangent(self, pick: Pick) -> Tensor:
+        return pick(self._numbers())
+
+    def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
+        return DenseUse(self.name, self._numbers()).gradient(weights)
+
+    def along(self, directions: Directions) -> WholeUse:
+        directions.next_place = self.number
+        return WholeUse(self.name, self._parameter, directions)
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -152,14 +152,19 @@ class Memory:
 
     at_once: numbers of the layers whose output moves at once, and not behind the ReLU that follows.
     whole: parameters that move as a whole from the start, as the loss uses them inside a transform of torch.func.
+    apart: whether what follows a block has to have a copy of its values, as it writes to them.
     readings: a reading for each path of calls; `last` is the one that the next evaluation goes by.
+    ahead: for each path, what is known of the loss before it is computed; `unsteady` where that did not hold once.
     unsaid, said: warnings that are still to be given, and all that there ever were.
     """
 
     at_once: frozenset[int] = frozenset()
     whole: frozenset[str] = frozenset()
+    apart: bool = False
     readings: dict[Hashable, Reading] = field(default_factory=dict)
     last: Reading | None = None
+    ahead: dict[Hashable, Any] = field(default_factory=dict)
+    unsteady: bool = False
     unsaid: list[str] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
 
@@ -174,7 +179,7 @@ class Memory:
 
     def forget(self) -> None:
         """Where examples lie has to be found out anew: other places move."""
-        self.readings, self.last = {}, None
+        self.readings, self.last, self.ahead = {}, None, {}
 
 
 MOST_PATHS = 32  # paths of calls; a model that takes ever new ones is read as a whole

@@ -222,7 +222,7 @@ class Convolution(Layer):
 
     def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
         x, error = (t.reshape(self.rows, *t.shape[-len(self.weight_shape) + 1 :]) for t in (x, error))
-        still = torch.empty(self.weight_shape, dtype=x.dtype, device=x.device)  # only its shape matters: the input's error is not asked for
+        still = torch.empty_like(self.call["weight"], dtype=x.dtype)  # its shape and order in memory: the input's error is not asked for
         _, weight, bias = torch.ops.aten.convolution_backward(
             error,
             x,

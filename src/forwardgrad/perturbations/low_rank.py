@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Factored, Gradient
-from forwardgrad.perturbations.base import Perturbation, Pick, Sown
-from forwardgrad.perturbations.layers import Layer
+from forwardgrad.perturbations.base import Perturbation, Pick, Sown, Step
+from forwardgrad.perturbations.layers import Layer, Linear
+from forwardgrad.perturbations.outer import added
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,31 @@ class LowRank(Perturbation):
     Cost: r(m + n) random numbers a layer and tangent, an output tangent of r(m + n) products an example, an update of rank r.
     Layers: Linear, convolutions (a filter bank as a matrix of channels × patches), Embedding; all else is dense.
 
+    With a period ν > 1, B stays the same for ν steps and A is drawn at each: the estimates of a period lie in one subspace, and given B
+    their mean is E[ĝ | B] = G B Bᵀ/r, the gradient seen from it. Averaged over B it is G. The estimator then needs `state`.
+
     Args:
         rank: r ≥ 1.
+        period: ν ≥ 1, the number of steps for which B is kept.
 
-    Raises ValueError for another rank.
+    Raises ValueError for another rank or period.
 
-    Source: the direction is that of Sarkar et al., EGGROLL (2025), used here for forward-mode derivatives.
+    Source: the direction is that of Sarkar et al., EGGROLL (2025), used here for forward-mode derivatives, too; the kept factor: Chen et
+    al., "Enhancing Zeroth-order Fine-tuning for Language Models with Low-rank Structures", LOZO (2024), algorithm 1.
     """
 
     name: ClassVar[str] = "low-rank"
 
     rank: int = 1
+    period: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+        for what, value in (("rank", self.rank), ("period", self.period)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{what} must be a whole number of at least 1, not {value!r}")
+
+    def __repr__(self) -> str:
+        return f"LowRank(rank={self.rank})" if self.period == 1 else f"LowRank(rank={self.rank}, period={self.period})"
 
     @property
     def apart(self) -> bool:
@@ -60,19 +72,32 @@ class LowRankUse(Sown):
 
     kind: ClassVar[str] = "weights of low rank"
 
-    def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int) -> None:
+    def __init__(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions, rank: int, width: int | None = None) -> None:
         super().__init__()
         self.layer, self.x, self.out = layer, x, out
         self.rank, self.shifts = rank if "weight" in layer.names else 0, "bias" in layer.names
-        self._drawn = directions.plan((layer.fan_out * (self.rank + self.shifts) + layer.fan_in * self.rank,), layer.like)
+        self.number, self.width = directions.next_place, layer.fan_in if width is None else width  # numbers that a column of B follows from
+        self._number_kept = 0 if directions.kept is None else directions.kept.next_place
+        self._plan(directions)
+
+    def _plan(self, directions: Directions) -> None:
+        layer, self.directions = self.layer, directions
+        left, right = layer.fan_out * (self.rank + self.shifts), self.width * self.rank
+        self._kept = None if directions.kept is None else directions.kept.plan((right,), layer.like)
+        self._drawn = directions.plan((left if self._kept is not None else left + right,), layer.like)
+
+    def along(self, directions: Directions) -> LowRankUse:
+        other = copy(self)
+        directions.next_place = self.number
+        if directions.kept is not None:
+            directions.kept.next_place = self._number_kept
+        other._plan(directions)
+        return other
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and the bias's direction as its last column [K, m, r + 1], and B [K, n, r], over the root of r."""
-        numbers = self._drawn()
-        columns = self.rank + self.shifts
-        left = numbers[:, : self.layer.fan_out * columns].view(len(numbers), columns, -1).mT  # a column is read in one go
-        right = numbers[:, left[0].numel() :].view(len(numbers), -1, self.rank) if self.rank else left[:, :0]
-        return left, right if self.rank < 2 else right / self.rank**0.5
+        numbers = self._drawn() if self._kept is None else torch.cat([self._drawn(), self._kept()], 1)
+        return low_rank_factors(numbers, self.layer.fan_out, self.rank, self.shifts)
 
     def separate(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """A, B, and the bias's direction [K, m]: None of what is not trained."""
@@ -92,14 +117,25 @@ class LowRankUse(Sown):
         assert moved is not None
         return moved
 
+    def displaced(self, tensor: Tensor, step: Step, pick: Pick) -> Tensor:
+        if not isinstance(step, Tensor):  # one direction alone: its factors are added in place
+            return self._responded(tensor.unsqueeze(0), step)[0]
+        left, right = self.factors()
+        if not self.rank or not isinstance(self.layer, Linear) or torch.compiler.is_compiling():
+            return super().displaced(tensor, step, pick)
+        x, _ = self.x, self.out
+        del self.x, self.out
+        return added(tensor, x, pick(left) * step, pick(right))
+
     def tangents(self, count: int) -> Tensor:
         return self._responded(None)
 
     def add_to_(self, tangents: Tensor) -> None:
         self._responded(tangents)
 
-    def _responded(self, moved: Tensor | None) -> Tensor:
+    def _responded(self, moved: Tensor | None, step: float | None = None) -> Tensor:
         left, right = self.factors()
+        left = left if step is None else left * step
         if self.rank:
             found = self.layer.respond_all(self.x, self.out, left, right, moved)
         else:
@@ -111,14 +147,7 @@ class LowRankUse(Sown):
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         left, right = self.factors()
-        left = left * weights.sum(1).to(left.dtype)[:, None, None]
-        found: dict[str, Gradient] = {}
-        if self.rank:
-            each = [t[0] if len(t) == 1 else t.transpose(0, 1).flatten(1) for t in (left[:, :, : self.rank], right)]
-            found[self.layer.names["weight"]] = Factored(each[0], each[1], self.layer.weight_shape)
-        if self.shifts:
-            found[self.layer.names["bias"]] = left[0, :, -1] if len(left) == 1 else left[:, :, -1].sum(0)
-        return found
+        return {self.layer.names[role]: part for role, part in low_rank_sum(left, right, weights.sum(1), self.layer.weight_shape).items()}
 
     @property
     def names(self) -> list[str]:
@@ -143,3 +172,23 @@ class LowRankUse(Sown):
         if bias is not None:
             total = total + bias @ other[self.layer.names["bias"]]
         return torch.as_tensor(total).unsqueeze(1)
+
+
+def low_rank_factors(numbers: Tensor, fan_out: int, rank: int, shifts: bool) -> tuple[Tensor, Tensor]:
+    """What a place draws: A, with the direction of the bias as its last column [K, m, r + 1], and B [K, n, r] over the root of r."""
+    columns = rank + shifts
+    left = numbers[:, : fan_out * columns].view(len(numbers), columns, -1).mT  # a column is read in one go
+    right = numbers[:, fan_out * columns :].view(len(numbers), -1, rank) if rank else left[:, :0, :0]
+    return left, right if rank < 2 else right / rank**0.5
+
+
+def low_rank_sum(left: Tensor, right: Tensor, weights: Tensor, shape: torch.Size) -> dict[str, Gradient]:
+    """Σₖ weights[k] · direction k by role, of directions as `low_rank_factors` gives them; `shape` is that of the weight."""
+    rank, found = right.shape[2], dict[str, Gradient]()
+    left = left * weights.to(left.dtype)[:, None, None]
+    if rank:
+        each = [t[0] if len(t) == 1 else t.transpose(0, 1).flatten(1) for t in (left[:, :, :rank], right)]
+        found["weight"] = Factored(each[0], each[1], shape)
+    if left.shape[2] > rank:
+        found["bias"] = left[0, :, -1] if len(left) == 1 else left[:, :, -1].sum(0)
+    return found

@@ -1,0 +1,123 @@
+"""What may stand behind a layer and belong to it: max-pooling and batch normalisation, with the way back of an error in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forwardgrad.factored import Gradient
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Max-pooling behind a layer: its winners are kept under `key`, its input had this shape and order in memory."""
+
+    key: str
+    shape: torch.Size
+    channels_last: bool
+    call: Mapping[str, Any]
+
+    def back(self, error: Tensor, kept: Mapping[str, Tensor], gradients: dict[str, Gradient]) -> Tensor:
+        """Errors sent back to the winners; windows that overlap add up."""
+        given = torch.empty(self.shape, dtype=error.dtype, device=error.device)  # only its shape and order in memory matter
+        given = given.contiguous(memory_format=torch.channels_last) if self.channels_last else given
+        size = self.call["kernel_size"]
+        stride, padding, dilation = self.call.get("stride") or size, self.call.get("padding", 0), self.call.get("dilation", 1)
+        options = [[value] if isinstance(value, int) else list(value) for value in (size, stride, padding, dilation)]
+        ceil = bool(self.call.get("ceil_mode"))
+        send = _as_one_kernel if torch.compiler.is_compiling() else torch.ops.aten.max_pool2d_with_indices_backward
+        back: Tensor = send(error, given, *options, ceil, kept[self.key])
+        return back
+
+
+@torch.library.custom_op("forwardgrad::max_pool2d_backward", mutates_args=())
+def _as_one_kernel(
+    error: Tensor,
+    given: Tensor,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil: bool,
+    winners: Tensor,
+) -> Tensor:
+    """Torch's own kernel, where a compiler would write one that takes seven times as long on a processor."""
+    back: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(error, given, size, stride, padding, dilation, ceil, winners)
+    return back
+
+
+@_as_one_kernel.register_fake
+def _(error: Tensor, given: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(given)
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Batch normalisation behind a layer, y = γ (x − μ)/σ + β: its input, μ and 1/σ are kept."""
+
+    names: Mapping[str, str]
+    training: bool
+    eps: float
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(
+        cls, call: Mapping[str, Any], names: Mapping[str, str], primal: Callable[[Tensor], Tensor], kept: dict[str, Tensor]
+    ) -> Normalised:
+        """That of a call whose parameters have these names by role; what it needs is put to what is kept."""
+        x, eps = primal(call["input"]), float(call.get("eps", 1e-5))
+        training = bool(call.get("training", False)) or call.get("running_mean") is None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if training:
+            variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+        else:
+            mean, variance = primal(call["running_mean"]).clone(), primal(call["running_var"])
+        kept["normal x"], kept["normal mean"], kept["normal root"] = x, mean, (variance + eps).rsqrt()
+        if call.get("weight") is not None:
+            kept["normal weight"] = primal(call["weight"])
+        return cls(names, training, eps, {role: call[role].dtype for role in names})
+
+    def back(self, error: Tensor, kept: Mapping[str, Tensor], gradients: dict[str, Gradient]) -> Tensor:
+        """The error at the input, γ/σ (e − Σe/n − x̂ Σ(e x̂)/n) in training, and those of gain and bias, Σ e x̂ and Σ e, over each channel."""
+        x, mean, root, weight = kept["normal x"], kept["normal mean"], kept["normal root"], kept.get("normal weight")
+        over = [0, *range(2, x.dim())]
+        scale: Tensor | None = None
+        shift: Tensor | None = None
+        back: Tensor
+        if self.training:  # one kernel, with no tensor between
+            gained, given = weight is not None, [error, x, weight]
+            if (x if weight is None else weight).dtype != root.dtype:  # the kernel takes half gains with half statistics alone
+                given = [None if t is None else t.to(root.dtype) for t in given]
+            back, scale, shift = torch.ops.aten.native_batch_norm_backward(
+                *given, None, None, mean, root, True, self.eps, [True, gained, gained]
+            )
+            back = back.to(x.dtype)
+        else:
+            channels, e = [1, -1, *[1] * (x.dim() - 2)], error.to(root.dtype)
+            if "weight" in self.names:
+                scale = (e * (x.to(root.dtype) - mean.view(channels)) * root.view(channels)).sum(over)
+            back = (e * (root if weight is None else root * weight.to(root.dtype)).view(channels)).to(x.dtype)
+        if shift is None and "bias" in self.names:
+            shift = error.sum(over)
+        found = {"weight": scale, "bias": shift}
+        for role, name in self.names.items():
+            part = found[role]
+            assert part is not None
+            gradients[name] = part.to(self.dtypes[role])
+        return back
+
+
+RECTIFIERS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu_})
+SUMS: frozenset[Callable[..., Any]] = frozenset({torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__})
+INTO_FIRST: frozenset[Callable[..., Any]] = frozenset({Tensor.add_, Tensor.__iadd__})
+"""Sums that are written into their first argument, which so has to be the layer's own output."""
+POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+RETURN_INDICES = len(POOLING) + 1  # place of that argument of max-pooling, counted from one
+POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d})
+BEHIND: frozenset[Callable[..., Any]] = RECTIFIERS | POOLS | {F.batch_norm}
+"""Calls that belong to the layer in front of them."""
