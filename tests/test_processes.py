@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,37 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 import torch.nn.functional as F
 from tests.support.cases import seeded
+from tests.support.processes import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import forwardgrad as fg
-
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 120  # seconds after which processes that wait for one another are ended
-
-
-def in_processes(count: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """What each of `count` processes of one gloo group finds out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))  # where a new process finds what it is to do
-        started = torch.multiprocessing.start_processes(_process, (count, folder, work), count, join=False, start_method="spawn")
-    end = time.monotonic() + LIMIT
-    while not started.join(timeout=1):
-        if time.monotonic() > end:
-            for process in started.processes:
-                process.terminate()
-            pytest.fail(f"{count} processes were not done after {LIMIT} seconds")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
-
-
-def _process(rank: int, count: int, folder: Path, work: Callable[[int], Any]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    torch.save(work(rank), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def network() -> nn.Module:

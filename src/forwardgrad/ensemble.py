@@ -18,7 +18,7 @@ from forwardgrad.directions import Directions, Law, fork
 from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient, add, add_exact, add_parts, check_count, needed
 from forwardgrad.forward_mode import derivatives_under, directional_derivatives, plainly
 from forwardgrad.objective import Objective, code_of
-from forwardgrad.perturbations import Dense, DenseUse
+from forwardgrad.perturbations import Dense, DenseUse, SplitWeights
 
 Loss = Callable[..., Tensor]
 Named = dict[str, Tensor]
@@ -123,6 +123,8 @@ def unbatched(estimator: Estimator) -> str | None:
         return f"Backprop and ForwardGradient have one, {type(estimator).__name__} has none"
     if estimator.stateful:
         return "it learns from step to step"
+    if isinstance(estimator.perturb, SplitWeights):
+        return "its directions take turns, and each of them is evaluated alike there"
     if estimator.combine == "projection" and not isinstance(estimator.perturb, Dense):
         return "combine='projection' goes with perturb=Dense() there"
     return None
@@ -138,10 +140,10 @@ class _Replica(Objective):
         self.parameters = {name: parameters[name.removeprefix("model.")] for name in self.parameters}
         self.left: Named = buffers
 
-    def raw(self, parameters: Mapping[str, Tensor]) -> tuple[object, Named]:
+    def raw(self, parameters: Mapping[str, Tensor], cloned: Callable[[Tensor], Tensor] = Tensor.clone) -> tuple[object, Named]:
         own = {**self._own, **{name.removeprefix("model."): p for name, p in parameters.items()}}
         instead = {id(p): own[name] for name, p in self._root.named_parameters()}  # tied weights: one tensor in several places
-        instead |= {id(b): self._buffers[name].clone() for name, b in self._root.named_buffers()}
+        instead |= {id(b): cloned(self._buffers[name]) for name, b in self._root.named_buffers()}
         state = {
             f"{prefix}.{key}": instead[id(tensor)]
             for prefix, module in self._root.named_modules(prefix="model")
@@ -278,6 +280,10 @@ class _Program:
             return _Found(whole.loss, whole.derivatives, _combined(estimator, whole), left)
 
         for parts in zip(*drawn, strict=True):
+            if isinstance(estimator.perturb, Dense) and not estimator.perturb.unbiased:
+                for replica, part in enumerate(parts):  # by its own weights
+                    for name, v in part.items():
+                        estimator.perturb.masked_(v, self.trained[name][replica])
             yield self._each(one, {"tangents": {name: torch.stack([part[name] for part in parts]) for name in like}})
 
     def _perturbed(self, estimator: ForwardGradient, count: int, generators: list[Generator], *, first: bool) -> _Found:

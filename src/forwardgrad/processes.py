@@ -19,7 +19,8 @@ _independent: ContextVar[bool] = ContextVar("independent ranks", default=False)
 def independent_ranks() -> Iterator[None]:
     """Inside, each process of a torch.distributed group trains on its own: nothing is exchanged between the processes.
 
-    For sweeps under `torchrun`, and for loops that average `.grad` over the processes by themselves after each estimate.
+    For sweeps under `torchrun`, and for loops that average `.grad` over the processes by themselves after each estimate. Processes that
+    train one model together are a `Distributed`.
     """
     token = _independent.set(True)
     try:
@@ -28,9 +29,10 @@ def independent_ranks() -> Iterator[None]:
         _independent.reset(token)
 
 
-def check_processes(at: Point, *, reverse: bool, eager: bool = True) -> None:
+def check_processes(at: Point, *, reverse: bool, eager: bool = True, together: bool = False) -> None:
     """Raise RuntimeError where an estimate would be wrong without a word, as several processes take part in it.
 
+    `together`: whether they exchange what they find out, as a `Distributed`;
     `reverse`: whether the estimate is a backward pass, whose hooks average it over the processes of a DistributedDataParallel module;
     `eager`: whether those hooks are run.
     """
@@ -42,19 +44,22 @@ def check_processes(at: Point, *, reverse: bool, eager: bool = True) -> None:
             "pass the module as it was before it was sharded"
         )
     ranks = torch.distributed.get_world_size()
-    if ranks < 2 or (reverse and eager and isinstance(at, nn.parallel.DistributedDataParallel)):
+    if ranks < 2 or (reverse and eager and not together and isinstance(at, nn.parallel.DistributedDataParallel)):
         return
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in _modules(at)):
+    wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in _modules(at))
+    if wrapped and together:
+        raise RuntimeError("a group averages by itself: pass the module that DistributedDataParallel wraps (model.module)")
+    if wrapped:
         raise RuntimeError(
             f"DistributedDataParallel averages gradients over its {ranks} processes in the backward pass alone, and here there is none: "
-            "pass the module that it wraps (model.module) inside `with forwardgrad.independent_ranks():`, or train it with Backprop() "
+            "pass the module that it wraps (model.module) with group=forwardgrad.Distributed(), or train it with Backprop() "
             'and engine="eager"'
         )
-    if not _independent.get():
+    if not _independent.get() and not together:
         raise RuntimeError(
             f"torch.distributed runs {ranks} processes, and estimates are not exchanged between them, so their weights would drift apart: "
-            "train inside `with forwardgrad.independent_ranks():` if each process has a model of its own or you average .grad yourself, "
-            "else call torch.distributed.destroy_process_group() first"
+            "pass group=forwardgrad.Distributed() to let them train one model, or train inside `with forwardgrad.independent_ranks():` if "
+            "each process has a model of its own or you average .grad yourself"
         )
 
 

@@ -21,6 +21,8 @@ METHODS = [
     fg.ForwardGradient(tangents=7, law=fg.Rademacher(), clip=0.5, chunk_size=3),
     *(fg.ForwardGradient(law=law()) for law in fg.LAWS),
     *(fg.ForwardGradient(perturb=perturb()) for perturb in fg.PERTURBATIONS),
+    fg.ForwardGradient(tangents=4, perturb=fg.SplitWeights(3, fg.LowRank(2), part=1)),
+    fg.ForwardGradient(perturb=fg.Informed(2, keep=8, weighted=False)),
     fg.ForwardGradient(tangents=5, perturb=fg.LowRank(3), combine="projection"),
     fg.ForwardGradient(perturb=fg.PerExample(), control_variate=0.9),
     fg.ForwardGradient(perturb=fg.Activity(masked=False), exact_output=True),
@@ -29,6 +31,8 @@ METHODS = [
     fg.LocalLosses(ends=("0.weight", "4.*"), head="positions", similarity=0.25, head_rate=0.1, tangents=2, law=fg.Sphere()),
     fg.FixedFeedback(),
     fg.Readout(),
+    fg.ZerothOrder(tangents=2, perturb=fg.LowRank(2, period=5), sides="one", chunk_size=None, normalize=True, maximize=True),
+    fg.ZerothOrder(perturb=fg.Sparse(0.1, of="largest")),
     fg.Backprop(checkpoint=True),
     fg.ZerothOrder(epsilon=0.01, tangents=2, law=fg.Rademacher()),
     fg.Guess(momentum=0.9, law=fg.Sphere(), chunk_size=1),
@@ -256,6 +260,16 @@ BAD: list[tuple[Any, str]] = [
     (lambda: fg.ZerothOrder(tangents=0), "tangents must be a whole number of at least 1, not 0"),
     (lambda: fg.ZerothOrder(law=fg.Orthogonal()), "law must draw every weight by itself, .*not Orthogonal"),
     (lambda: fg.ZerothOrder(law="gaussian"), "law must draw every weight by itself, .*not 'gaussian'"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(perturb=fg.Activity()), r"perturb must move weights, as Dense\(\), .* do, not Activity"),
+    (lambda: fg.ZerothOrder(perturb="low-rank"), "perturb must move weights, .*not 'low-rank'"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(sides="both"), "sides must be 'two' or 'one', not 'both'"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(chunk_size=0), "chunk_size must be a whole number of at least 1, not 0"),
+    (lambda: fg.ZerothOrder(maximize=1), "maximize must be True or False, not 1"),  # type: ignore[arg-type]
+    (lambda: fg.ZerothOrder(normalize=True), "normalize=True divides by the spread .*: give tangents of at least 2"),
+    (lambda: fg.LowRank(1, period=0), "period must be a whole number of at least 1, not 0"),
+    (lambda: fg.Sparse(0), "fraction must be a number above 0 and at most 1, not 0"),
+    (lambda: fg.Sparse(1.5), "fraction must be a number above 0 and at most 1, not 1.5"),
+    (lambda: fg.Sparse(of="small"), "of must be 'smallest' or 'largest', not 'small'"),  # type: ignore[arg-type]
     (lambda: fg.Guess("former"), "source must be 'previous' or 'given', not 'former'"),  # type: ignore[arg-type]
     (lambda: fg.Guess(complement=None), "complement must be True or False, not None"),  # type: ignore[arg-type]
     (lambda: fg.Guess(per_parameter=2), "per_parameter must be True or False, not 2"),  # type: ignore[arg-type]

@@ -92,20 +92,20 @@ def test_unbiased_with_the_complement(method: fg.Guess, law: fg.Law) -> None:
     fg.Guess.give(state, at, list(guesses))
     method = fg.Guess("given", per_parameter=method.per_parameter, law=law)
     generator, samples = seeded(1), []
-    for _ in range(1_500):
+    for _ in range(500):
         at[0].grad = at[1].grad = None
         fg.estimate_grad_(lambda a, b: g[:6] @ a + g[6:] @ b, at, method, generator=generator, state=state)
         samples.append(torch.cat([t.grad for t in at]))
     drawn = torch.stack(samples)
-    z = (drawn.mean(dim=0) - g) / drawn.std(dim=0) * math.sqrt(1_500)
+    z = (drawn.mean(dim=0) - g) / drawn.std(dim=0) * math.sqrt(500)
     assert z.abs().max() < 4.5  # m = 12 for each of six: false alarms below 0.05 % in all
     if law == fg.Gaussian():
         parts = list(zip(g.chunk(2), guesses, strict=True)) if method.per_parameter else [(g, torch.cat(guesses))]
         rest = torch.cat([part - part @ w * w / (w @ w) for part, w in parts])
         noise = (drawn - g).square().sum(dim=1)
         expected = (12 - len(parts) + 1) * (rest @ rest)
-        assert abs(noise.mean() - expected) < 4.5 * noise.std() / math.sqrt(1_500)  # m = 1 for each of two
-        assert noise.std() / math.sqrt(1_500) < 0.1 * expected
+        assert abs(noise.mean() - expected) < 4.5 * noise.std() / math.sqrt(500)  # m = 1 for each of two
+        assert noise.std() / math.sqrt(500) < 0.1 * expected
 
 
 def test_without_the_complement_what_lies_at_right_angles_is_missing() -> None:

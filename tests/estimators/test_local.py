@@ -212,3 +212,14 @@ OUTSIDE: dict[str, tuple[Any, Loss]] = {
 def test_a_loss_that_classifiers_inside_the_model_cannot_learn_is_told(make: Any, loss: Loss) -> None:
     with pytest.raises(ValueError, match=r"LocalLosses needs one F\.cross_entropy with one class index an example"):
         step(loss, make().double(), fg.LocalLosses(), {})
+
+
+def test_a_pattern_of_ends_has_to_name_something_that_is_trained() -> None:
+    method = fg.LocalLosses(ends=("2.weight", "layers.*"), feedback=True)
+    model, x = deep().double(), rows(6, 4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"ends: 'layers\.\*' names nothing that is trained.*such as '0\.weight'"):
+        fg.estimate_grad_(
+            lambda m: F.cross_entropy(m(x), torch.arange(6) % 3), model, method, generator=torch.Generator().manual_seed(0), state={}
+        )
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())

@@ -18,7 +18,7 @@ from tests.support.cases import EXACT, Case, Loss, Tied, normalised, perceptron,
 from torch import Generator, Tensor, nn
 
 import forwardgrad as fg
-from forwardgrad.estimators.zeroth_order import _Directions
+from forwardgrad.estimators.whole_weights import WholeWeights
 from forwardgrad.objective import Objective
 
 X = rows(5, 4)
@@ -96,7 +96,7 @@ def test_bias_is_that_of_the_third_derivatives(law: fg.Law) -> None:
 def test_directions_are_the_same_at_every_look_and_new_for_every_part_tangent_and_step(law: fg.Law) -> None:
     t = [torch.zeros(40, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     objective, generator = Objective(lambda a, b: a.sum() + b.sum(), t), seeded(3)
-    both = [_Directions(objective, law, 2, generator) for _ in range(2)]
+    both = [WholeWeights(objective, law, 2, generator) for _ in range(2)]
     parts = [drawn.part(k, name) for drawn in both for k in (0, 1) for name in objective.parameters]
     again = [drawn.part(k, name) for drawn in both for k in (0, 1) for name in objective.parameters]
     assert all(torch.equal(v, w) for v, w in zip(parts, again, strict=True))
@@ -106,7 +106,7 @@ def test_directions_are_the_same_at_every_look_and_new_for_every_part_tangent_an
 
 def test_combined_directions_are_the_weighted_sum() -> None:
     t = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    drawn = _Directions(Objective(lambda t: t.sum(), t), fg.Gaussian(), 3, seeded())
+    drawn = WholeWeights(Objective(lambda t: t.sum(), t), fg.Gaussian(), 3, seeded())
     weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     expected = sum(w * drawn.part(k, "tensor 0") for k, w in enumerate(weights))
     torch.testing.assert_close(drawn.combine("tensor 0", weights), expected)
@@ -172,6 +172,36 @@ def test_no_more_than_one_layer_is_held_beside_the_live_parameters(watched: Watc
     assert drawn == [16, 32]  # each parameter moved once an evaluation
     assert max(watched.most[:32]) == layer
     assert len(watched.most) == 48  # and drawn once more for the gradient, of which it is a part
+
+
+@pytest.mark.parametrize("tangents", [1, 2])
+def test_a_step_of_plain_sgd_holds_no_gradient_either(watched: Watched, tangents: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(30, 30) for _ in range(8)))
+    layer, x, twin = 4 * (30 * 30 + 30), torch.ones(2, 30), copy.deepcopy(model)
+    method, optimizer = fg.ZerothOrder(law=watched, tangents=tangents), torch.optim.SGD(model.parameters(), 0.1)
+    fg.TrainingStep(lambda m: m(x).square().mean(), model, optimizer, method, generator=seeded())()
+    assert len(watched.most) == 3 * tangents * 16
+    assert max(watched.most) <= max(layer, min(tangents, 2) * 4 * 900 + 4 * 30)  # of several tangents the sum, and what is added to it
+    record = fg.estimate_grad_(lambda m: m(x).square().mean(), twin, method, generator=seeded())
+    torch.testing.assert_close(list(model.parameters()), [q - 0.1 * q.grad for q in twin.parameters()])
+    assert record.forward_passes == 2 * tangents
+
+
+def test_directions_of_large_parameters_are_the_same_streams_at_every_look() -> None:
+    model = nn.Linear(300, 250).double()
+    x = rows(3, 300)
+    v = direction(model, lambda m: m(x).sin().sum())
+    assert abs(float(v["weight"].mean())) * 75_000**0.5 < 4.5
+    assert abs(float(v["weight"].var()) - 1) * (75_000 / 2) ** 0.5 < 4.5
+    values = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(model).requires_grad_(False)
+        for name, p in moved.named_parameters():
+            p.add_(v[name], alpha=sign * 1e-3)
+        values.append(moved(x).sin().sum())
+    record = step(lambda m: m(x).sin().sum(), copy.deepcopy(model), fg.ZerothOrder(1e-3))
+    torch.testing.assert_close(record.derivatives[0], (values[0] - values[1]) / 2e-3, rtol=1e-9, atol=1e-9)
 
 
 def test_asking_for_the_form_of_a_parameter_does_not_draw_it(watched: Watched) -> None:

@@ -2,11 +2,14 @@ from forwardgrad.estimators.assembly import add as add
 from forwardgrad.estimators.assembly import add_exact as add_exact
 from forwardgrad.estimators.assembly import add_parts as add_parts
 from forwardgrad.estimators.backprop import Backprop as Backprop
+from forwardgrad.estimators.base import UNLOGGABLE as UNLOGGABLE
+from forwardgrad.estimators.base import UNREPLAYABLE as UNREPLAYABLE
 from forwardgrad.estimators.base import Estimate as Estimate
 from forwardgrad.estimators.base import Estimator as Estimator
 from forwardgrad.estimators.base import check_count as check_count
 from forwardgrad.estimators.base import check_number as check_number
 from forwardgrad.estimators.base import needed as needed
+from forwardgrad.estimators.base import twin as twin
 from forwardgrad.estimators.configuration import ESTIMATORS as ESTIMATORS
 from forwardgrad.estimators.configuration import from_config as from_config
 from forwardgrad.estimators.configuration import to_config as to_config
@@ -15,5 +18,7 @@ from forwardgrad.estimators.fixed_feedback import FixedFeedback as FixedFeedback
 from forwardgrad.estimators.fixed_feedback import Readout as Readout
 from forwardgrad.estimators.forward import ForwardGradient as ForwardGradient
 from forwardgrad.estimators.guess import Guess as Guess
+from forwardgrad.estimators.local import BlocksAlone as BlocksAlone
+from forwardgrad.estimators.local import LastBlocks as LastBlocks
 from forwardgrad.estimators.local import LocalLosses as LocalLosses
 from forwardgrad.estimators.zeroth_order import ZerothOrder as ZerothOrder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +13,19 @@ from torch import Generator, Tensor
 
 from forwardgrad.factored import Gradient
 from forwardgrad.objective import Objective
+from forwardgrad.recipe import Measured, Recipe
+
+Move = Callable[[Mapping[str, Gradient]], None]
+"""Takes gradients by parameter, and does with them and the parameters what an optimizer does."""
+
+UNREPLAYABLE = (
+    "{0!r} cannot be made again from seeds and numbers: "
+    "ZerothOrder() and ZerothOrder(perturb=LowRank()) can, and ForwardGradient(perturb=LowRank())"
+)
+UNLOGGABLE = (
+    "{0!r} cannot be taken again from a log: ForwardGradient and ZerothOrder can that move weights by Dense(), Sparse(), "
+    "LowRank() of period 1 or SplitWeights() of these, without a control variate"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,69 @@ class Estimator(ABC):
         `state` is what a stateful estimator remembers: it fills an empty one and updates a filled one in place; others leave it alone.
         """
 
+    @property
+    def told_by_numbers(self) -> bool:
+        """Whether several processes that draw the same directions make one estimate by telling one another a number for each of them, and
+        `estimate` has that told, by `objective.ranks`. Of all other estimators processes average the gradients."""
+        return False
+
+    same_draws: ClassVar[bool] = False
+    """Whether processes that average gradients draw the same numbers, where they would draw numbers of their own."""
+
+    def learned_apart(self, state: Mapping[str, Tensor]) -> list[str]:
+        """What in the state follows from the examples of one process, and is averaged over all of them after a step."""
+        return []
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether `learn` moves layers while the pass goes on, so that no gradient of the whole model is ever there."""
+        return False
+
+    def learn(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor], move: Move) -> Estimate:
+        """As `estimate`: every gradient goes to `move`, each parameter's once and whole, when nothing of the step reads the parameter any
+        more. `move` may change it."""
+        record, gradients = self.estimate(objective, generator, state)
+        move({name: gradient for name, gradient in gradients.items() if gradient is not None})
+        return record
+
+    @property
+    def replayable(self) -> bool:
+        """Whether `recipe` has an answer: an estimate is a sum of random directions that follow from seeds."""
+        return False
+
+    def recipe(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> tuple[Estimate, Recipe]:
+        """As `estimate`, as seeds and numbers from which it can be made again parameter by parameter. ValueError unless `replayable`."""
+        if not self.replayable:
+            raise ValueError(UNREPLAYABLE.format(self))
+        before = twin(needed(generator))
+        record, found = self.measured(objective, generator, state)
+        return record, self.sown(objective.parameters, found, before)
+
+    @property
+    def loggable(self) -> bool:
+        """Whether `measured` and `again` have an answer: a step can be taken again from a generator and a few numbers, without data."""
+        return False
+
+    def measured(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> tuple[Estimate, Measured]:
+        """As `estimate`, as what the passes found out alone: `again` makes the estimate of it. ValueError unless `loggable`."""
+        raise ValueError(UNLOGGABLE.format(self))
+
+    def weigh(self, derivatives: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        """The weights that `measured` gives, from the derivatives along all directions. ValueError where these do not tell."""
+        raise ValueError(UNLOGGABLE.format(self))
+
+    def again(self, parameters: Mapping[str, Tensor], found: Measured, generator: Generator) -> Iterator[tuple[str, Gradient]]:
+        """The parts of an estimate from what `measured` gave, the directions drawn again: the bits of `parts`.
+
+        `parameters` are those that are trained, as they were for the passes. `generator` stands where it stood before them, and is left
+        where they left it.
+        """
+        raise ValueError(UNLOGGABLE.format(self))
+
+    def sown(self, parameters: Mapping[str, Tensor], found: Measured, generator: Generator) -> Recipe:
+        """As `again`, as a recipe. ValueError unless `replayable`."""
+        raise ValueError(UNREPLAYABLE.format(self))
+
     def parts(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, Iterator[tuple[str, Gradient]]]:
@@ -76,6 +152,11 @@ def needed(generator: Generator | None) -> Generator:
     if not isinstance(generator, Generator):
         raise ValueError("directions need an explicit generator: pass generator=torch.Generator().manual_seed(seed)")
     return generator
+
+
+def twin(generator: Generator) -> Generator:
+    """Another generator in the same state."""
+    return Generator(generator.device).set_state(generator.get_state())
 
 
 def check_count(what: str, value: object) -> None:

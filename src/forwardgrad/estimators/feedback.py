@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -91,6 +92,9 @@ class LearnedFeedback(Estimator):
     @property
     def stateful(self) -> bool:
         return True
+
+    def learned_apart(self, state: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in state if name.startswith(("feedback.", "progress."))]
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]

@@ -37,6 +37,7 @@ class FixedFeedback(Estimator):
     """
 
     name: ClassVar[str] = "fixed-feedback"
+    same_draws: ClassVar[bool] = True
 
     @property
     def unbiased(self) -> bool:

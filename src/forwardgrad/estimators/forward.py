@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
 from forwardgrad.calls import Pass, perturbed_pass
-from forwardgrad.directions import Gaussian, Law, fork
+from forwardgrad.directions import Directions, Gaussian, Law, PartOfSeeds, fork
 from forwardgrad.estimators.assembly import add, add_exact, add_parts, exact_parts_of, parts_of
-from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.estimators.base import UNLOGGABLE, UNREPLAYABLE, Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.estimators.subspace import counted, kept_seeds, period_of
 from forwardgrad.factored import Gradient
 from forwardgrad.forward_mode import directional_derivatives
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Activity, Cheapest, Dense, DenseUse, Perturbation, Sown
+from forwardgrad.perturbations import Activity, Cheapest, Dense, DenseUse, LowRank, Perturbation, Sown, SplitWeights
+from forwardgrad.ranks import ALONE
+from forwardgrad.recipe import Measured, MovedPlace, Recipe, places_of
 
 _WEIGHTS = Dense()
 
@@ -46,7 +49,9 @@ class ForwardGradient(Estimator):
         clip: bound c > 0 on each |dₖ| (of every example, where examples move on their own), in units of the loss; None for no bound.
         chunk_size: tangents evaluated at once, as in `torch.func.vmap`: None for all K (K copies of the parameters are held where whole
             weights move), 1 for a loop. The result is the same up to rounding. Orthogonal tangents are drawn and held all at once.
-        perturb: what is perturbed: `Dense()`, `LowRank(rank)`, `PerExample()`, `Activity(masked)` or `Cheapest(overrides)`.
+        perturb: what is perturbed: `Dense()`, `LowRank(rank, period)` (with a period the estimator needs `state`),
+            `Informed(rank, keep, weighted)`, `SplitWeights(parts, inner)`, `PerExample()`, `Activity(masked)`, `Cheapest(overrides)` or
+            `Sparse(fraction)`, which is biased.
         combine: "mean", or "projection" (weights shared by the batch only: Dense or LowRank; K at most the number of weights).
         exact_output: give the last layers their exact gradient, (softmax − onehot)ᵀ x for the cross-entropy: it needs no reverse pass. For
             Activity and Cheapest, where the error at the model's output is known (see docs/models.md).
@@ -83,6 +88,10 @@ class ForwardGradient(Estimator):
         if not isinstance(self.perturb, Perturbation):
             raise ValueError(f"perturb must be a perturbation such as Dense() or Activity(), not {self.perturb!r}")
         self.perturb.check(self.law)
+        if self.tangents < self.perturb.least:
+            raise ValueError(
+                f"perturb={self.perturb!r} needs tangents={self.perturb.least} or more, one for each part, not {self.tangents}"
+            )
         if self.clip is not None:
             check_number("clip", self.clip, 0)
         if self.combine not in ("mean", "projection"):
@@ -102,16 +111,24 @@ class ForwardGradient(Estimator):
 
     @property
     def unbiased(self) -> bool:
-        return self.clip is None and self.combine == "mean"
+        return self.clip is None and self.combine == "mean" and self.perturb.unbiased
 
     @property
     def stateful(self) -> bool:
-        return self.control_variate is not None
+        return self.control_variate is not None or period_of(self.perturb) > 1
+
+    @property
+    def told_by_numbers(self) -> bool:
+        inner = self.perturb.inner if isinstance(self.perturb, SplitWeights) else self.perturb
+        return type(inner) is LowRank or isinstance(inner, Dense)
+
+    def learned_apart(self, state: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in state if name.startswith("average.")]
 
     def variance(self, gradient: Mapping[str, Tensor]) -> float | None:
-        if not (self.unbiased and isinstance(self.perturb, Dense) and self.control_variate is None):
+        if not self.unbiased or self.control_variate is not None:
             return None
-        return self.law.second_moment(sum(g.numel() for g in gradient.values()), self.tangents) - 1
+        return self.perturb.variance(self.law, gradient, self.tangents)
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
@@ -119,7 +136,7 @@ class ForwardGradient(Estimator):
         predicted = self._predicted(objective, state)
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         derivatives: list[Tensor] = []
-        for found in self._passes(objective, needed(generator)):
+        for found in self._passes(objective, needed(generator), state):
             uses = _uses(found)
             predicted = {name: b for name, b in predicted.items() if uses[name]}  # nothing else takes back what it adds
             with torch.autocast(found.loss.device.type, enabled=False):  # the sum belongs to the gradient, not to the user's forward pass
@@ -130,34 +147,117 @@ class ForwardGradient(Estimator):
         if predicted:
             add(gradients, {name: m.clone() for name, m in predicted.items()})
             self._remember(state, gradients)
-        return Estimate(found.loss, torch.cat(derivatives), self.tangents + len(derivatives)), gradients
+        return self._record(objective, found.loss, derivatives), gradients
 
     def parts(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, Iterator[tuple[str, Gradient]]]:
         if self.control_variate is not None or (self.chunk_size or self.tangents) < self.tangents:  # what comes later needs all of it
             return super().parts(objective, generator, state)
-        (found,) = self._passes(objective, needed(generator))
-        return Estimate(found.loss, found.derivatives, self.tangents + 1), self._parts_of(found)
+        (found,) = self._passes(objective, needed(generator), state)
+        return self._record(objective, found.loss, [found.derivatives]), self._parts_of(found)
+
+    @property
+    def replayable(self) -> bool:
+        return self.loggable and not isinstance(self.perturb, Dense)  # directions of Dense alone follow one another
+
+    @property
+    def loggable(self) -> bool:
+        inner = self.perturb.inner if isinstance(self.perturb, SplitWeights) else self.perturb
+        known = type(inner) is LowRank or isinstance(inner, Dense)
+        return known and self.control_variate is None and period_of(inner) == 1
+
+    def measured(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> tuple[Estimate, Measured]:
+        if not self.loggable:
+            raise ValueError(UNLOGGABLE.format(self))
+        passes, weights, derivatives = list[tuple[int, tuple[MovedPlace, ...]]](), list[Tensor](), list[Tensor]()
+        for found in self._passes(objective, needed(generator), state):
+            with torch.autocast(found.loss.device.type, enabled=False):
+                each = self.weights_of(found, {})  # the same for all that moved, as examples share it
+            weights.append(each[0].sum(1))
+            if not isinstance(self.perturb, Dense):
+                passes.append((len(each[0]), tuple(place for entered in found.entered for place in places_of(entered))))
+            derivatives.append(found.derivatives)
+        return self._record(objective, found.loss, derivatives), Measured(tuple(passes), torch.cat(weights))
+
+    def _record(self, objective: Objective, loss: Tensor, derivatives: list[Tensor]) -> Estimate:
+        evaluated = objective.ranks.share(self.tangents) if self.told_by_numbers else self.tangents
+        return Estimate(loss, torch.cat(derivatives), evaluated + len(derivatives))
+
+    def weigh(self, derivatives: Tensor) -> Tensor:
+        if not self.loggable or self.combine != "mean":
+            raise ValueError(f"what directions of {self!r} are multiplied by does not follow from the derivatives alone")
+        return self._averaged(derivatives)
+
+    def again(self, parameters: Mapping[str, Tensor], found: Measured, generator: Generator) -> Iterator[tuple[str, Gradient]]:
+        whole = isinstance(self.perturb, Dense)
+        parts = self._drawn_again(parameters, found, generator) if whole else self.sown(parameters, found, generator).parts(parameters)
+        if (self.chunk_size or self.tangents) >= self.tangents:
+            yield from parts
+            return
+        gradients: dict[str, Tensor | None] = {}  # as in `parts`
+        for name, part in parts:
+            add(gradients, {name: part})
+        yield from ((name, gradient) for name, gradient in gradients.items() if gradient is not None)
+
+    def _drawn_again(self, parameters: Mapping[str, Tensor], found: Measured, generator: Generator) -> Iterator[tuple[str, Gradient]]:
+        """Parts of whole weights, whose directions follow one another."""
+        size = self.chunk_size or self.tangents
+        chunks = self.law.chunks(parameters, self.tangents, size, generator)
+        for tangents, weights in zip(chunks, found.weights.split(size), strict=True):
+            uses = [DenseUse(name, self._moving(v, parameters[name])) for name, v in tangents.items()]
+            for use in uses:
+                yield from use.gradient(weights.unsqueeze(1)).items()
+
+    def sown(self, parameters: Mapping[str, Tensor], found: Measured, generator: Generator) -> Recipe:
+        if not self.replayable:
+            raise ValueError(UNREPLAYABLE.format(self))
+        return found.sown(self.law, generator.device, [fork(generator, count) for count, _ in found.passes])
+
+    def _moving(self, directions: Tensor, parameter: Tensor) -> Tensor:
+        """Directions of a parameter that moves as a whole, without what stands still."""
+        assert isinstance(self.perturb, Dense)
+        return directions if self.perturb.unbiased else self.perturb.masked_(directions, parameter)
 
     def _parts_of(self, found: Pass) -> Iterator[tuple[str, Gradient]]:
         with torch.autocast(found.loss.device.type, enabled=False):
             yield from parts_of(found, self.weights_of(found, {}))
             yield from exact_parts_of(found)
 
-    def _passes(self, objective: Objective, generator: Generator) -> Iterator[Pass]:
-        """One pass a chunk of tangents; the last one leaves its buffers and random state behind."""
-        size = self.chunk_size or self.tangents
+    def _passes(self, objective: Objective, generator: Generator, state: dict[str, Tensor]) -> Iterator[Pass]:
+        """One pass a chunk of tangents; the last one leaves its buffers and random state behind.
+
+        Where several processes divide the directions, a pass is that of all of them: each evaluates its own part.
+        """
+        ranks = objective.ranks if self.told_by_numbers else ALONE
+        if ranks.directions > 1 and isinstance(self.perturb, SplitWeights):
+            raise ValueError(f"ranks cannot divide the directions of {self.perturb!r}, each of which moves other layers: use directions=1")
+        size = min(self.chunk_size or self.tangents, ranks.share(self.tangents)) * ranks.directions
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         if isinstance(self.perturb, Dense):
             for index, tangents in enumerate(self.law.chunks(objective.parameters, self.tangents, size, generator), 1):
-                loss, d = directional_derivatives(objective, tangents, commit=index == len(counts))
+                tangents = {name: self._moving(v, objective.parameters[name]) for name, v in tangents.items()}
+                mine = ranks.part(count := counts[index - 1])
+                own = tangents if len(mine) == count else {name: v[mine.start : mine.stop] for name, v in tangents.items()}
+                loss, d = ranks.together(*directional_derivatives(objective, own, commit=index == len(counts)))
                 yield Pass(loss, d, [DenseUse(name, v) for name, v in tangents.items()])
             return
-        for index, count in enumerate(counts, 1):
-            seeds, last = fork(generator, count), index == len(counts)
-            options: dict[str, Any] = {"exact_output": self.exact_output, "commit": last, "who": f"perturb={self.perturb!r}"}
-            yield perturbed_pass(objective, self.perturb, self.law, seeds, generator.device, **options)
+        with counted(state):
+            kept = kept_seeds(self.perturb, self.tangents, generator, state)
+            for index, count in enumerate(counts):
+                seeds, last, mine = fork(generator, count), index == len(counts) - 1, ranks.part(count)
+                options: dict[str, Any] = {"exact_output": self.exact_output, "commit": last, "who": f"perturb={self.perturb!r}"}
+                options |= {"first": index * size + mine.start, "total": self.tangents}
+                if kept is not None:
+                    options["kept"] = PartOfSeeds(kept, range(index * size + mine.start, index * size + mine.stop))
+                own_seeds = seeds if len(mine) == count else PartOfSeeds(seeds, mine)
+                found = perturbed_pass(objective, self.perturb, self.law, own_seeds, generator.device, **options)
+                loss, d = ranks.together(found.loss, found.derivatives)
+                entered = found.entered
+                if len(mine) < count:
+                    of_all = None if kept is None else PartOfSeeds(kept, range(index * size, index * size + count))
+                    entered = [one.along(Directions(self.law, seeds, generator.device, of_all)) for one in entered]
+                yield replace(found, loss=loss, derivatives=d, entered=entered)
 
     def weights_of(self, found: Pass, predicted: dict[str, Tensor]) -> list[Tensor]:
         """What each direction of each example is multiplied by, place by place."""

@@ -87,6 +87,10 @@ class Guess(Estimator):
     def stateful(self) -> bool:
         return True
 
+    @property
+    def told_by_numbers(self) -> bool:
+        return True
+
     @staticmethod
     def give(state: dict[str, Tensor], at: Point, direction: Mapping[str, Tensor | None] | Sequence[Tensor] | Tensor) -> None:
         """Put a copy of a guess into the state, in place of the one before.
@@ -124,6 +128,10 @@ class Guess(Estimator):
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
+        if objective.ranks.directions > 1:
+            raise ValueError(
+                "the directions of Guess() follow from one another, so ranks cannot divide them: use Distributed(directions=1)"
+            )
         directions = self._directions(objective, needed(generator), state)
         gradients = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
         size = self.chunk_size or len(directions)
@@ -131,7 +139,8 @@ class Guess(Estimator):
         for start in range(0, len(directions), size):
             chunk = directions[start : start + size]
             tangents = {name: torch.stack([v.get(name, torch.zeros_like(p)) for v in chunk]) for name, p in objective.parameters.items()}
-            loss, derivative = directional_derivatives(objective, tangents, commit=start + size >= len(directions))
+            found = directional_derivatives(objective, tangents, commit=start + size >= len(directions))
+            loss, derivative = objective.ranks.together(*found)
             derivatives.append(derivative)
             for d, direction in zip(derivative, chunk, strict=True):
                 for name, part in direction.items():

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.optim.adam import adam
 
 from forwardgrad.calls import Scaled
-from forwardgrad.directions import Law, drawn
+from forwardgrad.ranks import ALONE, Ranks
 
 Sight = Literal["flatten", "pooled", "positions"]
 SIGHTS = ("flatten", "pooled", "positions")
-MOVES = 4  # numbers in φ for each of its moves a step
+MOVES = 4  # numbers in φ for each of them that moves in a step
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Features:
         if self.sight == "positions":
             return error.transpose(1, 2).reshape(h.shape)
         error = error.to(h.dtype).reshape(*h.shape[:2], *self._grid(h.shape[2:]))
+        if h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last):
+            return _shared_out(error.permute(0, 2, 3, 1), h.shape[2:]).permute(0, 3, 1, 2)
         line = h.dim() == 3  # one dimension is a plane of one row
         shared = torch.ops.aten._adaptive_avg_pool3d_backward if h.dim() == 5 else torch.ops.aten._adaptive_avg_pool2d_backward
         back: Tensor = shared(error.unsqueeze(2), h.unsqueeze(2)).squeeze(2) if line else shared(error, h)
@@ -53,6 +55,21 @@ class Features:
 
     def _grid(self, sizes: torch.Size) -> tuple[int, ...]:
         return tuple(min(self.cells, size) for size in sizes)
+
+
+def _shared_out(error: Float[Tensor, "n rows columns channels"], sizes: torch.Size) -> Float[Tensor, "n high wide channels"]:
+    """The error of cells as that of their units, channels last: two products with few terms, which keep that order in memory."""
+    rows, columns = (_shares(cells, size, error) for cells, size in zip(error.shape[1:3], sizes, strict=True))
+    n, high, _, channels = error.shape
+    wide = columns @ error.reshape(n * high, -1, channels)
+    return (rows @ wide.reshape(n, high, -1)).view(n, sizes[0], sizes[1], channels)
+
+
+def _shares(cells: int, size: int, like: Tensor) -> Float[Tensor, "size cells"]:
+    """What share each unit of a line has in the mean of each of its cells, which adaptive pooling cuts so that they may overlap."""
+    unit, cell = torch.arange(size, device=like.device).unsqueeze(1), torch.arange(cells, device=like.device)
+    first, end = cell * size // cells, -(-(cell + 1) * size // cells)
+    return ((unit >= first) & (unit < end)).to(like.dtype) / (end - first).to(like.dtype)
 
 
 _POOLS: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -69,9 +86,11 @@ class Head:
     means: tuple[Tensor, Tensor]
     squares: tuple[Tensor, Tensor]
     steps: tuple[Tensor, Tensor]
+    turn: Tensor
+    ranks: Ranks = ALONE
 
     @classmethod
-    def kept(cls, state: dict[str, Tensor], index: int, classes: int, features: Tensor) -> Head:
+    def kept(cls, state: dict[str, Tensor], index: int, classes: int, features: Tensor, ranks: Ranks = ALONE) -> Head:
         """The head of block `index` in the state, made where it is missing: all zeros, so that B is R at first."""
         width, key = features.shape[-1], f"head.{index}"
         weight = state.setdefault(f"{key}.weight", features.new_zeros(classes, width))
@@ -90,7 +109,8 @@ class Head:
         counted = features.device if features.is_cuda else torch.device("cpu")  # where Adam wants its counts of steps
         steps = tuple(state.setdefault(f"{key}.step.{role}", torch.zeros((), device=counted)) for role in ("weight", "bias"))
         feedback = like("feedback", (classes, width))
-        return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]))
+        turn = state.setdefault(f"{key}.turn", torch.zeros((), dtype=torch.int64, device=features.device))
+        return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]), turn, ranks)
 
     def error(self, features: Tensor, part: Scaled) -> Tensor:
         """∂f/∂y of the head's own loss, [n, rows, classes]: the model's loss, with the target of an example at each of its rows."""
@@ -99,25 +119,23 @@ class Head:
         own = Scaled(part.output.cross_entropy(target), 0, part.repeated(logits.shape[1]))
         return own.error(logits.flatten(0, -2)).reshape(logits.shape)
 
-    def sent_back(self, error: Tensor, law: Law, generator: Generator) -> Tensor:
-        """The error at the features, e B, after B has learned from how y follows random moves u of the features.
+    def sent_back(self, error: Tensor) -> Tensor:
+        """The error at the features, e B, after B has learned from how y follows moves of single units.
 
-        B ← B + Σ (R u − B u) uᵀ/(n + w + 1) over n moves of w numbers: R u is linear in u, so there is no noise to average away, and the
-        squared distance to R shrinks by 1 − n/(n + w + 1) a step. With n = w/MOVES that follows R closely enough from its first step on.
+        y follows a move of unit i alone by R u_i, which without noise is what B needs to know of that unit. One in MOVES units moves a
+        step, so that B is R as it was in the last MOVES steps.
         """
-        width = self.weight.shape[1]
-        dtype, device = error.dtype, error.device
-        u = drawn(lambda: _moves(width, dtype, device, law, generator), on=None if law.joint else [generator])
-        residual = u @ self.weight.T - u @ self.feedback.T
-        self.feedback.add_(residual.T @ u, alpha=1 / (sum(u.shape) + 1))
+        moved = torch.arange(self.weight.shape[1], device=self.weight.device) % MOVES == self.turn
+        torch.where(moved, self.weight, self.feedback, out=self.feedback)
+        self.turn.add_(1).remainder_(MOVES)
         return error @ self.feedback
 
     def learn(self, features: Tensor, error: Tensor, rate: float) -> None:
-        """One step of Adam along the exact gradient."""
+        """One step of Adam along the exact gradient, its mean over all processes that learn together."""
         f, e = features.flatten(0, 1), error.flatten(0, 1)
         adam(
             [self.weight, self.bias],
-            [e.T @ f, e.sum(0)],
+            self.ranks.mean([e.T @ f, e.sum(0)]),
             list(self.means),
             list(self.squares),
             [],
@@ -131,12 +149,6 @@ class Head:
             eps=1e-8,
             maximize=False,
         )
-
-
-def _moves(width: int, dtype: torch.dtype, device: torch.device, law: Law, generator: Generator) -> Tensor:
-    u = torch.empty(-(width // -MOVES), width, dtype=dtype, device=generator.device)
-    law.fill_([u], generator)
-    return u.to(device)
 
 
 def similarity_error(h: Float[Tensor, "n ..."], target: Float[Tensor, " n"]) -> Tensor:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.calls import Pass, Scaled, perturbed_pass
+from forwardgrad.calls import AtEnd, Pass, Scaled, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
-from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.estimators.base import Estimate, Estimator, Move, check_count, check_number, needed
 from forwardgrad.estimators.feedback import LearnedFeedback, output_of
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import Activity, ActivityUse, Entered
+from forwardgrad.perturbations import Activity, ActivityUse, Block, Entered
+from forwardgrad.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,24 @@ class LocalLosses(Estimator):
     - feedback=False: activities in the block move by u, ẏ_l = R_l φ(ḣ_l) follows from one forward pass, and ĝ_W = Σ_b d_b u_b x_bᵀ with
       d_b = e_l·ẏ_l of example b (plus its part of the similarity term). One pass serves all blocks, as a block's tangent ends with it.
     - feedback=True: the error at h_l is φᵀ(e_l B_l), and goes into the products with the layer's own input. B_l learns R_l from how y_l
-      follows moves of φ, without noise and in about width/n steps of n examples, so no weight is ever transposed. Where a block has
-      more than one layer, the others move, and learn feedback from ẏ_l as `LearnedFeedback` does (the similarity term moves the last one
-      alone).
+      follows moves of single units of φ, one in four a step in turn: exact and without random numbers, so B_l is R_l as it was in the
+      last four steps, and no weight is ever transposed. Where a block has more than one layer, the others move, and learn feedback from
+      ẏ_l as `LearnedFeedback` does (the similarity term moves the last one alone).
+    A block ends behind its last layer, with the batch normalisation, the residual sum, the ReLU and the max-pooling that follow it there,
+    in this order: their derivative is known in closed form, and gains and biases of the norm learn with the layer. A ReLU or pooling in
+    front of a norm, and any other function, ends the block ahead of it. A norm in training has the whole batch in every example's error.
     One step of Adam for every classifier follows, along its exact gradient; the model's last layer learns by its own, e xᵀ.
 
     Bias: for the gradient of the model's loss, all that the greedy split leaves out. For ∇f_l of each block: none with feedback=False;
-    with feedback=True e (B_l − R_l), which is what R_l moved in the last few steps, and in deeper blocks that of `LearnedFeedback`.
+    with feedback=True e (B_l − R_l), which is what R_l moved in the last four steps, and in deeper blocks that of `LearnedFeedback`.
     Variance: (q ± 1)‖δ‖² an example with q the units of one block, not of the whole model; with feedback and one layer a block, none.
     Cost: K + 1 forward passes for K tangents (with feedback and one layer a block nothing moves in the model, and the tangent pass is
-    free: one), and the classifiers: C φ products an example and block.
+    free: one), and the classifiers: C φ products an example and block. With feedback and one layer a block a `TrainingStep` lets each
+    block learn and move as soon as it has ended, from the second step on a path through the model: it holds the activities of one block
+    at any depth, and no gradient. That needs torch's SGD, Adam or AdamW, labels that are a tensor of the batch, a factor of the loss that
+    is the same Python number at every step, and parameters that are used once. The step is the same, to the bit. Where the loss or the
+    path turns out to be another than in the step before, one warning says so, and later blocks wait for the loss. A step that ends in an
+    error leaves those blocks moved that had learned.
     Limits: those of `LearnedFeedback`; blocks follow one another (what skips a block is not seen by its loss).
 
     Args:
@@ -53,8 +63,9 @@ class LocalLosses(Estimator):
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
 
-    Raises ValueError where an argument is outside its limits, no generator or state was given, the loss does not hold one F.cross_entropy
-    with a class index an example (scaled, or beside other terms), or the state belongs to another model.
+    Raises ValueError where an argument is outside its limits, no generator or state was given, a pattern of `ends` names nothing that is
+    trained, the loss does not hold one F.cross_entropy with a class index an example (scaled, or beside other terms), or the state belongs
+    to another model.
 
     Source: Ren et al., "Scaling forward gradient with local losses" (2023), sections 4.1 and 4.2; Nøkland and Eidnes (2019), eqs. 1 to 3;
     the learned feedback is this project's.
@@ -64,6 +75,8 @@ class LocalLosses(Estimator):
     """
 
     name: ClassVar[str] = "local"
+    _own_loss: ClassVar[bool] = True  # whether the loss is that of these layers, so that the last of them learns by it
+    _all_here: ClassVar[bool] = True  # whether these layers are all that `ends` may name
 
     ends: tuple[str, ...] | None = None
     feedback: bool = False
@@ -99,61 +112,112 @@ class LocalLosses(Estimator):
     def stateful(self) -> bool:
         return True
 
+    def learned_apart(self, state: Mapping[str, Tensor]) -> list[str]:
+        return self._feedback.learned_apart(state)  # classifiers learn from the examples of all processes
+
+    @property
+    def layerwise(self) -> bool:
+        return self.feedback
+
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
-        generator = needed(generator)
-        seeds = fork(generator, self.tangents)
-        options: dict[str, Any] = {"exact_output": True, "ends": self._ends, "still_ends": self.feedback}
-        who = "" if self.feedback else type(self).__name__
-        found = perturbed_pass(objective, Activity(), self.law, seeds, generator.device, who=who, **options)
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
-        with torch.autocast(found.loss.device.type, enabled=False):
-            error, moved = output_of(found, type(self).__name__)
-            _labelled(found)
-            learn = self._teach if self.feedback else self._score
-            d = [learn(gradients, found, index, state, generator) for index in range(len(found.ended))]
-            entered, rows = found.entered_in(len(found.ended)), (error * moved).sum(2)
-            beyond = found.beyond(rows) if found.reading.beyond else None
-            if self.feedback:
-                self._deeper.teach(gradients, found, entered, error, moved, state, beyond)
-            else:
-                self._add(gradients, found, entered, rows, beyond)
-            add_exact(gradients, found)
-        d.append((error * moved).sum((1, 2)))
-        return Estimate(found.loss, torch.stack(d).sum(0), self.tangents + 1), gradients
+        return self._whole(objective, generator, state, gradients, None), gradients
 
-    def _ends(self, point: ActivityUse) -> bool:
-        """Whether a block ends at a place: it has to have numbers of each example."""
-        names = [name.removeprefix("model.") for name in point.names]
-        named = self.ends is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.ends)
-        return named and point.place.rows is not None
+    def learn(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor], move: Move) -> Estimate:
+        if not self.feedback:
+            return super().learn(objective, generator, state, move)
+
+        def at_end(index: int, point: ActivityUse, values: Tensor, part: Scaled) -> None:
+            with torch.autocast(values.device.type, enabled=False):
+                self._teach(move, index, point, values, part, state)
+
+        gradients: dict[str, Tensor | None] = {}
+        record = self._whole(objective, generator, state, gradients, at_end)
+        move({name: gradient for name, gradient in gradients.items() if gradient is not None})
+        return record
+
+    def _whole(
+        self,
+        objective: Objective,
+        generator: Generator | None,
+        state: dict[str, Tensor],
+        gradients: dict[str, Tensor | None],
+        at_end: AtEnd | None,
+    ) -> Estimate:
+        """One pass. The gradients of what did not learn on the way are added up at its end."""
+        generator = needed(generator)
+        if self._all_here:
+            self._check_ends(objective)
+        seeds = fork(generator, self.tangents)
+        options: dict[str, Any] = {"exact_output": self._own_loss, "ends": _Ends(self.ends), "still_ends": self.feedback, "at_end": at_end}
+        who = "" if self.feedback else "LocalLosses"
+        found = perturbed_pass(objective, Block(), self.law, seeds, generator.device, who=who, **options)
+        with torch.autocast(found.loss.device.type, enabled=False):
+            error, moved = output_of(found, "LocalLosses")
+            if not found.learned:
+                _labelled(found)  # though there may be no block
+            late = range(found.learned, len(found.ended))
+            d = [self._block(gradients, found, index, state, objective.ranks) for index in late]
+            if late or not found.learned:  # something may follow the last block
+                self._follow(gradients, found, error, moved, state)
+            add_exact(gradients, found)
+        none = found.loss.new_zeros(self.tangents)
+        d.append((error * moved).sum((1, 2)) if len(moved) else none)
+        return Estimate(found.loss, torch.stack(d).sum(0), self.tangents + 1)
+
+    def _check_ends(self, objective: Objective) -> None:
+        names = [name.removeprefix("model.") for name in objective.parameters]
+        for pattern in self.ends or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"ends: {pattern!r} names nothing that is trained, so no block would end there. Choose from the names of weights, such "
+                    f"as {', '.join(map(repr, names[:3]))}"
+                )
+
+    def _follow(self, gradients: dict[str, Tensor | None], found: Pass, error: Tensor, moved: Tensor, state: dict[str, Tensor]) -> None:
+        """The gradient of what stands behind the last block, by the model's own loss."""
+        entered, rows = found.entered_in(len(found.ended)), (error * moved).sum(2)
+        beyond = found.beyond(rows) if found.reading.beyond else None
+        if self.feedback:
+            self._feedback.teach(gradients, found, entered, error, moved, state, beyond)
+        else:
+            self._add(gradients, found, entered, rows, beyond)
+
+    def _block(self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], ranks: Ranks) -> Tensor:
+        """The gradient of one block, whose directional derivatives are returned; its classifier learns on the way."""
+        if not self.feedback:
+            return self._score(gradients, found, index, state, ranks)
+        end, values, moves = found.ended[index]
+        deeper = [place for place in found.entered_in(index) if place is not end]
+        more = _Deeper(gradients, found, deeper, moves) if deeper else None
+        return self._teach(lambda parts: add(gradients, parts), index, end, values, _labelled(found), state, more, ranks)
 
     @property
     def _features(self) -> Features:
         return Features(self.head, self.cells)
 
     @property
-    def _deeper(self) -> LearnedFeedback:
+    def _feedback(self) -> LearnedFeedback:
         return LearnedFeedback(tangents=self.tangents, law=self.law)
 
-    def _head(self, found: Pass, index: int, features: Tensor, state: dict[str, Tensor]) -> tuple[Head, Tensor]:
-        part = _labelled(found)
-        head = Head.kept(state, index, part.output.classes, features)
-        return head, head.error(features, part)
+    def _seen(self, index: int, values: Tensor, part: Scaled, state: dict[str, Tensor], ranks: Ranks) -> tuple[Head, Tensor, Tensor]:
+        """The classifier of a block, what it sees, and the error of its own loss."""
+        features = self._features.of(values)
+        head = Head.kept(state, index, part.output.classes, features, ranks)
+        return head, features, head.error(features, part)
 
-    def _score(
-        self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], generator: Generator
-    ) -> Tensor:
+    def _score(self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], ranks: Ranks) -> Tensor:
         """A block's gradient from the directional derivatives of its loss, which are returned; its classifier learns on the way."""
         end, values, moves = found.ended[index]
+        part = _labelled(found)
         assert moves is not None
         values, moves = _in_front(values, end, found.count), _in_front(moves, end, found.count, lead=1)
-        features, moved = self._features.of(values), self._features.of(moves, lead=2)
-        head, error = self._head(found, index, features, state)
-        d = (1 - self.similarity) * (error * (moved @ head.weight.T)).flatten(2).sum(2)
+        head, features, error = self._seen(index, values, part, state, ranks)
+        d = (1 - self.similarity) * (error * (self._features.of(moves, lead=2) @ head.weight.T)).flatten(2).sum(2)
         if self.similarity:
-            d = d + self.similarity * (similarity_error(values, _labelled(found).output.call["target"]) * moves).flatten(2).sum(2)
+            d = d + self.similarity * (similarity_error(values, part.output.call["target"]) * moves).flatten(2).sum(2)
         head.learn(features, error, self.head_rate)
         self._add(gradients, found, found.entered_in(index), d)
         return d.sum(1)
@@ -165,26 +229,81 @@ class LocalLosses(Estimator):
             add(gradients, place.gradient(found.share(d, place, beyond) / self.tangents))
 
     def _teach(
-        self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], generator: Generator
+        self,
+        take: Move,
+        index: int,
+        end: ActivityUse,
+        values: Tensor,
+        part: Scaled,
+        state: dict[str, Tensor],
+        deeper: _Deeper | None = None,
+        ranks: Ranks = ALONE,
     ) -> Tensor:
         """A block's gradient from the error that its feedback sends back; the feedback and the classifier learn on the way."""
-        end, values, moves = found.ended[index]
-        values = _in_front(values, end, found.count)
-        features = self._features.of(values)
-        head, error = self._head(found, index, features, state)
-        sent = head.sent_back((1 - self.similarity) * error, self.law, generator)
-        back = self._features.back(sent, values)
+        values = _in_front(values, end, count := len(part.output.call["target"]))
+        head, features, error = self._seen(index, values, part, state, ranks)
+        back = self._features.back(head.sent_back((1 - self.similarity) * error), values)
         if self.similarity:
-            back = back + self.similarity * similarity_error(values, _labelled(found).output.call["target"])
-        add(gradients, end.from_error(_put_back(back, end)))
+            back = back + self.similarity * similarity_error(values, part.output.call["target"])
         d = back.new_zeros(self.tangents)
-        if (deeper := [place for place in found.entered_in(index) if place is not end]) and moves is not None:
-            moves = _in_front(moves, end, found.count, lead=1)
+        if deeper is not None and deeper.moves is not None:
+            moves = _in_front(deeper.moves, end, count, lead=1)
             moved = self._features.of(moves, lead=2) @ head.weight.T
             d = (moves * back).flatten(1).sum(1)
-            self._deeper.teach(gradients, found, deeper, error.flatten(1), moved.flatten(2), state)
+            self._feedback.teach(deeper.gradients, deeper.found, deeper.entered, error.flatten(1), moved.flatten(2), state)
+        last = [_put_back(back, end)]
+        del back  # as large as the block's output, and needed no more once it is masked
+        take(end.from_error(last.pop()))
         head.learn(features, error, self.head_rate)
         return d
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Whether a block ends at a place: it has to have numbers of each example."""
+
+    patterns: tuple[str, ...] | None
+
+    def __call__(self, point: ActivityUse) -> bool:
+        names = [name.removeprefix("model.") for name in point.names]
+        named = self.patterns is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
+        return named and point.place.rows is not None
+
+
+class LastBlocks(LocalLosses):
+    """`LocalLosses` for the last layers of a model that begins elsewhere, where `ends` may name layers of the others."""
+
+    _all_here: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, method: LocalLosses) -> Self:
+        return cls(**{field.name: getattr(method, field.name) for field in fields(method)})
+
+
+class BlocksAlone(LastBlocks):
+    """`LocalLosses` for layers of a model that goes on elsewhere: the loss only tells labels, classes and options of the model's loss.
+
+    Raises ValueError besides where something that is trained stands behind the last block, since it has no loss here.
+    """
+
+    _own_loss: ClassVar[bool] = False
+
+    def _follow(self, gradients: dict[str, Tensor | None], found: Pass, error: Tensor, moved: Tensor, state: dict[str, Tensor]) -> None:
+        names = [name.removeprefix("model.") for one in found.entered_in(len(found.ended)) for name in one.names]
+        if names:
+            raise ValueError(
+                f"{', '.join(names)}: behind the last block of these layers, and trained by the loss of a block that ends elsewhere. "
+                "Let them end with the end of a block"
+            )
+
+
+class _Deeper(NamedTuple):
+    """What of a block lies ahead of its last layer, and how that end moved."""
+
+    gradients: dict[str, Tensor | None]
+    found: Pass
+    entered: list[Entered]
+    moves: Tensor | None
 
 
 def _labelled(found: Pass) -> Scaled:
