@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,12 +25,14 @@ def estimated(estimator: Estimator, objective: Objective, state: dict[str, Tenso
     """`call(estimator, state)`; where the model is given no examples, the same by a method that needs none, the state left alone.
 
     Terms of the loss that are sums over examples are zero then, and so is their gradient; a penalty on weights has the gradient it has.
-    Raises ValueError where the loss has no value without examples.
+    Raises ValueError where the loss has no value without examples, or other processes have some.
     """
     try:
         with _noticing(objective.at):
             return call(estimator, state)
     except _NoExamples:
+        if objective.ranks.many:
+            raise ValueError("a batch without examples on one of several ranks: give every rank examples at every step") from None
         with plainly():  # rules of the explicit way divide by numbers of examples
             record, found = call(instead(estimator), {})
         check_value(record.loss)
@@ -52,10 +54,18 @@ def check_value(loss: Tensor) -> None:
 
 def is_empty(values: Any) -> bool:
     """Whether the first tensor among some arguments has no elements."""
+    first = next(_tensors(values), None)
+    return first is not None and first.numel() == 0
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
-            return value.numel() == 0
-    return False
+            yield value
+        elif isinstance(value, Mapping):  # such as the batch of a tokenizer
+            yield from _tensors(value.values())
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 @contextmanager

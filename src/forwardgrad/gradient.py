@@ -10,8 +10,11 @@ from torch import Generator, Tensor
 from forwardgrad.empty import check_value, estimated, instead, is_empty
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient
+from forwardgrad.factored import dense
 from forwardgrad.objective import Objective, Point
 from forwardgrad.processes import check_processes
+from forwardgrad.ranks import Distributed
+from forwardgrad.sharing import ranks_of, shared_parts
 
 
 def estimate_grad_(
@@ -21,6 +24,7 @@ def estimate_grad_(
     *,
     generator: Generator | None = None,
     state: dict[str, Tensor] | None = None,
+    group: Distributed | None = None,
 ) -> Estimate:
     """Evaluate a loss and add an estimate of its gradient to the `.grad` of what it is trained by.
 
@@ -35,12 +39,13 @@ def estimate_grad_(
         generator: where directions are drawn from; the global generator is never used for them. Backprop needs none.
         state: what an estimator remembers from step to step, for those that learn as they go: begin with `state = {}` and pass the same
             dictionary at every step. It holds tensors by name, so `torch.save` keeps it beside the model.
+        group: processes that make the estimate together, each from its part of the batch or of the directions. None: this one alone.
 
     Returns the loss, the directional derivatives and the number of forward passes, as tensors on the device.
 
     Raises ValueError or TypeError for a loss that is not one number, or has none as the batch is empty, for parameters that cannot be
     trained, or for a missing generator or state; RuntimeError where the loss carries no tangent, or where torch.distributed runs several
-    processes and nobody said how they work together (see `independent_ranks`).
+    processes and nobody said how they work together (by `group`, or `independent_ranks`).
 
     >>> xy = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> step = estimate_grad_(lambda t: (t**2).sum(), xy, generator=torch.Generator().manual_seed(0))
@@ -50,14 +55,18 @@ def estimate_grad_(
     chosen = ForwardGradient() if estimator is None else estimator
     if not isinstance(chosen, Estimator):
         raise TypeError(f"the estimator must be an object such as ForwardGradient(), not {chosen!r}")
-    check_processes(at, reverse=isinstance(chosen, Backprop))
+    ranks = ranks_of(group)
+    check_processes(at, reverse=isinstance(chosen, Backprop), together=group is not None)
     if chosen.stateful and state is None:
         raise ValueError(f"{type(chosen).__name__} learns from step to step: begin with state = {{}} and pass state=state at every step")
     with torch.inference_mode(False), torch.no_grad():  # a gradient made in inference mode could never be used outside it
-        objective = Objective(loss, at)
-        record, gradients = estimated(
-            chosen, objective, {} if state is None else state, lambda method, kept: method.estimate(objective, generator, kept)
-        )
+        objective, kept = Objective(loss, at, ranks=ranks), {} if state is None else state
+        if ranks.many:
+            record, parts = shared_parts(chosen, objective, generator, kept)
+            for name, part in parts:
+                _add(objective.parameters[name], dense(part))
+            return record
+        record, gradients = estimated(chosen, objective, kept, lambda method, kept: method.estimate(objective, generator, kept))
         for name, parameter in objective.parameters.items():
             gradient = gradients[name]
             if gradient is not None:

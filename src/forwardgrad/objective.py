@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
+
+from forwardgrad.ranks import ALONE, Ranks
 
 Point = nn.Module | Tensor | Sequence[Tensor]
 """Where a loss is evaluated: a module, one tensor, or several tensors."""
@@ -48,17 +53,19 @@ class Objective:
 
     `loss` takes what `at` is: the module, the tensor, or the tensors as separate arguments; it returns a tensor of one element, or of
     one element an example, whose mean is then the loss.
+    `given` are the tensors of a batch that the loss closes over, in their order at every step, where the caller knows them.
+    `ranks` are the processes whose losses it is the mean of.
     `parameters` are the live tensors with `requires_grad=True`, by name; tied weights appear once.
 
     Raises TypeError or ValueError where there is nothing to train, or something that cannot be trained.
     """
 
-    def __init__(self, loss: Callable[..., Tensor], at: Point) -> None:
+    def __init__(self, loss: Callable[..., Tensor], at: Point, given: Sequence[Tensor] = (), ranks: Ranks = ALONE) -> None:
         if not callable(loss):
             raise TypeError(
                 f"the loss must be a function of the model, such as `lambda model: loss_fn(model(x), y)`, not a {type(loss).__name__}"
             )
-        self.loss, self.at = loss, at
+        self.loss, self.at, self.given, self.ranks, self._of_values = loss, at, tuple(given), ranks, False
         self._module = _LossModule(loss, at) if isinstance(at, nn.Module) else None
         self._tensors = {} if self._module else _named(at)
         named = dict(at.named_parameters(prefix="model")) if isinstance(at, nn.Module) else self._tensors
@@ -84,24 +91,43 @@ class Objective:
 
     def as_it_is(self) -> Any:
         """As `live`, with whatever the loss function returned."""
-        return self.loss(self.at) if self._module else self.loss(*self._tensors.values())
+        return self._told(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
 
-    def with_(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay."""
-        loss, buffers = self.raw(parameters)
+    def of_values(self) -> Objective:
+        """The same for whoever takes values of the loss alone: it may be a Python number, too, or a tensor of truths or whole numbers."""
+        other = copy.copy(self)
+        other._of_values = True
+        return other
+
+    def _told(self, loss: Any) -> Any:
+        """What the loss function returned, as a tensor of real numbers if any kind of number will do."""
+        if not self._of_values or (isinstance(loss, Tensor) and (loss.is_floating_point() or loss.is_complex())):
+            return loss
+        if not isinstance(loss, (Tensor, Real)):
+            raise TypeError(f"the loss must return a tensor or a number, not {type(loss).__name__}")
+        return torch.as_tensor(loss, dtype=torch.float64, device=next(iter(self.parameters.values())).device)
+
+    def with_(
+        self, parameters: Mapping[str, Tensor], cloned: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss with these tensors in place of the live ones, and the buffers that the evaluation leaves; the model's own stay.
+
+        `cloned` makes the copies of buffers that the evaluation may write to.
+        """
+        loss, buffers = self.raw(parameters, cloned)
         return scalar(self.precise(loss)), buffers
 
-    def raw(self, parameters: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def raw(self, parameters: Mapping[str, Tensor], cloned: Callable[[Tensor], Tensor] = Tensor.clone) -> tuple[Any, dict[str, Tensor]]:
         """As `with_`, with whatever the loss function returned."""
         if self._module is None:
-            return self.loss(*(parameters.get(name, t) for name, t in self._tensors.items())), {}
+            return self._told(self.loss(*(parameters.get(name, t) for name, t in self._tensors.items()))), {}
         instead = {id(p): parameters[name] for name, p in self.parameters.items()}  # tied weights: one tensor in several places
         for place in _places(self._module, "_buffers"):
-            instead.setdefault(id(place.tensor), place.tensor.clone())
+            instead.setdefault(id(place.tensor), cloned(place.tensor))
         places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
-        result: tuple[Any, dict[str, Tensor]] = functional_call(self._module, state, (), tie_weights=False)
-        return result
+        loss, buffers = functional_call(self._module, state, (), tie_weights=False)
+        return self._told(loss), buffers
 
     def precise(self, loss: Any) -> Any:
         """What the loss function returned in no less than the parameters' precision: autocast may have left it, and d, in 8 or 11 bits."""

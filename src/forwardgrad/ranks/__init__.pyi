@@ -1,0 +1,5 @@
+from forwardgrad.ranks.distributed import Distributed as Distributed
+from forwardgrad.ranks.together import ALONE as ALONE
+from forwardgrad.ranks.together import Apart as Apart
+from forwardgrad.ranks.together import Ranks as Ranks
+from forwardgrad.ranks.wire import RankGone as RankGone

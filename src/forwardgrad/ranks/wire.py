@@ -1,0 +1,83 @@
+"""What goes over the wire between ranks, and what is said where it does not arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RankGone(RuntimeError):
+    """A rank waited in vain for another one, which has ended or does not answer."""
+
+
+class Wire:
+    """The exchanges of one group. `sent` are the bytes of payload that this rank gave to exchanges so far; how often a byte travels is the
+    business of the group's backend."""
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout: float | None) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "there is no group of processes: start the script with torchrun, and call torch.distributed.init_process_group first"
+            )
+        whole = dist.group.WORLD if group is None else group
+        assert whole is not None
+        if dist.get_rank(whole) < 0:
+            raise RuntimeError("this process is not in the group that was given")
+        self._group, self.rank, self.size = whole, dist.get_rank(whole), dist.get_world_size(whole)
+        if timeout is not None:
+            members, limit, backend = dist.get_process_group_ranks(whole), timedelta(seconds=timeout), dist.get_backend(whole)
+            with self._told():
+                self._group = dist.new_group(members, limit, backend, use_local_synchronization=True)
+        self._on_host = dist.get_backend(whole) == "gloo"
+        self.sent = 0
+
+    def gathered(self, numbers: Tensor) -> Tensor:
+        """The numbers [n] of every rank, [ranks, n], in the same order on all of them: a sum over them has the same bits everywhere."""
+        message = self._carried(numbers)
+        rows = [torch.empty_like(message) for _ in range(self.size)]
+        with self._told():
+            dist.all_gather(rows, message, self._group)
+        self._count(message)
+        return torch.stack(rows).to(numbers.device)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, with the same bits on all of them."""
+        total = self._carried(tensor).clone()
+        with self._told():
+            dist.all_reduce(total, group=self._group)
+        self._count(total)
+        return total.to(tensor.device)
+
+    def from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Write the first rank's tensors into those of the others."""
+        for tensor in tensors:
+            carried = self._carried(tensor).contiguous()
+            with self._told():
+                dist.broadcast(carried, dist.get_global_rank(self._group, 0), self._group)
+            tensor.copy_(carried)
+
+    def _carried(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu() if self._on_host else tensor.detach()
+
+    def _count(self, message: Tensor) -> None:
+        self.sent += message.numel() * message.itemsize
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in a sentence that a rank waited in vain."""
+        try:
+            yield
+        except RuntimeError as error:  # a DistError, or gloo's own words; others have other reasons
+            if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in ("gloo", "timeout", "connection")):
+                raise
+            why = (str(error).splitlines() or [""])[0]
+            raise RankGone(
+                f"rank {self.rank} of {self.size} waited in vain for another rank: that process has ended, or was busy for longer than the "
+                "timeout. No rank can go on. Start again from the last checkpoint, with as many ranks as there are now "
+                f"({why})"
+            ) from error
