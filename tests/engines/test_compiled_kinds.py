@@ -22,8 +22,7 @@ def wide() -> nn.Module:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("feedback", [True, False], ids=["feedback", "derivative"])
+@pytest.mark.parametrize(("feedback", "optimizer"), [(True, "sgd"), (False, "adam")], ids=["feedback", "derivative"])
 def test_local_losses_are_compiled_as_they_are_written(feedback: bool, optimizer: str) -> None:
     compare(wide, fg.LocalLosses(feedback=feedback), OPTIMIZERS[optimizer], run=whole, graphs=1)
 

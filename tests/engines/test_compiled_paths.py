@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.engines.test_engines import uncompiled  # noqa: F401  # a fixture
 from tests.support.cases import rows, seeded
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class Masked(nn.Module):
         return self.b(h * mask)
 
 
-@pytest.mark.full
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("perturb", [fg.Activity(), fg.PerExample()], ids=lambda p: p.name)
 def test_a_model_that_knows_that_it_is_compiled_gets_a_graph(perturb: fg.Perturbation) -> None:
     x, y = rows(6, 4), torch.arange(6) % 3

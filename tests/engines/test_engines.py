@@ -37,8 +37,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def network(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(1)
-    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
 def small() -> nn.Module:
@@ -112,10 +111,10 @@ def by_case(case: Case, method: fg.Estimator, graphs: int = 1) -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [m for m in METHODS if m != fg.Backprop(checkpoint=True)], ids=short)
 def test_every_estimator_takes_the_same_steps_in_a_graph(method: fg.Estimator) -> None:
-    by_case(next(case for case in CASES if case.name == "shared module"), method)
+    by_case(next(case for case in CASES if case.name == "batch norm train"), method)
 
 
-@pytest.mark.product
+@pytest.mark.product(each=1)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1], ids=short)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in READS | DRAWS], ids=str)
@@ -175,11 +174,16 @@ def test_a_capturable_optimizer_moves_inside_the_graph(monkeypatch: pytest.Monke
     assert not torch.equal(before, step.model[0].weight)  # type: ignore[index, union-attr]
 
 
+def rmsprop(model: nn.Module) -> torch.optim.Optimizer:
+    """One whose arithmetic is not known here."""
+    return torch.optim.RMSprop(model.parameters(), lr=0.001)
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_gradients_are_left_for_those_that_want_them_and_cleared_where_the_graph_has_used_them() -> None:
-    for optimizer, there in ((OPTIMIZERS["sgd"], False), (OPTIMIZERS["momentum"], True)):
+    for optimizer, there in ((OPTIMIZERS["sgd"], False), (OPTIMIZERS["momentum"], False), (rmsprop, True)):
         step = compare(network, RANK_1, optimizer, graphs=2)
-        assert [p.grad is not None for p in step.model.parameters()] == [there] * 8
+        assert [p.grad is not None for p in step.model.parameters()] == [there] * 6
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -191,9 +195,9 @@ def test_what_changes_between_steps_is_noticed() -> None:
         step.model.train()
         step.model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
         records += [step(X, Y)]
-        step.model[6] = nn.Linear(6, 3, dtype=torch.float32)  # type: ignore[operator]
-        nn.init.constant_(step.model[6].weight, 0.1)  # type: ignore[index, union-attr]
-        nn.init.zeros_(step.model[6].bias)  # type: ignore[index, union-attr]
+        step.model[4] = nn.Linear(8, 3, dtype=torch.float32)  # type: ignore[operator]
+        nn.init.constant_(step.model[4].weight, 0.1)  # type: ignore[index, union-attr]
+        nn.init.zeros_(step.model[4].bias)  # type: ignore[index, union-attr]
         records += [step(X, Y)]
         step.model[3].p = 0.5  # type: ignore[index, union-attr]
         return [*records, step(X, Y), step(X.repeat(2, 1)[:12], Y)]
@@ -354,13 +358,13 @@ def whole(step: fg.TrainingStep) -> list[fg.Estimate]:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "graphs"),
-    [(fg.Backprop(), 2), (RANK_1, 2), (fg.ForwardGradient(tangents=2), 1), (fg.ZerothOrder(), 1), (fg.LocalLosses(), 1)],
+    [(fg.Backprop(), 2), (RANK_1, 1), (fg.ForwardGradient(tangents=2), 1), (fg.LocalLosses(), 1)],
     ids=lambda value: short(value) if isinstance(value, fg.Estimator) else None,
 )
 def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator, graphs: int) -> None:
-    dropout = 0.3 if method in (fg.Backprop(), RANK_1) else 0.0  # of several evaluations or tangents the compiler draws other masks
-    close = 1e-3 if isinstance(method, fg.ZerothOrder) else 1e-5
-    compare(lambda: network(dropout), method, run=whole if graphs == 1 else scheduled, graphs=graphs, close=close)
+    """Zeroth order is in test_compiled_zeroth_order.py."""
+    dropout = 0.3 if method in (fg.Backprop(), RANK_1) else 0.0  # of several tangents the compiler draws other masks
+    compare(lambda: network(dropout), method, run=whole if graphs == 1 else scheduled, graphs=graphs)
 
 
 def test_a_compiled_step_hands_its_gradient_to_an_optimizer_that_looks_ahead() -> None:

@@ -22,7 +22,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "option": lambda m: setattr(m[3], "p", 0.5),
     "frozen": lambda m: m[0].weight.requires_grad_(False),
     "parameter": lambda m: setattr(m[4], "weight", nn.Parameter(m[4].weight.detach().clone())),
-    "single number": lambda m: setattr(m[7], "bias", nn.Parameter(m[7].bias.detach().clone())),  # another object, but equal
+    "single number": lambda m: setattr(m[5], "bias", nn.Parameter(m[5].bias.detach().clone())),  # another object, but equal
     "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
     "buffer": lambda m: m[1].register_buffer("running_mean", m[1].running_mean.clone()),
     "type": lambda m: m.double(),

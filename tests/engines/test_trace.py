@@ -193,3 +193,21 @@ def test_products_stay_as_they_are_where_order_in_memory_or_low_precision_matter
     x, w = rows(16, 6).to(dtype), rows(20, 6).to(dtype)
     found = trace(lambda: [F.dropout(F.linear(x, w), rate)], [x, w])
     assert sum(node.target is aten.t.default for node in found.graph.graph.nodes) == (4 if turned else 1)
+
+
+def test_a_product_that_is_written_twice_is_made_once() -> None:
+    x, w, b = rows(5, 4), rows(3, 4), rows(3)
+    step = lambda: [F.linear(x / 2, w).exp(), F.linear(x / 2, w) * 2, F.linear(x, w), F.linear(x, w, b), F.linear(x, w, b).sin()]  # noqa: E731
+    found = trace(step, [x, w, b])
+    made = [node.target for node in found.graph.graph.nodes]
+    assert made.count(aten.mm.default) == 2
+    assert made.count(aten.addmm.default) == 1
+    assert all(torch.equal(one, other) for one, other in zip(found.graph(x, w, b), step(), strict=True))
+
+
+def test_products_of_different_random_numbers_stay_apart() -> None:
+    x, w = rows(5, 4), rows(4, 4)
+    found = trace(lambda: [F.dropout(x, 0.5) @ w, F.dropout(x, 0.5) @ w], [x, w])
+    assert [node.target for node in found.graph.graph.nodes].count(aten.mm.default) == 2
+    one, other = found.graph(x, w)
+    assert not torch.equal(one, other)

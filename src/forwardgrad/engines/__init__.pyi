@@ -3,4 +3,8 @@ from forwardgrad.engines.captured import Captured as Captured
 from forwardgrad.engines.compiled import Compiled as Compiled
 from forwardgrad.engines.eager import EagerStep as EagerStep
 from forwardgrad.engines.graphs import Engine as Engine
+from forwardgrad.engines.logged import Logging as Logging
+from forwardgrad.engines.logged import about as about
+from forwardgrad.engines.logged import move_by as move_by
+from forwardgrad.engines.measuring import Grouped as Grouped
 from forwardgrad.engines.trace import tf32 as tf32

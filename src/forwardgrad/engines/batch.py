@@ -26,6 +26,17 @@ class Batch:
     positional: tuple[Any, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, in an order that the same nesting has again; those of an object that is not looked into are left out."""
+        found: list[Tensor] = []
+        for part in (*self.positional, *self.named.values()):
+            try:
+                for _ in _parts(part, lambda tensor: found.append(tensor)):
+                    pass
+            except Opaque:
+                pass
+        return tuple(found)
+
     def key(self, place: Callable[[Tensor], Hashable]) -> Iterator[Hashable]:
         """All that is not a tensor, how it is nested, and where each tensor has its place; raises Opaque."""
         for part in self.positional:

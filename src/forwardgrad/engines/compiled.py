@@ -16,6 +16,7 @@ from forwardgrad.engines.batch import Batch
 from forwardgrad.engines.eager import EagerStep
 from forwardgrad.engines.graphs import Different, Engine, Run
 from forwardgrad.engines.limit import within
+from forwardgrad.engines.moves import is_by_parameter, move, rates_by_parameter, settings_of
 from forwardgrad.engines.plain_sgd import HeldRates, Rate, descend, has_step_hooks, is_plain_sgd, rates_of, tensors_of
 from forwardgrad.engines.reads import Untraceable
 from forwardgrad.engines.snapshot import slots
@@ -31,8 +32,9 @@ class Compiled(Engine):
     """Steps that torch's compiler made one function of.
 
     Random numbers, or the seeds that they follow from inside it, are drawn before it, from the same generators in the same order as in
-    the eager step. Part of the function is the move of plain SGD (see `plain_sgd`), after which `.grad` is empty, and that of optimizers
-    made with `capturable=True` and a tensor for a learning rate. Others are handed the gradient.
+    the eager step. Part of the function is the move of plain SGD (see `plain_sgd`), on a processor that of SGD, Adam and AdamW with all
+    their options (see `moves`), and that of optimizers made with `capturable=True` and a tensor for a learning rate: after those `.grad`
+    is empty. Others are handed the gradient.
     """
 
     name: ClassVar[str] = "compile"
@@ -40,9 +42,24 @@ class Compiled(Engine):
     def __init__(self, step: EagerStep, limit: float | None = None) -> None:
         super().__init__(step, limit)
         self._rates, self._began = HeldRates(), 0.0
+        self._next: list[Rate] | None = None
+        self._settings: Hashable = None
 
     def _moves(self) -> bool:
-        return is_plain_sgd(self.step.optimizer) or _capturable(self.step.optimizer)
+        return self._goes_by_rates() or _capturable(self.step.optimizer)
+
+    def _goes_by_rates(self) -> bool:
+        """Whether the move is made here, by rates that are inputs of the graph; they are those of the step to come."""
+        optimizer = self.step.optimizer
+        if is_plain_sgd(optimizer):
+            self._next = rates_of(optimizer)
+        elif is_by_parameter(optimizer) and _on_cpu(optimizer):
+            # Where a schedule changes more than the rate, such as the momentum, a graph would have to be made at every step.
+            self._settings = self._settings or settings_of(optimizer)
+            self._next = rates_by_parameter(optimizer) if self._settings == settings_of(optimizer) else None
+        else:
+            self._next = None
+        return self._next is not None
 
     def _pinned(self, survey: StepSurvey, moves: bool) -> Hashable:
         """Which parameters an optimizer moves inside the graph, and the tensors that it does so by."""
@@ -52,6 +69,8 @@ class Compiled(Engine):
         moved = tuple(tuple(survey.number_of(p) for p in group["params"]) for group in optimizer.param_groups)
         if is_plain_sgd(optimizer):  # its rates are inputs of the graph, but whether weights decay is written into it
             return moved, tuple(rate.keep is not None for rate in rates_of(optimizer))
+        if self._next is not None:
+            return moved, settings_of(optimizer), tuple(map(id, slots(optimizer)))
         return moved, tuple(id(tensor) for tensor in (*slots(optimizer), *(group["lr"] for group in optimizer.param_groups)))
 
     def _function(self, traced: Traced, given: list[Tensor], numbers: list[Tensor], plan: Plan, batch: range) -> Function:
@@ -82,7 +101,7 @@ class Compiled(Engine):
         if getattr(self.step.estimator, "checkpoint", False):
             raise Untraceable("checkpoint=True computes activations twice on purpose, and a compiler would see to it that it does not")
         eager, numbers, device = self.step, plan.again(), survey.tensors[0].device
-        rates = self._rates.now(eager.optimizer, device) if moves and is_plain_sgd(eager.optimizer) else None
+        rates = self._rates.written(self._next, device) if moves and self._goes_by_rates() and self._next is not None else None
         step = _TracedStep(eager, survey, batch, rates, moves)
 
         def with_numbers() -> list[Tensor]:
@@ -103,15 +122,16 @@ class Compiled(Engine):
         if any(one is not other for one, other in zip(StepSurvey(eager, Batch()).tensors, survey.tensors[: survey.given], strict=True)):
             raise Untraceable("the step puts new tensors in place of the model's")
         changing, taught, passes = range(survey.given, len(survey.tensors)), step.taught, step.passes  # nothing is kept of the first batch
-        descends = rates is not None
+        descends, note = rates is not None, eager.note
         with without_autocast():
             function = self._function(traced, _detached([*survey.tensors, *held]), numbers, plan, changing)
 
         def run(survey: StepSurvey) -> Estimate:
             with without_autocast():
-                now = tensors_of(self._rates.now(eager.optimizer, device)) if descends else []
+                now = tensors_of(self._rates.written(self._next or [], device)) if descends else []
                 found = function(*survey.tensors, *now)
             clear(eager.optimizer)
+            eager.note = note
             for index, gradient in zip(taught, found[2:], strict=True):
                 survey.trained[index].grad = gradient
             return Estimate(found[0], found[1], passes)
@@ -129,12 +149,18 @@ class _TracedStep:
 
     def __call__(self) -> list[Tensor]:
         eager = self._eager
-        record = eager.gradient(self._batch)
+        layerwise = self._rates is not None and eager.estimator.layerwise
+        record = eager.layerwise(self._batch, self._rates) if layerwise else eager.gradient(self._batch)
         self.passes = record.forward_passes
         gradients: dict[int, Tensor] = {}
-        if self._rates is not None:
-            trained = [p for group in eager.optimizer.param_groups for p in group["params"]]
-            descend(eager.optimizer, ((p, p.grad) for p in trained if p.grad is not None), self._rates)
+        if layerwise:
+            pass
+        elif self._rates is not None:
+            taught = [p for group in eager.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if is_plain_sgd(eager.optimizer):
+                descend(eager.optimizer, ((p, p.grad) for p in taught if p.grad is not None), self._rates)
+            else:
+                move(eager.optimizer, taught, self._rates)
         elif self._moves:
             eager.optimizer.step()
         else:
@@ -168,6 +194,11 @@ def _capturable(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of the optimizer reads nothing on the host."""
     groups = optimizer.param_groups
     return not has_step_hooks(optimizer) and all(group.get("capturable") and isinstance(group["lr"], Tensor) for group in groups)
+
+
+def _on_cpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all that is trained lies on the processor, where reading an optimizer's count of steps waits for nothing."""
+    return all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
 
 
 def clear(optimizer: torch.optim.Optimizer) -> None:

@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from forwardgrad.estimators import Estimate
 
 MOST_GRAPHS = 8  # graphs that a step may have: one for every shape of batch and setting of the model
 TRIES = 3  # steps in which a graph is compared with the eager step before it is given up: d may be near zero by chance
+NOISE = 30  # times its precision, a gradient is nothing else beside those of the other parameters
 GRAPH_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 Run = Callable[[StepSurvey], Estimate]
@@ -35,6 +37,10 @@ class Engine(ABC):
     the parameters' moves, the buffers and the state, each by its norm, have to agree to GRAPH_TOLERANCE of the least precise type that is
     computed in.
     Where there is no graph to be had, one warning says why, and steps are eager.
+
+    `preparing` is how many seconds went into graphs so far, and not into steps: a step in which a graph is made counts as long as the graph
+    takes for it, since all that is loaded and seen for the first time in it says nothing of the others. `fallback` says why some steps are
+    eager that should be graphs, and is empty where none are.
     """
 
     name: ClassVar[str]
@@ -46,7 +52,8 @@ class Engine(ABC):
         self._model: ModelSurvey | None = None
         self._again: tuple[Hashable, Run] | None = None
         self._late = set[Hashable]()
-        self._given_up = self._warned = False
+        self._given_up, self.fallback, self.preparing = False, "", 0.0
+        self._firsts: list[float] = []  # seconds that count of the steps in which a graph was made
 
     @abstractmethod
     def _build(self, survey: StepSurvey, batch: Batch, plan: Plan, moves: bool) -> tuple[Run, torch.dtype]:
@@ -58,6 +65,23 @@ class Engine(ABC):
 
     def take(self, batch: Batch) -> Estimate:
         """A whole step."""
+        return self._timed(self._taken, batch)
+
+    def gradient(self, batch: Batch) -> Estimate:
+        """The estimate of a step alone, in `.grad`: the optimizer is left to the caller."""
+        return self._timed(self._estimated, batch)
+
+    def _timed(self, call: Callable[[Batch], Estimate], batch: Batch) -> Estimate:
+        began, firsts = perf_counter(), len(self._firsts)
+        record = call(batch)
+        if len(self._firsts) > firsts:
+            self.preparing += perf_counter() - began - self._firsts[-1]
+        return record
+
+    def _estimated(self, batch: Batch) -> Estimate:
+        return self.step.gradient(batch) if self._given_up else self._part(batch, self.step.gradient, moves=False)
+
+    def _taken(self, batch: Batch) -> Estimate:
         if self._given_up:
             return self.step.eagerly(batch)
         if self._moves():  # asked anew at every step: an optimizer's settings may change
@@ -100,9 +124,10 @@ class Engine(ABC):
         """Take the step eagerly, make a graph of it, and take it once more with the graph; where that fails the eager step counts."""
         # The step is taken twice from the same start, so all that it changes is kept, put back between the two, and put back to what the
         # eager step left where the graph is not used: otherwise a step that was compared would count twice.
-        before = Snapshot(survey)
+        before, started = Snapshot(survey), perf_counter()
         with planned() as plan:
             record = eager(batch)
+        self._firsts.append(perf_counter() - started)
         before.keep_state()
         later = StepSurvey(self.step, batch)
         after, kept = Snapshot(later), False
@@ -115,9 +140,11 @@ class Engine(ABC):
                 warnings.simplefilter("ignore")
                 run, lowest = self._build(survey, batch, plan, moves)
                 before.restore()
+                started = perf_counter()
                 found = run(survey)
-            self._compare(record, found, before, after, moves, GRAPH_TOLERANCE.get(lowest, 1e-4))
-            self._runs[key], kept = run, True
+                graph_seconds = perf_counter() - started
+            self._compare(record, found, before, after, moves, lowest)
+            self._runs[key], self._firsts[-1], kept = run, graph_seconds, True
         except Different as reason:
             self._try(key, reason)
         except Untraceable as reason:
@@ -132,9 +159,9 @@ class Engine(ABC):
                 after.restore()
         return found if kept else record
 
-    def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, tolerance: float) -> None:
+    def _compare(self, record: Estimate, found: Estimate, before: Snapshot, after: Snapshot, moves: bool, lowest: torch.dtype) -> None:
         """Raise Different where what the graph just did is not what the eager step did."""
-        now = Snapshot(StepSurvey(self.step, Batch()))
+        now, tolerance = Snapshot(StepSurvey(self.step, Batch())), GRAPH_TOLERANCE.get(lowest, 1e-4)
         precision = torch.finfo(record.loss.dtype).eps
         # a difference of losses over a small step has their rounding in it, many times over
         blown = precision * float(record.loss.abs()) / getattr(self.step.estimator, "epsilon", math.inf)
@@ -142,7 +169,7 @@ class Engine(ABC):
         _close("the derivatives", [found.derivatives], [record.derivatives], tolerance, 8 * blown)
         scale = float(torch.linalg.vector_norm(record.derivatives.double())) if record.derivatives.numel() else 0.0
         relative = tolerance + (8 * blown / scale if scale else 0.0)
-        end = len(now.tensors)
+        end, noise = len(now.tensors), _noise(self.step.optimizer, min(tolerance, NOISE * torch.finfo(lowest).eps)) if moves else set()
         if not moves:
             one, other = ([g for _, g in shot.gradients if g is not None] for shot in (now, after))
             _close("the gradients", one, other, relative)
@@ -150,6 +177,8 @@ class Engine(ABC):
             if not value.is_floating_point():
                 if not torch.equal(value, got):
                     raise Different("a counter of the model or the state differs from the eager step's")
+                continue
+            if id(now.tensors[index]) in noise:
                 continue
             wide = torch.promote_types(value.dtype, torch.float32)
             rounding = 2 * torch.finfo(value.dtype).eps * _norm([value])
@@ -168,13 +197,19 @@ class Engine(ABC):
         self._warn(reason)
 
     def _warn(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self.fallback:
+            self.fallback = reason
             warnings.warn(f"engine={self.name!r} falls back to eager steps: {reason}", stacklevel=5)
 
 
 class Different(Exception):
     """How a graph differs from the eager step, as the end of a sentence."""
+
+
+def _noise(optimizer: torch.optim.Optimizer, relative: float) -> set[int]:
+    """Parameters whose gradient is rounding alone, as of a bias in front of batch normalisation: Adam makes moves of any size of it."""
+    means = {id(p): _norm([kept["exp_avg"]]) for p, kept in optimizer.state.items() if "exp_avg" in kept}
+    return {key for key, size in means.items() if size <= relative * math.hypot(*means.values())}
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

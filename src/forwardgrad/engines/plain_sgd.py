@@ -34,10 +34,14 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class Rate(NamedTuple):
-    """How the parameters of a group move: θ ← θ · keep − lr · ĝ. `keep` is 1 − γλ, or None without weight decay."""
+    """How the parameters of a group move: θ ← θ · keep − lr · ĝ. `keep` is 1 − γλ, or None without weight decay.
+
+    For Adam, `lr` is γ/(1 − β₁ᵗ) of the step t to come, and `root` 1/√(1 − β₂ᵗ).
+    """
 
     lr: float | Tensor
     keep: float | Tensor | None
+    root: float | Tensor | None = None
 
 
 def rates_of(optimizer: torch.optim.Optimizer) -> list[Rate]:
@@ -86,13 +90,11 @@ class HeldRates:
     def __init__(self) -> None:
         self._held: dict[tuple[int, str], tuple[float | None, Tensor]] = {}
 
-    def now(self, optimizer: torch.optim.Optimizer, device: torch.device) -> list[Rate]:
-        """The rates of each group, written to the tensors; nothing waits for the device."""
+    def written(self, rates: Sequence[Rate], device: torch.device) -> list[Rate]:
+        """These rates of each group in the tensors; nothing waits for the device."""
         return [
-            Rate(
-                self._write((index, "lr"), rate.lr, device), None if rate.keep is None else self._write((index, "keep"), rate.keep, device)
-            )
-            for index, rate in enumerate(rates_of(optimizer))
+            Rate(*(None if value is None else self._write((index, name), value, device) for name, value in rate._asdict().items()))  # type: ignore[arg-type]
+            for index, rate in enumerate(rates)
         ]
 
     def _write(self, key: tuple[int, str], value: float | Tensor, device: torch.device) -> Tensor:

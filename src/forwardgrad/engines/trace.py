@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from forwardgrad.engines.reads import Reads, Untraceable, located
+from forwardgrad.engines.updates import fold_updates
 
 aten = torch.ops.aten
 
@@ -56,11 +58,13 @@ def trace(step: Step, inputs: Sequence[Tensor]) -> Traced:
         with without_autocast():  # what it did is in the graph
             functional = make_fx(functionalize(graph, remove="mutations"))(*(t.detach() for t in (*inputs, *constants)))
     random = any(_tagged(node, torch.Tag.nondeterministic_seeded) for node in functional.graph.nodes)
+    _share_products(functional)
     _simplify(functional)
     _loosen_views(functional)
     # what is drawn in a graph is drawn in the order of memory, and a view by strides goes by it
     if not random and not any(node.target is aten.as_strided.default for node in functional.graph.nodes):
         _arrange_products(functional)
+    fold_updates(functional)
     types = {value.dtype for node in functional.graph.nodes if (value := _value(node)) is not None and value.is_floating_point()}
     lowest = max(types or {torch.float32}, key=lambda dtype: torch.finfo(dtype).eps)
     if lowest == torch.float32 and any(_as_tf32(node) for node in functional.graph.nodes):
@@ -147,6 +151,29 @@ _KEEP_ZERO = {
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.convolution.default}
 _CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 _MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+
+
+def _share_products(graph: GraphModule) -> None:
+    """Make a product of matrices once that is written down twice, as in two evaluations that begin with the same input.
+
+    What else is written twice stays: its memory may be meant to be freed in between, and the compiler makes it part of what uses it.
+    """
+    numbers: dict[str, Node] = {}  # by what they compute from the inputs: the first node that does
+    same: dict[Node, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target._schema.is_mutable:
+            break  # what the step changed is written at the end
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda arg: same.get(arg, arg))
+        first = numbers.setdefault(f"{node.target} {args} {kwargs}", node)
+        if first is not node:
+            same[node] = first
+            if node.target in (aten.mm.default, aten.addmm.default):
+                node.replace_all_uses_with(first)
+    graph.graph.eliminate_dead_code()
 
 
 def _simplify(graph: GraphModule) -> None:
