@@ -1,0 +1,4 @@
+from forwardgrad.integrations.accelerated import ForwardAccelerator as ForwardAccelerator
+from forwardgrad.integrations.hugging_face import ForwardTrainer as ForwardTrainer
+from forwardgrad.integrations.lightning_module import ForwardLightningModule as ForwardLightningModule
+from forwardgrad.integrations.source import GradientSource as GradientSource
