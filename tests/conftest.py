@@ -68,6 +68,12 @@ def untried_instructions() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_compiler_processes() -> None:
+    """A worker has one core: more processes of torch's compiler, which each load torch, would only wait for it."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_command_line() -> Iterator[None]:
     """The commands and their options are put together once, not at every call of the command line, most of which do little else."""
     with pytest.MonkeyPatch.context() as patch:

@@ -226,10 +226,20 @@ def test_files_are_short() -> None:
 def test_the_library_stands_alone() -> None:
     for module in (name for name in PATHS if not in_lab(name)):
         assert not [one for one in imports(module) if one.module.startswith("forwardgrad.lab")], module
-        assert outside(module) <= {"torch", "jaxtyping"} == distributions(), module
+        optional = OPTIONAL.get(module.rpartition(".")[0], set())
+        assert outside(module) - optional <= {"torch", "jaxtyping"} == distributions(), module
 
 
-OPTIONAL = {"forwardgrad.lab.tuning": {"optuna"}, "forwardgrad.lab.execution": {"ray"}, "forwardgrad.lab.training": {"tensorboard"}}
+OPTIONAL = {
+    "forwardgrad.integrations": {"accelerate", "lightning", "transformers"},
+    "forwardgrad.lab": {"pynvml"},  # of lab.energy
+    "forwardgrad.lab.tuning": {"optuna"},
+    "forwardgrad.lab.execution": {"ray"},
+    "forwardgrad.lab.training": {"tensorboard"},
+    "forwardgrad.lab.finetuning": {"transformers", "peft", "safetensors"},
+    "forwardgrad.lab.data": {"tokenizers"},
+    "forwardgrad.lab.models": {"safetensors"},
+}
 
 
 def test_the_lab_imports_only_what_its_extras_install() -> None:

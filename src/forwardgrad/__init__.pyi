@@ -23,21 +23,33 @@ from forwardgrad.estimators import LearnedFeedback as LearnedFeedback
 from forwardgrad.estimators import LocalLosses as LocalLosses
 from forwardgrad.estimators import Readout as Readout
 from forwardgrad.estimators import ZerothOrder as ZerothOrder
+from forwardgrad.forward_mode import differences as differences
 from forwardgrad.forward_mode import directional_derivatives as directional_derivatives
 from forwardgrad.forward_mode import plainly as plainly
 from forwardgrad.gradient import estimate_grad_ as estimate_grad_
 from forwardgrad.gradient import estimate_grads_ as estimate_grads_
+from forwardgrad.journal import JournalError as JournalError
+from forwardgrad.journal import StepLog as StepLog
 from forwardgrad.objective import Objective as Objective
 from forwardgrad.optim import Nesterov as Nesterov
+from forwardgrad.optim import ReplayedAdam as ReplayedAdam
+from forwardgrad.optim import ReplayedSGD as ReplayedSGD
 from forwardgrad.optim import cap_step as cap_step
 from forwardgrad.perturbations import PERTURBATIONS as PERTURBATIONS
 from forwardgrad.perturbations import Activity as Activity
 from forwardgrad.perturbations import Cheapest as Cheapest
 from forwardgrad.perturbations import Dense as Dense
+from forwardgrad.perturbations import Informed as Informed
 from forwardgrad.perturbations import LowRank as LowRank
 from forwardgrad.perturbations import PerExample as PerExample
 from forwardgrad.perturbations import Perturbation as Perturbation
+from forwardgrad.perturbations import Sparse as Sparse
+from forwardgrad.perturbations import SplitWeights as SplitWeights
+from forwardgrad.pipeline import PipelineStep as PipelineStep
+from forwardgrad.pipeline import split_stages as split_stages
 from forwardgrad.processes import independent_ranks as independent_ranks
+from forwardgrad.ranks import Distributed as Distributed
+from forwardgrad.replaying import replay as replay
 from forwardgrad.training_step import TrainingStep as TrainingStep
 
 __version__: str

@@ -39,7 +39,7 @@ def write(root: Path, files: dict[str, bytes], packed: bool) -> Path:
 
 def read_small(root: Path, known: dict[str, str] | None = None) -> list[torch.Tensor]:
     train, test = read_mnist(root, COUNTS, SIZE, known or {})
-    return [train.images, train.labels, test.images, test.labels]
+    return [train.inputs, train.labels, test.inputs, test.labels]
 
 
 def batch(n: int = 3, protocol: int = 4, **change: object) -> bytes:
