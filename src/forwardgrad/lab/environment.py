@@ -16,6 +16,8 @@ import torch
 import forwardgrad
 from forwardgrad.lab.errors import UserError
 
+SAME_MACHINE = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
+
 
 def device(name: str) -> torch.device:
     """The torch device of this name; UserError for an unknown name, or a GPU that is not there."""

@@ -16,8 +16,8 @@ from forwardgrad.lab.errors import UserError
 
 def test_a_batch_is_read_as_written() -> None:
     split = parse_batch(batch(3), 3)
-    assert np.array_equal(split.images.reshape(3, -1).numpy(), np.random.default_rng(3).integers(0, 256, (3, 3072)))
-    assert split.images.shape == (3, 3, 32, 32)
+    assert np.array_equal(split.inputs.reshape(3, -1).numpy(), np.random.default_rng(3).integers(0, 256, (3, 3072)))
+    assert split.inputs.shape == (3, 3, 32, 32)
     assert split.labels.tolist() == [0, 1, 2]
 
 

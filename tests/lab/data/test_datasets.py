@@ -23,23 +23,23 @@ def test_digits_are_split_without_loss_or_overlap() -> None:
     assert [len(s) for s in splits] == [1077, 360, 360]
     assert digits.shape == (1, 8, 8)
     assert digits.classes == 10
-    assert all(s.images.dtype == torch.uint8 and s.labels.dtype == torch.int64 for s in splits)
+    assert all(s.inputs.dtype == torch.uint8 and s.labels.dtype == torch.int64 for s in splits)
 
     def rows(images: torch.Tensor, labels: torch.Tensor) -> list[list[int]]:
         return sorted(torch.cat([images.reshape(len(labels), -1).long(), labels[:, None]], 1).tolist())
 
     whole = load_digits()
     expected = rows(torch.from_numpy(whole.images), torch.from_numpy(whole.target))
-    assert rows(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits])) == expected
+    assert rows(torch.cat([s.inputs for s in splits]), torch.cat([s.labels for s in splits])) == expected
 
 
 def test_pixels_lie_in_zero_to_one_and_reach_both_ends() -> None:
     digits = datasets.load("digits", seed=0)
-    pixels = digits.pixels(digits.train.images)
+    pixels = digits.for_model(digits.train.inputs)
     assert pixels.dtype == torch.float32
     assert (pixels.min(), pixels.max()) == (0, 1)
     other = Dataset("mnist", 10, digits.train, digits.validation, digits.test)
-    assert torch.equal(other.pixels(torch.tensor([0, 51, 255], dtype=torch.uint8)), torch.tensor([0, 0.2, 1]))
+    assert torch.equal(other.for_model(torch.tensor([0, 51, 255], dtype=torch.uint8)), torch.tensor([0, 0.2, 1]))
 
 
 def test_the_seed_decides_the_split_and_the_global_generator_is_left_alone() -> None:
@@ -47,14 +47,14 @@ def test_the_seed_decides_the_split_and_the_global_generator_is_left_alone() -> 
     before = torch.get_rng_state()
     first, again, other = (datasets.load("digits", seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.train.images, again.train.images)
+    assert torch.equal(first.train.inputs, again.train.inputs)
     assert torch.equal(first.test.labels, again.test.labels)
-    assert not torch.equal(first.train.images, other.train.images)
-    assert torch.equal(first.test.images, other.test.images)  # no seed sees another's test images in training
+    assert not torch.equal(first.train.inputs, other.train.inputs)
+    assert torch.equal(first.test.inputs, other.test.inputs)  # no seed sees another's test images in training
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(run.stream(0, "split")))
     parts = divide(torch.arange(1797), torch.arange(1797), (1077, 360, 360), seed=0)
-    assert torch.equal(torch.cat([p.images for p in parts]), order)
-    assert all(torch.equal(p.images, p.labels) for p in parts)
+    assert torch.equal(torch.cat([p.inputs for p in parts]), order)
+    assert all(torch.equal(p.inputs, p.labels) for p in parts)
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +81,11 @@ def test_published_mnist_unpacked_loads_too(data_dir: Path, tmp_path: Path) -> N
     # The mean brightness of the 60,000 official training images, and their count by label.
     everything = torch.cat([mnist.train.labels, mnist.validation.labels])
     assert everything.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    total = sum(int(s.images.sum(dtype=torch.int64)) for s in (mnist.train, mnist.validation))
+    total = sum(int(s.inputs.sum(dtype=torch.int64)) for s in (mnist.train, mnist.validation))
     assert total / (60_000 * 784 * 255) == pytest.approx(0.1307, abs=5e-5)
     other = datasets.load("mnist", 1, data_dir=tmp_path)
     assert not torch.equal(mnist.train.labels, other.train.labels)
-    assert torch.equal(mnist.test.images, other.test.images)
+    assert torch.equal(mnist.test.inputs, other.test.inputs)
 
 
 def test_published_cifar_loads(data_dir: Path) -> None:
@@ -94,6 +94,6 @@ def test_published_cifar_loads(data_dir: Path) -> None:
     assert cifar.shape == (3, 32, 32)
     assert cifar.test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     assert torch.cat([cifar.train.labels, cifar.validation.labels]).bincount().tolist() == [5000] * 10
-    sums = [s.images.sum((0, 2, 3), dtype=torch.int64) for s in (cifar.train, cifar.validation)]
+    sums = [s.inputs.sum((0, 2, 3), dtype=torch.int64) for s in (cifar.train, cifar.validation)]
     means = ((sums[0] + sums[1]) / (50_000 * 32 * 32 * 255)).tolist()
     assert means == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)

@@ -1,7 +1,11 @@
+from forwardgrad.lab.data.augmentation import crop_flip as crop_flip
+from forwardgrad.lab.data.augmentation import draws_of_epoch as draws_of_epoch
 from forwardgrad.lab.data.datasets import load as load
+from forwardgrad.lab.data.extras import need as need
 from forwardgrad.lab.data.fetching import fetch as fetch
 from forwardgrad.lab.data.files import folder as folder
 from forwardgrad.lab.data.files import verify as verify
+from forwardgrad.lab.data.packages import MINILM as MINILM
 from forwardgrad.lab.data.splits import Dataset as Dataset
 from forwardgrad.lab.data.splits import Split as Split
 from forwardgrad.lab.data.splits import divide as divide

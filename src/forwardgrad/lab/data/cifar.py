@@ -31,7 +31,7 @@ def read_cifar(root: Path, count: int = 10_000, known: Mapping[str, str] = files
             return parse_batch(content, count)
 
     batches = [batch(f"cifar-10-batches-py/data_batch_{i}") for i in range(1, 6)]
-    train = Split(torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]))
+    train = Split(torch.cat([b.inputs for b in batches]), torch.cat([b.labels for b in batches]))
     return train, batch("cifar-10-batches-py/test_batch")
 
 

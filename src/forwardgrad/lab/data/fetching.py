@@ -12,6 +12,7 @@ from pathlib import Path
 
 from forwardgrad.lab.data import files
 from forwardgrad.lab.data.extras import need
+from forwardgrad.lab.data.texts import TEXTS
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import run
 
@@ -45,6 +46,7 @@ def _mnist(part: str, size: int, md5: str) -> Download:
 
 SOURCES: Mapping[str, tuple[Download, ...]] = {
     "digits": (),  # comes with scikit-learn
+    **dict.fromkeys(TEXTS, ()),  # come with packages
     "mnist": (
         _mnist("train-images-idx3", 9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
         _mnist("train-labels-idx1", 28_881, "d53e105ee54ea40749a09fcbcd1e9432"),

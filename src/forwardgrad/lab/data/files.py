@@ -26,6 +26,9 @@ LARGEST = 1 << 26  # bytes; no official file, unpacked, is larger
 # The md5 of every official file's content. MNIST's are of the unpacked files, so that it does not matter who packed them.
 KNOWN: Mapping[str, Mapping[str, str]] = {
     "digits": {},
+    "movie-reviews": {},
+    "movie-reviews-16": {},
+    "drug-reviews": {},
     "mnist": {
         "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from forwardgrad.lab import models
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.training import models
 
 MNIST, CIFAR, DIGITS = (1, 28, 28), (3, 32, 32), (1, 8, 8)
 

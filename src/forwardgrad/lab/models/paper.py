@@ -18,7 +18,7 @@ from forwardgrad.lab.errors import UserError
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network `name` for images of `shape` (channels, height, width)."""
+    """The paper's network `name` for images of `shape` (channels, height, width)."""
     if name == "logistic":
         return _dense(shape, (), classes)
     if name == "mlp":
