@@ -10,13 +10,27 @@ import typer
 
 from forwardgrad import __version__
 from forwardgrad.lab import interrupts
-from forwardgrad.lab.commands import INTERRUPTED, MISTAKE, STATUSES, checking, datasets, measuring, reading, studies, training
+from forwardgrad.lab.commands import (
+    INTERRUPTED,
+    MISTAKE,
+    STATUSES,
+    checking,
+    datasets,
+    finetuning,
+    measuring,
+    reading,
+    records,
+    replaying,
+    studies,
+    training,
+)
 from forwardgrad.lab.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 for command in (
     training.train,
     training.tune,
+    finetuning.finetune,
     studies.study,
     studies.reproduce,
     training.demo,
@@ -24,9 +38,11 @@ for command in (
     measuring.bench,
     measuring.estimators,
     measuring.quality,
+    measuring.layers,
     reading.report,
     reading.watch,
     reading.pack,
+    replaying.replay,
 ):
     app.command()(command)
 app.command("list")(reading.list_runs)
@@ -34,6 +50,13 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Downlo
 for command in (datasets.fetch, datasets.verify):
     data_app.command()(command)
 app.add_typer(data_app, name="data")
+record_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Records of training without a backward pass: list, claim, verify."
+)
+record_app.command("list")(records.list_records)
+record_app.command("claim")(records.claim_record)
+record_app.command("verify")(records.verify_record)
+app.add_typer(record_app, name="record")
 
 
 def main() -> None:

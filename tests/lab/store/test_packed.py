@@ -21,9 +21,9 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import dispatch
 from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.recipes import noise, paper
-from forwardgrad.lab.report import document
+from forwardgrad.lab.report import document, thinning
 from forwardgrad.lab.report.figures import plots
-from forwardgrad.lab.report.sections import comparison_figures, thinning
+from forwardgrad.lab.report.sections import comparison_figures
 from forwardgrad.lab.statistics import stats, summary, walk
 from forwardgrad.lab.store import catalogue, packing, results
 from forwardgrad.lab.store.files import PACKED

@@ -40,12 +40,12 @@ def test_an_option_that_came_later_is_described_only_where_it_is_used() -> None:
     usual = to_json(RUN)["optimizer"]
     assert usual.keys() == {"name", "lr", "decay", "momentum", "beta1", "beta2"}
     identities = {RUN.identity}
-    for option, value in (("weight_decay", 0.1), ("anneal", True), ("cap", 0.01)):
+    for option, value in (("weight_decay", 0.1), ("anneal", True), ("cap", 0.01), ("warm_up", 5)):
         run = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, **{option: value}))  # type: ignore[arg-type]
         assert to_json(run)["optimizer"] == {**usual, option: value}
         assert from_json(json.loads(json.dumps(to_json(run)))) == run
         identities.add(run.identity)
-    assert len(identities) == 4
+    assert len(identities) == 5
 
 
 def test_identity_is_stable_and_sees_every_field() -> None:
@@ -66,6 +66,9 @@ def test_identity_is_stable_and_sees_every_field() -> None:
             {"steps": 7},
             {"loss": "mine:loss"},
             {"code": "0123456789ab"},
+            {"augment": "crop-flip"},
+            {"label_smoothing": 0.1},
+            {"evaluate_every": 100},
         )
     ]
     assert len({run.identity for run in [RUN, *changed]}) == 1 + len(changed) == 1 + len(dataclasses.fields(Run))

@@ -16,6 +16,7 @@ from forwardgrad.lab.studies import import_path
 from forwardgrad.lab.studies.run import Optimizer, Run, from_json, to_json
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.loop import train
+from forwardgrad.lab.training.training import Training
 
 MODULE = """
 from dataclasses import dataclass
@@ -246,5 +247,54 @@ def test_data_of_ones_own_are_split_by_the_seed(module: Callable[..., str]) -> N
     given = [builders.dataset(described(name, seed=seed), torch.device("cpu")) for seed in (0, 0, 1)]
     assert [len(split) for split in (given[0].train, given[0].validation, given[0].test)] == [100, 20, 10]
     assert given[0].classes == 2
-    assert torch.equal(given[0].validation.images, given[1].validation.images)
-    assert not torch.equal(given[0].validation.images, given[2].validation.images)
+    assert torch.equal(given[0].validation.inputs, given[1].validation.inputs)
+    assert not torch.equal(given[0].validation.inputs, given[2].validation.inputs)
+
+
+def test_what_is_frozen_is_neither_trained_nor_counted(tmp_path: Path) -> None:
+    """Of a network whose first layer is frozen, norms, steps and numbers are those of the second."""
+    (tmp_path / "frozen.py").write_text(
+        "from torch import nn\n"
+        "def network(shape, classes):\n"
+        "    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, classes))\n"
+        "    model[1].requires_grad_(False)\n"
+        "    return model\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        optimizer = Optimizer("sgd", 0.1, weight_decay=0.5)
+        run = import_path.signed(Run("digits", "frozen:network", {"name": "backprop"}, optimizer, batch_size=512, steps=2))
+        dataset = builders.dataset(run, torch.device("cpu"))
+        training = Training.begin(run, dataset, torch.device("cpu"))
+        model = training.state.model
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        training.step_measured(with_memory=False)
+        moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+        assert {name for name, change in moved.items() if change.any()} == {"3.weight", "3.bias"}
+        size, way = (sum(float(t.square().sum()) for t in (a["3.weight"], a["3.bias"])) ** 0.5 for a in (before, moved))
+        assert training.state.start == pytest.approx(size)
+        assert training.state.strides == [pytest.approx(way / size)]
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_texts_of_a_user_train_a_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    """Every text holds the token of its class, so the last layer of a network that reads tokens tells them apart."""
+    (tmp_path / "own_texts.py").write_text(
+        "import torch\n"
+        "def texts(seed):\n"
+        "    generator = torch.Generator().manual_seed(seed)\n"
+        "    ids = torch.randint(10, 40, (90, 6), generator=generator)\n"
+        "    labels = torch.arange(90) % 3\n"
+        "    ids[:, 2] = 50 + labels\n"
+        "    ids[::2, 4:] = 0\n"
+        "    return {'train': (ids[:60], labels[:60]), 'test': (ids[60:], labels[60:])}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    optimizer = Optimizer("adam", 3e-3)
+    run = Run("own_texts:texts", "bert-1x64", {"name": "readout"}, optimizer, batch_size=20, steps=40, precision=precision)
+    result = train(import_path.signed(run), tmp_path / "run")
+    assert (result["status"], result["test"]["examples"]) == ("finished", 30)
+    assert result["test"]["balanced_accuracy"] == result["test"]["accuracy"]  # as many texts of each class
+    assert result["test"]["accuracy"] > 0.6

@@ -14,11 +14,11 @@ from torch import Generator, Tensor
 
 from forwardgrad.engines import eager
 from forwardgrad.estimators import Backprop, Estimate, Estimator, configuration
-from forwardgrad.lab import store
+from forwardgrad.lab import models, store
 from forwardgrad.lab.data import datasets
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies.run import Optimizer, Run, stream
-from forwardgrad.lab.training import builders, divergence, evaluation, loop, models, schedule, training
+from forwardgrad.lab.training import builders, divergence, evaluation, loop, schedule, training
 from forwardgrad.lab.training.training import Training
 from forwardgrad.objective import Objective
 from forwardgrad.optim.nesterov import Nesterov
@@ -50,14 +50,14 @@ def test_backprop_is_the_loop_anyone_would_write(tmp_path: Path) -> None:
         for batch in order.split(64):
             optimizer.param_groups[0]["lr"] = 0.5 * math.exp(-1e-3 * len(losses))
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(digits.train.images[batch].float() / 16), digits.train.labels[batch])
+            loss = F.cross_entropy(model(digits.train.inputs[batch].float() / 16), digits.train.labels[batch])
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
     assert result["steps"] == len(losses) == 3 * 17
     assert store.read_table(tmp_path / "losses.csv.gz")["loss"] == pytest.approx(losses, rel=1e-5)
     with torch.no_grad():
-        logits = model(digits.test.images.float() / 16)
+        logits = model(digits.test.inputs.float() / 16)
     assert result["test"]["loss"] == pytest.approx(float(F.cross_entropy(logits.double(), digits.test.labels)), rel=1e-5)
     assert result["test"]["accuracy"] == float((logits.argmax(1) == digits.test.labels).double().mean())
     assert result["test"]["examples"] == 360
@@ -94,7 +94,7 @@ def test_an_estimator_remembers_from_step_to_step_and_its_passes_are_counted(
 ) -> None:
     states = []
     finish = loop.finish
-    monkeypatch.setattr(loop, "finish", lambda training, *rest: states.append(training.state) or finish(training, *rest))
+    monkeypatch.setattr(loop, "finish", lambda training, *rest, **how: states.append(training.state) or finish(training, *rest, **how))
     result = loop.train(dataclasses.replace(RUN, estimator=remembering), tmp_path)
     assert int(states[0].memory["count"]) == result["steps"] == 51
     assert set(states[0].memory) == {"count", "model.1.weight", "model.1.bias"}
@@ -178,7 +178,7 @@ def test_weight_decay_annealing_and_cap_are_their_formulas(tmp_path: Path, name:
 
             def closure(batch: Tensor = batch) -> Tensor:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(model(digits.train.images[batch].float() / 16), digits.train.labels[batch])
+                loss = F.cross_entropy(model(digits.train.inputs[batch].float() / 16), digits.train.labels[batch])
                 loss.backward()
                 return loss.detach()
 
@@ -388,3 +388,9 @@ def test_mnist_trains(tmp_path: Path, data_dir: Path) -> None:
     assert result["steps"] == 782
     assert result["test"]["examples"] == 10_000
     assert 0.88 < result["test"]["accuracy"] < 0.93  # logistic regression after one epoch
+
+
+def test_the_balanced_accuracy_is_the_mean_of_every_classs_share() -> None:
+    right = torch.tensor([True, True, True, False, False, True])
+    assert evaluation.balanced_accuracy(right, torch.tensor([0, 0, 0, 0, 2, 2])) == pytest.approx((0.75 + 0.5) / 2)
+    assert math.isnan(evaluation.balanced_accuracy(torch.full((6,), math.nan), torch.zeros(6)))

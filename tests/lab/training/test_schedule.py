@@ -1,5 +1,7 @@
 """When a run is looked at: counts of steps alone decide, by hand on small schedules."""
 
+import dataclasses
+
 import pytest
 
 from forwardgrad.lab.studies.run import Optimizer, Run
@@ -11,6 +13,7 @@ RUN = Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), epo
 def test_epochs_or_steps_say_how_long_a_run_is() -> None:
     assert Schedule.of(RUN, 1077) == Schedule(per_epoch=17, total=51)
     assert Schedule.of(Run("digits", "logistic", {"name": "backprop"}, Optimizer("sgd", 0.1), steps=20), 1077) == Schedule(17, 20)
+    assert Schedule.of(dataclasses.replace(RUN, evaluate_every=5), 1077) == Schedule(17, 51, 5)
 
 
 @pytest.mark.parametrize(
@@ -21,8 +24,18 @@ def test_epochs_or_steps_say_how_long_a_run_is() -> None:
         (Schedule(300, 600), {50, 100, 200, 300, 600}),
         (Schedule(300, 70), {50, 70}),
         (Schedule(1, 250), {*range(3, 250, 3), 250}),
+        (Schedule(17, 50, 20), {20, 40, 50}),
+        (Schedule(17, 40, 20), {20, 40}),
     ],
-    ids=["every epoch", "and the end", "early ones", "shorter than an epoch", "a hundred at most"],
+    ids=[
+        "every epoch",
+        "and the end",
+        "early ones",
+        "shorter than an epoch",
+        "a hundred at most",
+        "as the run says",
+        "as the run says, once at the end",
+    ],
 )
 def test_a_run_is_evaluated_early_after_epochs_and_at_its_end(schedule: Schedule, evaluations: set[int]) -> None:
     assert schedule.evaluations == evaluations

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from tests.lab.studies.test_study import Fake, arm
+from tests.support.stored import put
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.store.files import write_table
+from forwardgrad.lab.store.run_files import write_result
 from forwardgrad.lab.store.schema import read_study
 from forwardgrad.lab.store.store import Store
 from forwardgrad.lab.studies.length import Length, Pace, paced_alike
@@ -115,7 +118,7 @@ def test_seconds_and_forward_passes_become_steps_by_the_pace_of_each_arm_measure
     record = run_study(study, Store(tmp_path), fake, "command", pace=pace)
     trials, finals = fake.calls
     assert [run.steps for run in trials] == [100, 100, 25, 25]
-    assert [run.steps for run in finals] == [200, 200, 300, 300]
+    assert [(run.seed, run.steps) for run in finals] == [(0, 200), (0, 300), (1, 200), (1, 300)]  # a seed of every arm, then the next
     assert len(asked) == 2
     assert record["arms"][0]["budget"] == {"trials": 2, "seconds": 1.0}
     again = Fake(lambda _: 1.0)
@@ -222,3 +225,43 @@ def test_points_where_optuna_sees_a_run_diverge_are_told_as_failed(tmp_path: Pat
 def test_the_stored_record_is_plain_json(tmp_path: Path) -> None:
     run_study(Study("s", "S", (arm("a", **RATES),), trials=3, sampler="halton"), Store(tmp_path), near(0.1), "c")
     assert json.loads((tmp_path / "studies" / "s.json").read_text())["arms"][0]["name"] == "a"
+
+
+@pytest.mark.parametrize("sampler", ["grid", "optuna"])
+def test_trials_are_chosen_by_what_the_study_compares(tmp_path: Path, sampler: Any) -> None:
+    """Loss, accuracy and time each have another winner; of equal accuracies the lesser loss decides."""
+    # loss, accuracy at the end, seconds to 0.9 (the run of 0.4 never comes there, and that of 0.1 not with the margin)
+    ends = {0.1: (0.5, 0.901, 1.0), 0.2: (0.9, 0.95, 3.0), 0.3: (0.8, 0.95, 4.0), 0.35: (1.0, 0.93, 2.0), 0.4: (0.6, 0.89, 9.0)}
+
+    def chosen(by: Any, **options: Any) -> tuple[float, Any]:
+        store = Store(tmp_path / by)
+
+        def execute(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+            for run in runs:
+                loss, accuracy, seconds = ends[run.optimizer.lr]
+                put(store, run, loss, accuracy=accuracy)
+                rows = [[1, 1, seconds / 2, loss, 0.5], [2, 2, seconds, loss, accuracy], [3, 3, 9 * seconds, loss, accuracy]]
+                header = ["step", "epoch", "seconds", "validation_loss", "validation_accuracy"]
+                write_table(store.folder(run.identity) / "evaluations.csv", header, rows)
+                write_result(store.folder(run.identity), store.result(run.identity) or {})
+            return {run.identity: store.result(run.identity) or {} for run in runs}
+
+        trials = 16 if sampler == "optuna" else None
+        study = Study("s", "S", (arm(lr=tuple(ends)),), 1, trials=trials, sampler=sampler, chosen_by=by, **options)
+        run_study(study, store, execute, "command")
+        (found,) = read_study(store.root / "studies" / "s.json")["arms"]
+        return found["chosen"]["values"]["lr"], found.get("chosen_by")
+
+    assert chosen("loss") == (0.1, None)
+    assert chosen("accuracy") == (0.3, "accuracy")
+    assert chosen("time", target=0.9, margin=0.01) == (0.35, "time")
+
+
+def test_time_needs_a_target_and_a_target_time() -> None:
+    with pytest.raises(UserError, match=r"way to choose a trial.*loss, accuracy, time"):
+        Study("s", "S", (arm(lr=(0.1,)),), chosen_by="end")  # type: ignore[arg-type]
+    for options in ({"chosen_by": "time"}, {"target": 0.9}):
+        with pytest.raises(UserError, match="give both, or none"):
+            Study("s", "S", (arm(lr=(0.1,)),), **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a share of the validation split"):
+        Study("s", "S", (arm(lr=(0.1,)),), chosen_by="time", target=98.0)

@@ -43,7 +43,7 @@ class Cluster:
             _join(self._ray, self.place)
         if not self._fit():
             self.close()
-            need = f"{place.share} cores" + (f" and {place.gpu_share:g} of a GPU" if place.gpu_share else "")
+            need = f"{place.share * place.ranks} cores" + (f" and {place.gpu_share:g} of a GPU" if place.gpu_share else "")
             raise UserError(f"no node of the Ray cluster has what a run needs, {need}: ask for less with --threads, --jobs or --gpus")
 
     @property
@@ -56,7 +56,7 @@ class Cluster:
 
     def _fit(self) -> int:
         """How many units the nodes have room for."""
-        cores, gpus, count = self.place.share, self.place.gpu_share, 0
+        cores, gpus, count = self.place.share * self.place.ranks, self.place.gpu_share, 0
         for has in (node["Resources"] for node in self._nodes()):
             fit = int(has.get("CPU", 0) // cores)
             count += min(fit, int(has.get("GPU", 0) / gpus)) if gpus else fit
@@ -69,7 +69,8 @@ class Cluster:
         root = store.root.resolve()
         if root not in self._tokens:
             self._show(root)
-        needs = {"num_cpus": self.place.share, "num_gpus": self.place.gpu_share, "max_retries": 0}  # who counts tries is `execute`
+        cores = self.place.share * self.place.ranks
+        needs = {"num_cpus": cores, "num_gpus": self.place.gpu_share, "max_retries": 0}  # who counts tries is `execute`
         task = self._ray.remote(_task).options(**needs, name="forwardgrad")
         self._running[task.remote(unit, root, self._tokens[root], self.place, sys.argv)] = unit
 
@@ -139,7 +140,7 @@ def _join(ray: Any, place: Place) -> None:
     """Join the cluster at the place's address, or start an instance on this machine; quietly."""
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if place.address is None:
-        instance = {"num_cpus": place.jobs * place.share, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+        instance = {"num_cpus": place.jobs * place.share * place.ranks, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
         ray.init(address="local", **instance, **options)
     else:
         try:

@@ -50,7 +50,7 @@ def _retry(run: Run, store: Store) -> None:
 
 def _units(runs: list[Run], store: Store, place: Place) -> list[Unit]:
     """What one worker does at a time: a run, or several as one program."""
-    if not (place.device.startswith("cuda") if place.batched is None else place.batched):
+    if place.ranks > 1 or not (place.device.startswith("cuda") if place.batched is None else place.batched):
         return [(run,) for run in runs]
     from forwardgrad.lab.training import plan
 

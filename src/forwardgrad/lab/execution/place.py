@@ -14,6 +14,12 @@ from forwardgrad.lab.studies import check_choice
 ExecutorName = Literal["process", "ray"]
 
 
+def launched() -> int:
+    """How many ranks torchrun, or whoever sets its variables, started for this command; 1 where none were."""
+    given = os.environ.get("WORLD_SIZE", "")
+    return int(given) if given.isdecimal() and int(given) and "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
+
+
 @dataclass(frozen=True)
 class Place:
     """Where runs are executed: the device, the data folder, and how runs share processors and GPUs.
@@ -32,6 +38,9 @@ class Place:
         path: a folder whose modules every worker can import.
         retry_failed: whether failed results are deleted, each once, and their runs begun again.
         tensorboard: whether every run also writes events for TensorBoard, in the store's folder of that name.
+        keep_weights: whether final runs leave their weights in their folders.
+        ranks: processes that train one run together, each a part of every batch.
+        log: whether runs leave the numbers of their steps in their folders, from which they can be taken again.
         checkpoint_seconds: between two checkpoints of a run.
     """
 
@@ -46,6 +55,9 @@ class Place:
     path: Path | None = None
     retry_failed: bool = False
     tensorboard: bool = False
+    keep_weights: bool = False
+    ranks: int = 1
+    log: bool = False
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -54,6 +66,10 @@ class Place:
             raise UserError(f"the number of jobs must be at least 1, not {self.jobs}")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {self.threads}")
+        if self.ranks < 1:
+            raise UserError(f"the number of ranks must be at least 1, not {self.ranks}")
+        if self.ranks > 1 and self.batched:
+            raise UserError("--batched makes one program of many runs, and --ranks divides one run among processes: leave one of them out")
         if self.executor == "ray":
             self._check_ray()
         elif self.address is not None or self.gpus is not None:
@@ -68,21 +84,30 @@ class Place:
             raise UserError(f"a run takes a whole GPU or a part of one: --gpus must be above 0 and at most 1, not {self.gpus}")
 
     @property
+    def alone(self) -> bool:
+        """Whether a run has the machine to itself, as far as this place decides."""
+        return self.executor == "process" and self.jobs == 1
+
+    @property
     def share(self) -> int:
-        """The cores of a run that has others beside it."""
-        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        """The cores of a run, or of each of its ranks, that has others beside it."""
+        return self.threads or max(1, (os.cpu_count() or 1) // (self.jobs * self.ranks))
 
     def at_a_time(self, runs: int) -> int:
         """How many of so many runs make progress at full speed: no more than there are jobs, nor than have cores here to themselves."""
-        fit = self.jobs if self.executor == "ray" else max(1, (os.cpu_count() or 1) // self.share)
+        fit = self.jobs if self.executor == "ray" else max(1, (os.cpu_count() or 1) // (self.share * self.ranks))
         return max(1, min(self.jobs, runs, fit))
 
     @property
     def crowded(self) -> str:
         """What to say where runs get in one another's way, empty where each has its cores."""
-        if self.jobs == self.at_a_time(self.jobs):
+        cores = os.cpu_count() or 1
+        if self.jobs == self.at_a_time(self.jobs) and (self.executor == "ray" or self.jobs * self.ranks * self.share <= cores):
             return ""
         each = f" of {self.share} threads each" if self.share > 1 else ""
+        if self.ranks > 1:
+            many = f"{self.jobs} jobs of {self.ranks} ranks" if self.jobs > 1 else f"{self.ranks} ranks"
+            return f"{many}{each} are more than this machine's {os.cpu_count()} cores: they slow one another down"
         return f"{self.jobs} runs at a time{each} are more than this machine's {os.cpu_count()} cores: they slow one another down"
 
     @property

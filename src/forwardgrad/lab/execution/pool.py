@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +17,7 @@ from multiprocessing import get_context, resource_tracker
 from pebble import ProcessExpired, ProcessPool
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.execution.children import follow_parent, how
 from forwardgrad.lab.execution.place import Place
 from forwardgrad.lab.execution.unit import GpuLost, Reply, Unit, WorkerDied, train_unit
 from forwardgrad.lab.store import Store
@@ -56,7 +55,7 @@ class Pool:
     def _schedule(self, unit: Unit, store: Store) -> Future[Reply]:
         if self._pool is None:
             context = get_context("spawn")
-            self._pool = ProcessPool(self._processes, initializer=_follow_parent, initargs=(os.getpid(),), context=context)
+            self._pool = ProcessPool(self._processes, initializer=follow_parent, initargs=(os.getpid(),), context=context)
         return self._pool.schedule(_train_unit, args=(unit, store, self.place))
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
@@ -103,17 +102,6 @@ def _train_unit(unit: Unit, store: Store, place: Place) -> Reply:
     return reply
 
 
-def how(code: int) -> str:
-    """How a process ended, of its exit code."""
-    if code >= 0:
-        return f"ended with status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}" + (", as is done where memory runs out" if -code == signal.SIGKILL else "")
-
-
 @contextmanager
 def _unheard() -> Iterator[None]:
     """Start processes that a terminal's Ctrl-C does not reach, for this one decides: they inherit what is blocked here, as threads do."""
@@ -123,14 +111,3 @@ def _unheard() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _follow_parent(parent: int) -> None:
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-
-
-def _follow(parent: int) -> None:
-    """End this worker once its parent is gone: nobody would take its results, and its runs would stay locked."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution.place import Place
+from forwardgrad.lab.execution.place import Place, launched
+from forwardgrad.lab.lockstep import RankLost
 from forwardgrad.lab.store import Busy, Store, failure
 from forwardgrad.lab.studies import Run
 from forwardgrad.lab.training import allocation
@@ -49,6 +50,8 @@ def train_unit(unit: Unit, store: Store, place: Place) -> Reply:
     try:
         with _at_home(place):
             return _train(unit, store, place)
+    except RankLost as error:
+        return error if place.alone else WorkerDied(f"lost a rank ({error.how})")
     except (UserError, OSError) as error:
         return error
     except (Exception, SystemExit) as error:
@@ -102,6 +105,7 @@ def _gpu_is_lost(device: str) -> bool:
 def _train(unit: Unit, store: Store, place: Place) -> Results:
     options: Any = {"device": place.device, "data_dir": place.data_dir, "checkpoint_seconds": place.checkpoint_seconds}
     options["tensorboard"] = store.root / "tensorboard" if place.tensorboard else None
+    options |= {"keep_weights": place.keep_weights, "alone": place.alone}
     if len(unit) > 1:
         from forwardgrad.lab.training import batched
 
@@ -109,7 +113,13 @@ def _train(unit: Unit, store: Store, place: Place) -> Results:
     from forwardgrad.lab.training import train
 
     (run,) = unit
-    return {run.identity: train(run, store.folder(run.identity), **options)}
+    folder = store.folder(run.identity)
+    if place.ranks == 1:
+        return {run.identity: train(run, folder, log=place.log, **options)}
+    from forwardgrad.lab.execution.team import team_of
+
+    with team_of(run, place) as team:
+        return {run.identity: train(run, folder, log=place.log, team=team, **options)}
 
 
 @contextmanager
@@ -119,8 +129,8 @@ def _at_home(place: Place) -> Iterator[None]:
 
     allocation.keep()
     threads, path = torch.get_num_threads(), list(sys.path)
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)
+    if place.threads is not None or (place.ranks > 1 and launched() == 1):
+        torch.set_num_threads(place.share)
     if place.path is not None:
         sys.path.insert(0, str(place.path.resolve()))
     try:

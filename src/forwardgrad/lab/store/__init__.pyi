@@ -21,6 +21,7 @@ from forwardgrad.lab.store.progress import watch as watch
 from forwardgrad.lab.store.results import ArmResult as ArmResult
 from forwardgrad.lab.store.results import Done as Done
 from forwardgrad.lab.store.results import StudyResult as StudyResult
+from forwardgrad.lab.store.results import arrival as arrival
 from forwardgrad.lab.store.results import finite as finite
 from forwardgrad.lab.store.run_files import read_checkpoint as read_checkpoint
 from forwardgrad.lab.store.run_files import read_result as read_result

@@ -50,10 +50,13 @@ RESULT = (
     "peak_bytes",
     "initial_norm",
     "replicas",
+    "compile_seconds",
+    "fallback",
     "validation_loss",
     "validation_accuracy",
+    "validation_balanced_accuracy",
 )
-TEST = ("loss", "accuracy", "examples", "last16", "last16_low", "last16_high")
+TEST = ("loss", "accuracy", "balanced_accuracy", "examples", "last16", "last16_low", "last16_high")
 WHERE = ("commit", "torch", "device")
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 
@@ -118,6 +121,7 @@ def _row(folder: Path, stored: Stored, places: Sequence[tuple[str, str, str]]) -
         **dict(_flat(asked)),
         **{name: result.get("epochs" if name == "epochs_run" else name) for name in RESULT},
         **{f"test_{name}": test.get(name) for name in TEST},
+        **{f"joules_{name}": used for name, used in result.get("joules", {}).items()},  # no column where no machine told
     }
 
 

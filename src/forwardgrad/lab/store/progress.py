@@ -303,7 +303,8 @@ def describe(result: dict[str, Any]) -> str:
         line += f", validation loss {number(result['validation_loss'])}{_accuracy(accuracy)}"
     if test := result["test"]:
         line += f"; test loss {number(test['loss'])}{_accuracy(test['accuracy'])}"
-    return f"{line}; {result['seconds']:.1f} s"
+    used = "".join(f", {value:.4g} J {name}" for name, value in result.get("joules", {}).items())
+    return f"{line}; {result['seconds']:.1f} s{used}"
 
 
 def _accuracy(value: float | None) -> str:

@@ -51,6 +51,12 @@ class Done:
         return math.nan if value is None else float(value)
 
     @property
+    def balanced_accuracy(self) -> float:
+        """The mean over classes of the share of test examples that was classified rightly; NaN where that was not counted."""
+        value = (self.result.get("test") or {}).get("balanced_accuracy")
+        return math.nan if value is None else float(value)
+
+    @property
     def validation_loss(self) -> float:
         return finite(self.result.get("validation_loss"))
 
@@ -180,6 +186,8 @@ class ArmResult:
             "tuning epochs": self.record.get("tuning_epochs"),
             "tuning length": {unit: value for unit, value in (self.record.get("budget") or {}).items() if unit not in ("trials", "epochs")},
             "loss": self.run.get("loss"),
+            "augment": self.run.get("augment"),
+            "label smoothing": self.run.get("label_smoothing", 0.0),
         }
 
     @property
@@ -241,13 +249,34 @@ def _study(record: dict[str, Any], store: Store) -> StudyResult:
 def _arm(study: str, record: dict[str, Any], store: Store) -> ArmResult:
     begun = [(store.folder(identity), found) for identity in record["runs"] if (found := store.stored(identity)) is not None]
     runs = [described(folder, found) for folder, found in begun]
-    done = tuple(
-        Done(folder, found.result, environment(folder, found), found.files, run.estimator["name"] == "backprop")
-        for (folder, found), run in zip(begun, runs, strict=True)
-        if found.result is not None
-    )
+    ended = (_done(folder, found, run) for (folder, found), run in zip(begun, runs, strict=True))
+    done = tuple(each for each in ended if each is not None)
     trials = tuple(store.result(trial["run"]) for trial in record["trials"])
     return ArmResult(study, record, to_json(runs[0]) if runs else {}, done, trials, tuple(run.seed for run in runs))
+
+
+def _done(folder: Path, found: Stored, run: Run) -> Done | None:
+    """A run with its result, None where it has none yet."""
+    if found.result is None:
+        return None
+    return Done(folder, found.result, environment(folder, found), found.files, run.estimator["name"] == "backprop")
+
+
+def finished(store: Store, identity: str) -> tuple[Run, Done] | None:
+    """A single run and what came of it; None for one that was never begun or has no result yet."""
+    if (found := store.stored(identity)) is None:
+        return None
+    run = described(folder := store.folder(identity), found)
+    done = _done(folder, found, run)
+    return None if done is None else (run, done)
+
+
+def arrival(store: Store, identity: str, target: float) -> float:
+    """Seconds of training to the first evaluation of a finished run with this validation accuracy; infinite where there is none."""
+    found = store.stored(identity)
+    table = {} if found is None else table_beside(store.folder(identity), "evaluations.csv", found.files)
+    seen = zip(table.get("seconds", []), table.get("validation_accuracy", []), strict=True)
+    return next((seconds for seconds, accuracy in seen if accuracy >= target), math.inf)
 
 
 def described(folder: Path, found: Stored) -> Run:

@@ -89,6 +89,6 @@ def read_checkpoint(path: Path) -> bytes:
 
 def _checkpoint_seal(path: Path, content: bytes) -> bytes:
     seal = hashlib.sha256(content)
-    for name in ("run.json", "batch.json"):
-        seal.update(read_whole(path.parent / name) or b"")
+    seal.update(run_file(path.parent, "run.json") or b"")  # a run that keeps its weights may have been packed since
+    seal.update(read_whole(path.parent / "batch.json") or b"")
     return seal.digest()

@@ -24,9 +24,23 @@ RESULT = {
     "validation_accuracy": MAYBE,
     "test": (dict, type(None)),
 }
-LATER = {"forward_passes": int, "peak_bytes": (int, type(None)), "initial_norm": MAYBE, "replicas": int}  # what not every run has
+LATER = {
+    "forward_passes": int,
+    "peak_bytes": (int, type(None)),
+    "initial_norm": MAYBE,
+    "replicas": int,
+    "joules": dict,
+    "compile_seconds": NUMBER,
+    "fallback": str,
+    "validation_balanced_accuracy": MAYBE,
+}  # what not every run has
 TEST = {"loss": MAYBE, "accuracy": MAYBE, "examples": int}
-LATER_TEST = {"last16": MAYBE, "last16_low": MAYBE, "last16_high": MAYBE}  # what only losses of examples have
+LATER_TEST = {
+    "last16": MAYBE,
+    "last16_low": MAYBE,
+    "last16_high": MAYBE,
+    "balanced_accuracy": MAYBE,
+}  # what only losses of examples have, and what older runs did not count
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {
     "name": str,
@@ -46,6 +60,9 @@ LATER_ARM = {
     "full_epochs": int,
     "budget": dict,
     "sampler": str,
+    "chosen_by": str,
+    "target": NUMBER,
+    "margin": NUMBER,
     "training": dict,
     "epochs": int,
     "no_winner": str,
@@ -60,6 +77,7 @@ def checked_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     """A result, read from the file at `path`, whose fields are as they should be; UserError where they are not."""
     check(path, result, RESULT)
     check(path, result, _there(result, LATER))
+    check(path, result.get("joules", {}), dict.fromkeys(result.get("joules", {}), NUMBER))
     if result["test"] is not None:
         check(path, result["test"], TEST)
         check(path, result["test"], _there(result["test"], LATER_TEST))

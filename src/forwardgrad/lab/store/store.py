@@ -7,6 +7,7 @@ OUT/runs/<identity>/run.json            the complete description; its hash is th
                     evaluations.csv     validation loss and accuracy against step, epoch and training seconds
                     walk.csv            the parameters' norm over that before the first step, and the relative step, now and then
                     losses.csv.gz       the training loss of every step, and the directional derivative where the estimator has one
+                    weights.pt          the final weights, and what the estimator remembered, of a run that was asked to keep them
                     result.json         written last, with the digests of the files beside it: a folder that has it is finished
 OUT/runs.jsonl.gz                       finished runs that `forwardgrad pack` took out of their folders (`forwardgrad.lab.store.packed`)
 OUT/batches/<identity>/batch.json       the runs that are trained as one program, until all of them have a result
@@ -32,7 +33,7 @@ from forwardgrad.lab.store.packed import IDENTITY, packed_runs
 from forwardgrad.lab.store.run_files import Stored, read_stored
 from forwardgrad.lab.store.schema import read_study
 
-MEASURED = ("bench.json", "quality.json", "functions.json", "cost.json")  # what lies beside the studies
+MEASURED = ("bench.json", "quality.json", "layers.json", "functions.json", "cost.json")  # what lies beside the studies
 
 
 class Store:

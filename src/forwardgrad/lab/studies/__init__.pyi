@@ -5,6 +5,12 @@ from forwardgrad.lab.studies.estimator_text import format_estimator as format_es
 from forwardgrad.lab.studies.estimator_text import format_value as format_value
 from forwardgrad.lab.studies.estimator_text import parse_estimator as parse_estimator
 from forwardgrad.lab.studies.estimator_text import parse_estimators as parse_estimators
+from forwardgrad.lab.studies.families import FAMILIES as FAMILIES
+from forwardgrad.lab.studies.families import TRANSFORMERS as TRANSFORMERS
+from forwardgrad.lab.studies.families import Family as Family
+from forwardgrad.lab.studies.families import Transformer as Transformer
+from forwardgrad.lab.studies.families import family_of as family_of
+from forwardgrad.lab.studies.families import transformer_of as transformer_of
 from forwardgrad.lab.studies.from_here import find_here as find_here
 from forwardgrad.lab.studies.from_here import folder_of as folder_of
 from forwardgrad.lab.studies.import_path import paths as paths
@@ -15,6 +21,7 @@ from forwardgrad.lab.studies.length import Pace as Pace
 from forwardgrad.lab.studies.length import paced_alike as paced_alike
 from forwardgrad.lab.studies.length import unpaced as unpaced
 from forwardgrad.lab.studies.run import SCHEMA as SCHEMA
+from forwardgrad.lab.studies.run import Augment as Augment
 from forwardgrad.lab.studies.run import DataName as DataName
 from forwardgrad.lab.studies.run import Engine as Engine
 from forwardgrad.lab.studies.run import ModelName as ModelName
@@ -23,6 +30,7 @@ from forwardgrad.lab.studies.run import OptimizerName as OptimizerName
 from forwardgrad.lab.studies.run import Precision as Precision
 from forwardgrad.lab.studies.run import Run as Run
 from forwardgrad.lab.studies.run import check_choice as check_choice
+from forwardgrad.lab.studies.run import check_model as check_model
 from forwardgrad.lab.studies.run import from_json as from_json
 from forwardgrad.lab.studies.run import identity as identity
 from forwardgrad.lab.studies.run import is_path as is_path
@@ -36,6 +44,7 @@ from forwardgrad.lab.studies.space import Uniform as Uniform
 from forwardgrad.lab.studies.space import Whole as Whole
 from forwardgrad.lab.studies.space import short as short
 from forwardgrad.lab.studies.study import Arm as Arm
+from forwardgrad.lab.studies.study import ChosenBy as ChosenBy
 from forwardgrad.lab.studies.study import Published as Published
 from forwardgrad.lab.studies.study import Study as Study
 from forwardgrad.lab.studies.study import check as check

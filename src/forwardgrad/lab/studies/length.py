@@ -82,7 +82,8 @@ def paced_alike(run: Run) -> str:
         run.engine,
     )
     extra = (run.optimizer.cap is not None, run.optimizer.weight_decay > 0, run.code)
-    return identity({"pace of": [*same, *extra]})
+    later = [run.augment] if run.augment else []  # paces that were stored before it keep their name
+    return identity({"pace of": [*same, *extra, *later]})
 
 
 def _kinds(options: dict[str, Any] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies.families import FAMILIES, TRANSFORMERS, family_of, transformer_of
 
 LARGEST_LR = 1e30  # beyond it a float32 update overflows whatever the gradient
 LARGEST_COUNT = 1_000_000  # epochs, steps, or examples a batch
@@ -28,15 +29,20 @@ LATER = (
     "steps",
     "loss",
     "code",
+    "augment",
+    "label_smoothing",
+    "warm_up",
+    "evaluate_every",
 )  # fields that the first stored runs did not have
 
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
-DataName = Literal["digits", "mnist", "cifar10"]
-ModelName = Literal["logistic", "mlp", "nn", "cnn", "cifar-cnn"]
+DataName = Literal["digits", "mnist", "cifar10", "movie-reviews", "movie-reviews-16", "drug-reviews"]
+ModelName = Literal["logistic", "mlp", "nn", "cnn", "cifar-cnn", "minilm", "minilm-lora", "minilm-readout"]
 Precision = Literal["float32", "bfloat16"]
 Engine = Literal["eager", "compile", "graph"]
+Augment = Literal["crop-flip"]
 
 
 def is_path(name: object) -> bool:
@@ -50,6 +56,16 @@ def check_part(value: object, kind: object, what: str) -> None:
         check_choice(value, kind, what)
     elif not IMPORT_PATH.fullmatch(str(value)):
         raise UserError(f"the {what} {value!r} is no import path: write it as package.module:object")
+
+
+def check_model(name: object) -> None:
+    """Refuse what is no network: a named one, one of a family in some size, or an import path."""
+    sized = isinstance(name, str) and bool(family_of(name) or transformer_of(name))
+    if name not in get_args(ModelName) and not is_path(name) and not sized:
+        known = ", ".join((*get_args(ModelName), *TRANSFORMERS, *FAMILIES))
+        raise UserError(f"unknown model {name!r}: choose one of {known}, the last four with a width, as vgg8b-w4 or resnet20-x2")
+    if is_path(name):
+        check_part(name, ModelName, "model")
 
 
 def check_choice(value: object, kind: object, what: str) -> None:
@@ -80,9 +96,10 @@ def named(estimator: Mapping[str, Any], where: str = "estimator") -> Iterator[tu
 class Optimizer:
     """An optimizer, its schedule, and what keeps its steps in bounds.
 
-    The learning rate at step t of T is γ_t = lr · exp(−decay·t), and where `anneal` also times ½(1 + cos(πt/T)): zero at the end.
-    `weight_decay` w ≥ 0 is decoupled: θ ← θ(1 − γ_t·w) before every step, whatever the optimizer. `cap` is the largest relative step
-    ‖Δθ‖/‖θ‖, over all parameters together; a longer step is cut back to it (`forwardgrad.cap_step`).
+    The learning rate at step t of T is γ_t = lr · exp(−decay·t), and where `anneal` also times ½(1 + cos(πt/T)): zero at the end. In the
+    first `warm_up` steps it is also times (t + 1)/warm_up.
+    `weight_decay` w ≥ 0 is decoupled: θ ← θ(1 − γ_t·w) before every step, whatever the optimizer; "adam" with it is AdamW.
+    `cap` is the largest relative step ‖Δθ‖/‖θ‖, over all parameters together; a longer step is cut back to it (`forwardgrad.cap_step`).
     A `name` with a colon is the import path of a user's own, called with the parameters, `lr` and `options`; the fields of the named
     optimizers are not for it.
     """
@@ -96,6 +113,7 @@ class Optimizer:
     weight_decay: float = 0.0
     anneal: bool = False
     cap: float | None = None
+    warm_up: int = 0
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +125,8 @@ class Optimizer:
             raise UserError(f"the learning-rate decay must be zero or positive, not {self.decay}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0 and self.lr * self.weight_decay < 1):
             raise UserError(f"the weight decay must be zero or positive and below 1/lr, not {self.weight_decay}")
+        if not isinstance(self.warm_up, int) or not 0 <= self.warm_up <= LARGEST_COUNT:
+            raise UserError(f"warm_up must be a whole number of steps from 0 to {LARGEST_COUNT:,}, not {self.warm_up}")
         if self.cap is not None:
             check_positive(self.cap, "the cap of the relative step")
         for what, value in (("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2)):
@@ -131,6 +151,9 @@ class Run:
     images and filters in the channels-last order and Adam in one kernel; parameters, losses and updates stay in float32.
     `engine` is how steps are taken (`forwardgrad.TrainingStep`): other engines than "eager" compute the same up to rounding.
     `steps`, where given, is how many optimizer steps the run takes, in place of `epochs`.
+    `augment` "crop-flip" moves every training image by up to four pixels and mirrors half of them (`forwardgrad.lab.data.crop_flip`).
+    `label_smoothing` s in [0, 1) trains on targets that give s/classes to every class (Szegedy et al., 2016). Evaluation has neither.
+    `evaluate_every`, where given, is how many steps lie between two evaluations, in place of the usual ones (`training.schedule`).
     `data`, `model`, `loss` (cross-entropy where it is None), the estimator's name, those of its components, as {"law": {"name": ...}}, and
     the optimizer's may be import paths of a user's own
     (`forwardgrad.lab.training.builders` says what each has to be); `code` is then the digest of their source.
@@ -149,12 +172,21 @@ class Run:
     steps: int | None = None
     loss: str | None = None
     code: str | None = None
+    augment: Augment | None = None
+    label_smoothing: float = 0.0
+    evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
         check_part(self.data, DataName, "data set")
-        check_part(self.model, ModelName, "model")
+        check_model(self.model)
         if self.loss is not None and not IMPORT_PATH.fullmatch(str(self.loss)):
             raise UserError(f"the loss {self.loss!r} is no import path: write it as package.module:object, or leave it out")
+        if self.augment is not None:
+            check_choice(self.augment, Augment, "augmentation")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        if self.label_smoothing and self.loss is not None:
+            raise UserError("label_smoothing belongs to cross-entropy: leave it out, or the loss")
         check_choice(self.precision, Precision, "precision")
         check_choice(self.engine, Engine, "engine")
         if not isinstance(self.estimator, dict) or not isinstance(self.estimator.get("name"), str):
@@ -166,6 +198,7 @@ class Run:
             ("epochs", self.epochs),
             ("the batch size", self.batch_size),
             *([("steps", self.steps)] if self.steps is not None else []),
+            *([("evaluate_every", self.evaluate_every)] if self.evaluate_every is not None else []),
         )
         for what, value in counts:
             if not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:

@@ -23,6 +23,7 @@ TUNING_SEED = 10_000  # trials never share a split, an initialisation or a direc
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of a study: it is a file's name
 
 Sampler = Literal["grid", "halton", "optuna"]
+ChosenBy = Literal["loss", "accuracy", "time"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,33 +94,46 @@ class Study:
         title: what the report calls it.
         arms: what is compared.
         seeds: final runs of every arm, on seeds 0, 1, … : split, initialisation, order and directions all differ.
-        tuning: how long every trial trains.
+        tuning: how long every trial trains; None for as long as its run says, where the length is what is searched.
         training: how long every final run trains; None for as long as the arm's run says.
         trials: points tried in the space of every tuned arm; None for all points of its grid.
         sampler: where those points lie: all of the grid, quasi-randomly, or where Optuna's TPE asks for them.
         widen: how often a winner on the edge of its space may have the space widened. Each time every arm of its group gets the same
             number of further trials. A winner that still lies on an edge is flagged.
+        chosen_by: what of a trial decides, on validation data. At its end the least "loss", or the highest "accuracy" (of equal ones the
+            lesser loss); or the "time", in seconds of training, to the first evaluation at `target` plus `margin` (where no trial comes
+            there, the accuracy at the end). Take what the study compares.
+        target: the validation accuracy that arms race to, where trials are chosen by time.
+        margin: how far above it trials have to come, as what just does on one seed does not on every other.
     """
 
     name: str
     title: str
     arms: tuple[Arm, ...]
     seeds: int = 1
-    tuning: Length = Length(epochs=10)  # noqa: RUF009 - frozen
+    tuning: Length | None = Length(epochs=10)  # noqa: RUF009 - frozen
     training: Length | None = None
     trials: int | None = None
     sampler: Sampler = "grid"
     widen: int = 0
+    chosen_by: ChosenBy = "loss"
+    target: float | None = None
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice(self.sampler, Sampler, "sampler")
+        check_choice(self.chosen_by, ChosenBy, "way to choose a trial")
         if not NAME.fullmatch(self.name):
             raise UserError(f"the name of a study is letters, digits, dots, dashes and underscores, not {self.name!r}")
         for what, value, least in (("seeds", self.seeds, 1), ("trials", self.trials, 1), ("rounds of widening", self.widen, 0)):
             if value is not None and (type(value) is not int or value < least):
                 raise UserError(f"the number of {what} must be a whole number and at least {least}, not {value!r}")
-        for what, length in (("tuning", self.tuning), ("training", self.training or self.tuning)):
-            if not isinstance(length, Length):
+        if (self.chosen_by == "time") != (self.target is not None):
+            raise UserError("a target goes with trials chosen by time, and trials chosen by time need one: give both, or none")
+        if self.target is not None and not 0 < self.target <= self.target + self.margin <= 1:
+            raise UserError(f"the target is a share of the validation split, and so is target + margin, not {self.target} + {self.margin}")
+        for what, length in (("tuning", self.tuning), ("training", self.training)):
+            if length is not None and not isinstance(length, Length):
                 raise UserError(f"{what} is a length, such as Length(epochs=2), not {length!r}")
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
@@ -156,7 +170,8 @@ class Study:
 
     def trial(self, arm: Arm, point: Point, pace: Callable[[Run], Pace] = unpaced) -> Run:
         """The run that tries a point: of the tuning seed, and without a look at the test split."""
-        return self.tuning.of(dataclasses.replace(import_path.signed(arm.at(point)), seed=TUNING_SEED, test=False), pace)
+        run = dataclasses.replace(import_path.signed(arm.at(point)), seed=TUNING_SEED, test=False)
+        return self.tuning.of(run, pace) if self.tuning else run
 
     def final(self, arm: Arm, point: Point, seed: int, pace: Callable[[Run], Pace] = unpaced) -> Run:
         """A run of an arm's winner on a fresh seed."""

@@ -1,7 +1,7 @@
 """Many runs as one program on one device: those that differ in seed and in the numbers of one optimizer alone.
 
 Each run has its own initialisation, batches and directions, and leaves the files that it leaves alone. Its losses are those of a run
-alone up to rounding. `seconds` are the batch's, shared by all in it, and `replicas` says how many those are.
+alone up to rounding. `seconds` and `joules` are the batch's, shared by all in it, and `replicas` says how many those are.
 
 A run that diverges gets its result at the step where it would alone. The program goes on computing it and reads it no more, so the others
 keep their bits. One checkpoint holds them all, in OUT/batches/<identity>: a killed batch goes on with the same runs to the same bits.
@@ -25,19 +25,21 @@ from torch import Tensor, nn
 from forwardgrad.ensemble import Ensemble, unbatched
 from forwardgrad.gradient import estimate_grads_
 from forwardgrad.lab import data, environment
+from forwardgrad.lab.energy import EnergyMeter, add_joules, energy_meter
 from forwardgrad.lab.store import Store, alone, check, make_folder, read_json, write_checkpoint, write_json
 from forwardgrad.lab.studies import SCHEMA, Run, from_json, identity, paths, to_json
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.divergence import find_divergence
 from forwardgrad.lab.training.evaluation import evaluate
 from forwardgrad.lab.training.loop import train_to_end
-from forwardgrad.lab.training.norms import norm
+from forwardgrad.lab.training.norms import norm, trained
 from forwardgrad.lab.training.precision import arranged
 from forwardgrad.lab.training.run_folder import finish, write_environment, write_status
 from forwardgrad.lab.training.schedule import Schedule
 from forwardgrad.lab.training.state import State, as_bytes, buffers, checkpoint
+from forwardgrad.lab.training.step_logs import shrink
 from forwardgrad.lab.training.tensorboard import Board
-from forwardgrad.lab.training.training import Training, order_of_epoch, shrink
+from forwardgrad.lab.training.training import Training, order_of_epoch
 from forwardgrad.optim import cap_step
 
 LARGEST = 32  # runs in one batch: beyond that a GPU is busy anyway, and a kill or a full memory costs more
@@ -71,7 +73,7 @@ def plan(runs: Sequence[Run], store: Store) -> list[tuple[Run, ...]]:
 def _in_common(run: Run) -> str:
     """What runs of one batch have in common."""
     same = (run.data, run.model, run.estimator, run.optimizer.name, run.epochs, run.steps, run.batch_size, run.precision)
-    return json.dumps(same, sort_keys=True)
+    return json.dumps([*same, run.evaluate_every, run.augment, run.label_smoothing], sort_keys=True)
 
 
 def _begun(store: Store) -> list[tuple[Run, ...]]:
@@ -91,8 +93,12 @@ def train(
     data_dir: Path | None = None,
     checkpoint_seconds: float = 60.0,
     tensorboard: Path | None = None,
+    keep_weights: bool = False,
+    alone: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train runs of one plan together, or go on with them, and return their results by identity.
+
+    The options are those of one run's training.
 
     Raises UserError as training one run does, and Busy where another process holds one of the runs.
     """
@@ -101,6 +107,8 @@ def train(
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), _alone(runs, store), ExitStack() as held:
         if any(store.result(run.identity) is None for run in runs):
             batch = ManyRuns(runs, store, on, data_dir)
+            batch.keep_weights = keep_weights
+            batch.measure_by(energy_meter(on) if alone else EnergyMeter())
             batch.write_descriptions(folder)
             batch.resume()
             for index in batch.unfinished:
@@ -142,11 +150,13 @@ class ManyRuns:
         self.checkpoint = _folder(runs, store) / "checkpoint.pt"
         self.unfinished = [index for index, run in enumerate(runs) if store.result(run.identity) is None]
         self.boards: dict[int, Board] = {}
+        self.keep_weights = False
+        self.meter = EnergyMeter()
         self.step, self._told, self._order_epoch = 0, time.monotonic(), -1
         datasets = self._load(data_dir)
         self.schedule = Schedule.of(self.first, len(datasets[0].train))
         models = [builders.initialised_model(run, dataset, on) for run, dataset in zip(runs, datasets, strict=True)]
-        starts = [norm(model.parameters()) for model in models]
+        starts = [norm(trained(model)) for model in models]
         self.ensemble, self.estimator, self.loss = Ensemble(models), builders.estimator(self.first), builders.batch_loss(self.first)
         self._build_optimizer(models)
         self.generators = [builders.generator(run, on) for run in runs]
@@ -157,12 +167,18 @@ class ManyRuns:
         states = [State(model, *shared, generator, losses, ds, start, 0) for model, generator, losses, ds, start in of_each]
         self.trainings = [Training(*each) for each in zip(runs, datasets, states, strict=True)]
 
+    def measure_by(self, meter: EnergyMeter) -> None:
+        """Count the joules by this meter, which all runs share."""
+        self.meter = meter
+        for training in self.trainings:
+            training.meter = meter
+
     def _load(self, data_dir: Path | None) -> list[data.Dataset]:
         """Each run's data; runs of one seed share theirs. All training splits lie in one tensor, so that a batch is one gather."""
         seeds = list(dict.fromkeys(run.seed for run in self.runs))
         found = [data.load(self.first.data, seed, self.on, data_dir) for seed in seeds]
-        self.images, self.labels = (torch.stack([getattr(d.train, name) for d in found]) for name in ("images", "labels"))
-        splits = (data.Split(images, labels) for images, labels in zip(self.images, self.labels, strict=True))
+        self.inputs, self.labels = (torch.stack([getattr(d.train, name) for d in found]) for name in ("inputs", "labels"))
+        splits = (data.Split(inputs, labels) for inputs, labels in zip(self.inputs, self.labels, strict=True))
         found = [dataclasses.replace(d, train=split) for d, split in zip(found, splits, strict=True)]
         rows = [seeds.index(run.seed) for run in self.runs]
         self.rows = torch.tensor(rows, device=self.on)  # of each run, where the data of its seed are
@@ -226,7 +242,8 @@ class ManyRuns:
 
     def finish(self, index: int, reason: str | None) -> None:
         """Write the result of one run; the others go on."""
-        self.boards[index].end(finish(self.trainings[index], self.folders[index], reason, replicas=len(self.runs)))
+        kept = finish(self.trainings[index], self.folders[index], reason, replicas=len(self.runs), keep_weights=self.keep_weights)
+        self.boards[index].end(kept)
         self.unfinished.remove(index)
 
     def look(self) -> bool:
@@ -244,21 +261,25 @@ class ManyRuns:
         return bool(self.unfinished)
 
     def advance_timed(self, stop: int) -> float:
-        """Advance to `stop`, counting the time for every run; returns the steps taken in a second."""
+        """Advance to `stop`, counting the time and the joules for every run; returns the steps taken in a second."""
+        before = self.meter.read()
         start, began = self.step, time.perf_counter()
         self.advance(stop)
         elapsed = time.perf_counter() - began
+        used = self.meter.since(before)
         for index in self.unfinished:
-            self.trainings[index].state.seconds += elapsed
+            state = self.trainings[index].state
+            state.seconds += elapsed
+            state.joules = add_joules(state.joules, used)
         return (stop - start) / elapsed
 
     def _step_measured(self) -> None:
         """Take one step, and note its relative length for every run."""
         states = [self.trainings[index].state for index in self.unfinished]
-        before = [[p.detach().clone() for p in state.model.parameters()] for state in states]
+        before = [[p.detach().clone() for p in trained(state.model)] for state in states]
         self.advance_timed(self.step + 1)
         for state, held in zip(states, before, strict=True):
-            size, now = norm(held), state.model.parameters()
+            size, now = norm(held), trained(state.model)
             stride = norm(p.detach() - b for p, b in zip(now, held, strict=True)) / size if size else math.inf
             state.strides.append(stride)
             state.walk.append([self.step, state.norm_growth(), stride])
@@ -275,7 +296,10 @@ class ManyRuns:
         epoch = self.schedule.epoch(self.step)
         if self._order_epoch != epoch:
             seeds = dict.fromkeys(run.seed for run in self.runs)
-            self._order = torch.stack([order_of_epoch(seed, epoch, self.labels.shape[1]) for seed in seeds]).to(self.on)
+            examples = self.labels.shape[1]
+            self._order = torch.stack([order_of_epoch(seed, epoch, examples) for seed in seeds]).to(self.on)
+            if self.first.augment:
+                self._draws = torch.stack([data.draws_of_epoch(seed, epoch, examples) for seed in seeds]).to(self.on)
             self._order_epoch = epoch
         return self._order
 
@@ -284,20 +308,24 @@ class ManyRuns:
         for step in range(self.step, stop):
             start = step % self.schedule.per_epoch * size
             picked = orders[:, start : start + size].index_select(0, rows)
-            images, labels = (split[rows.unsqueeze(1), picked] for split in (self.images, self.labels))
-            pixels = arranged(self.trainings[0].dataset.pixels(images.flatten(0, 1)), self.first.precision).unflatten(0, picked.shape)
-            self._step(step, pixels, labels)
+            inputs, labels = (split[rows.unsqueeze(1), picked] for split in (self.inputs, self.labels))
+            together = inputs.flatten(0, 1)
+            if self.first.augment:
+                draws = self._draws[:, start : start + size].index_select(0, rows)
+                together = data.crop_flip(together, draws.flatten(0, 1))
+            ready = arranged(self.trainings[0].dataset.for_model(together), self.first.precision).unflatten(0, picked.shape)
+            self._step(step, ready, labels)
             self.lr_schedule.step()
         self.step = stop
         for index in self.unfinished:
             self.trainings[index].state.step = stop
 
-    def _step(self, step: int, images: Tensor, labels: Tensor) -> None:
+    def _step(self, step: int, inputs: Tensor, labels: Tensor) -> None:
         """One optimizer step of all runs, each on its own batch: that of a run alone, with a gradient for every replica."""
 
         def losses_and_gradients() -> Tensor:
             self.optimizer.zero_grad()
-            record = estimate_grads_(self.loss, self.ensemble, (images, labels), self.estimator, generators=self.generators)
+            record = estimate_grads_(self.loss, self.ensemble, (inputs, labels), self.estimator, generators=self.generators)
             self.losses[:, step] = record.loss
             if record.derivatives.shape[1]:
                 self.derivatives[:, step] = record.derivatives.square().mean(1).sqrt()
@@ -311,5 +339,5 @@ class ManyRuns:
         with ExitStack() as held:
             for training in self.trainings:
                 if cap := training.run.optimizer.cap:
-                    held.enter_context(cap_step(training.state.model.parameters(), cap))
+                    held.enter_context(cap_step(trained(training.state.model), cap))
             self.optimizer.step(losses_and_gradients)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,22 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forwardgrad.estimators import Estimator, from_config
-from forwardgrad.lab import data
+from forwardgrad.lab import data, models
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import Optimizer, Run, import_path, is_path, stream
-from forwardgrad.lab.training import models
+from forwardgrad.lab.training.norms import trained
 from forwardgrad.lab.training.precision import arranged, computing
 from forwardgrad.optim import Nesterov
 
 Loss = Callable[[Any, Tensor], Tensor]
 HELD_OUT = 6  # where a user's data come without a validation split, one example of so many is held out for it
-
-
-class UserDataset(data.Dataset):
-    """A user's data: inputs go to the model as they are."""
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return images
 
 
 def dataset(run: Run, device: torch.device, data_dir: Any = None) -> data.Dataset:
@@ -39,8 +33,13 @@ def dataset(run: Run, device: torch.device, data_dir: Any = None) -> data.Datase
     A user's function takes the seed and returns {"train": (inputs, targets), "test": (inputs, targets)}, with "validation" or without: then
     a sixth of the training examples is held out, chosen by the seed.
     """
-    if not is_path(run.data):
-        return data.load(run.data, run.seed, device, data_dir)
+    found = _named_dataset(run, device, data_dir) if is_path(run.data) else data.load(run.data, run.seed, device, data_dir)
+    if run.augment and found.train.inputs.dim() != 4:
+        raise UserError(f"augment={run.augment!r} needs images [channels, height, width], but an input of {run.data!r} is {found.shape}")
+    return found
+
+
+def _named_dataset(run: Run, device: torch.device, data_dir: Any) -> data.Dataset:
     found = import_path.find(run.data, "data")(run.seed)
     splits = {name: _split(found, name, run.data, device) for name in ("train", "validation", "test")}
     train, validation, test = splits["train"], splits["validation"], splits["test"]
@@ -48,12 +47,12 @@ def dataset(run: Run, device: torch.device, data_dir: Any = None) -> data.Datase
         raise UserError(f"the data {run.data!r} have no {'train' if train is None else 'test'!r} split: return one of inputs and targets")
     if validation is None:
         held = len(train) // HELD_OUT
-        train, validation = data.divide(train.images, train.labels, (len(train) - held, held), run.seed)
+        train, validation = data.divide(train.inputs, train.labels, (len(train) - held, held), run.seed)
     classes = int(train.labels.max()) + 1 if not train.labels.is_floating_point() and train.labels.dim() == 1 and len(train) else 0
     for name, split in (("train", train), ("validation", validation), ("test", test)):
         if not len(split):
             raise UserError(f"the {name} split of the data {run.data!r} is empty")
-    return UserDataset(run.data, classes, train, validation, test)
+    return data.Dataset(run.data, classes, train, validation, test, scale=None)
 
 
 def _split(found: Any, name: str, path: str, device: torch.device) -> data.Split | None:
@@ -75,10 +74,10 @@ def model(run: Run, dataset: data.Dataset) -> nn.Module:
     if not is_path(run.model):
         return models.build(run.model, dataset.shape, dataset.classes)
     build = import_path.find(run.model, "model")
-    made = build(tuple(dataset.train.images.shape[1:]), dataset.classes) if _required(build) == 2 else build()
+    made = build(dataset.shape, dataset.classes) if _required(build) == 2 else build()
     if not isinstance(made, nn.Module):
         raise UserError(f"the model {run.model!r} makes {type(made).__name__}: it has to be or return a torch.nn.Module")
-    if not any(p.requires_grad for p in made.parameters()):
+    if not trained(made):
         raise UserError(f"the model {run.model!r} has no parameter to train")
     return made
 
@@ -99,17 +98,21 @@ def _required(build: Any) -> int:
 
 
 def loss(run: Run) -> Loss:
-    """What a run minimises: cross-entropy, or the user's function of output and target, a mean over the batch."""
+    """What a run is evaluated by: cross-entropy, or the user's function of output and target, a mean over the batch."""
     return F.cross_entropy if run.loss is None else import_path.find(run.loss, "loss")
 
 
 def batch_loss(run: Run) -> Callable[..., Tensor]:
-    """The loss of a run as a training step takes it: a function of model, images and labels, computed in the run's precision."""
-    measure = loss(run)
+    """The loss of a run as a training step takes it: a function of model, inputs and labels, computed in the run's precision.
 
-    def of_batch(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with computing(run.precision, images.device):
-            return measure(model(images), labels)
+    It is the loss of evaluation, but for smoothed labels. A part of a batch has a weight besides.
+    """
+    measure = partial(F.cross_entropy, label_smoothing=run.label_smoothing) if run.label_smoothing else loss(run)
+
+    def of_batch(model: nn.Module, inputs: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        with computing(run.precision, inputs.device):
+            found = measure(model(inputs), labels)
+            return found if weight is None else found * weight.to(found.dtype)
 
     return of_batch
 
@@ -135,16 +138,16 @@ def optimizer(options: Optimizer, model: nn.Module, *, fused: bool = False) -> t
     if is_path(options.name):
         return _users_optimizer(options, model)
     if options.name == "sgd":
-        return torch.optim.SGD(model.parameters(), options.lr, momentum=options.momentum)
+        return torch.optim.SGD(trained(model), options.lr, momentum=options.momentum)
     if options.name == "nesterov":
-        return Nesterov(model.parameters(), options.lr, options.momentum)
-    return torch.optim.Adam(model.parameters(), options.lr, (options.beta1, options.beta2), fused=fused or None)
+        return Nesterov(trained(model), options.lr, options.momentum)
+    return torch.optim.Adam(trained(model), options.lr, (options.beta1, options.beta2), fused=fused or None)
 
 
 def _users_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """A user's optimizer: called with the parameters, the learning rate and the options of the description."""
     try:
-        made = import_path.find(options.name, "optimizer")(model.parameters(), lr=options.lr, **(options.options or {}))
+        made = import_path.find(options.name, "optimizer")(trained(model), lr=options.lr, **(options.options or {}))
     except (ValueError, TypeError) as error:
         raise UserError(f"the optimizer {options.name!r} cannot be made: {error}") from error
     if not isinstance(made, torch.optim.Optimizer):
@@ -154,13 +157,18 @@ def _users_optimizer(options: Optimizer, model: nn.Module) -> torch.optim.Optimi
 
 def lr_schedule(options: Optimizer, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """What sets the learning rate before each of so many steps."""
-    if not options.anneal:
+    if not options.anneal and not options.warm_up:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, math.exp(-options.decay))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(options, steps))
 
 
 def lr_factor(options: Optimizer, steps: int) -> Callable[[int], float]:
     """What the learning rate is multiplied by at each step of a run of so many."""
-    if not options.anneal:
-        return lambda step: math.exp(-options.decay * step)
-    return lambda step: math.exp(-options.decay * step) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    def factor(step: int) -> float:
+        rate = math.exp(-options.decay * step)
+        if options.anneal:
+            rate = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        return rate * (step + 1) / options.warm_up if step < options.warm_up else rate
+
+    return factor

@@ -16,15 +16,26 @@ FIRST = 10  # steps whose losses stand for that of guessing where targets are no
 def find_divergence(training: Training) -> str | None:
     """Why a run has diverged, None if it has not. A run that has is cut back to the step where that became certain."""
     run, state = training.run, training.state
-    losses = state.losses[: state.step].cpu()
+    found = diverged(state.losses[: state.step], len(state.losses), 0 if run.loss else training.dataset.classes)
+    if found is None:
+        return None
+    state.step, reason = found
+    return reason
+
+
+def diverged(losses: Tensor, total: int, classes: int) -> tuple[int, str] | None:
+    """The step after which it is certain that a run has diverged, and why; None if it has not.
+
+    `losses` are those of its steps so far, of `total`. Where targets are no classes, `classes` is 0.
+    """
+    losses = losses.cpu()
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
-        state.step = int(bad[0]) + 1
-        return "the loss is not finite"
-    bound = _bound(losses, 0 if run.loss else training.dataset.classes)
-    window = min(STUCK_STEPS, max(1, len(state.losses) // 2))
-    if state.step >= window and bool((losses[-window:] > bound).all()):
-        return f"the loss stayed above {bound:.1f} for {window} steps"
+        return int(bad[0]) + 1, "the loss is not finite"
+    bound = _bound(losses, classes)
+    window = min(STUCK_STEPS, max(1, total // 2))
+    if len(losses) >= window and bool((losses[-window:] > bound).all()):
+        return len(losses), f"the loss stayed above {bound:.1f} for {window} steps"
     return None
 
 

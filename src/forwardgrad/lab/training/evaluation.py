@@ -24,10 +24,13 @@ def evaluate(training: Training) -> None:
     The relative step in it is the root mean square of those measured since the last row. The walk has its row of this step by then.
     """
     state = training.state
-    loss, accuracy = summary(losses_on(training, training.dataset.validation))
+    validation = training.dataset.validation
+    measured = losses_on(training, validation)
+    loss, accuracy = summary(measured)
+    balanced = balanced_accuracy(measured[1], validation.labels)
     stride = math.sqrt(sum(stride**2 for stride in state.strides) / len(state.strides))
     epochs = state.step / training.schedule.per_epoch
-    state.evaluations.append([state.step, epochs, state.seconds, loss, accuracy, state.walk[-1][1], stride])
+    state.evaluations.append([state.step, epochs, state.seconds, loss, accuracy, state.walk[-1][1], stride, balanced])
     state.strides = []
 
 
@@ -54,9 +57,9 @@ def losses_of(
     training = model.training
     model.eval()
     losses, right = [], []
-    for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
-        with computing(precision, images.device):
-            output = model(arranged(dataset.pixels(images), precision))
+    for inputs, labels in zip(split.inputs.split(batch), split.labels.split(batch), strict=True):
+        with computing(precision, inputs.device):
+            output = model(arranged(dataset.for_model(inputs), precision))
             output = output.float() if isinstance(output, Tensor) else output
             if loss is F.cross_entropy:
                 losses.append(F.cross_entropy(output, labels, reduction="none").double())
@@ -77,6 +80,13 @@ def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """The mean loss and the accuracy."""
     losses, right = measured
     return float(losses.mean()), float(right.double().mean())
+
+
+def balanced_accuracy(right: Tensor, labels: Tensor) -> float:
+    """The share that was classified rightly of each class, averaged over the classes that occur; NaN where targets are no classes."""
+    if right.is_floating_point():
+        return math.nan
+    return float(torch.stack([right[labels == one].double().mean() for one in labels.unique()]).mean())
 
 
 def published_reading(losses: Tensor, seed: int) -> dict[str, float | None]:

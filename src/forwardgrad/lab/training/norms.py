@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 1 << 16  # numbers at a time: their float64 copies stay in a processor's cache
 
@@ -30,3 +30,8 @@ def walked(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, fl
             squares[2] += float(wider.dot(wider))
     size, now_size, way = map(math.sqrt, squares)
     return size, now_size, way
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a run trains: a frozen one never moves, and would hide how far the others do."""
+    return [p for p in model.parameters() if p.requires_grad]

@@ -19,9 +19,9 @@ def computing(precision: Precision, device: torch.device) -> AbstractContextMana
 
 
 def arranged(what: Arranged, precision: Precision) -> Arranged:
-    """Images or a network in the order in memory that convolutions of this precision are fastest in."""
+    """Inputs or a network in the order in memory that convolutions of this precision are fastest in; only images have one."""
     if precision == "float32":
         return what
     if isinstance(what, nn.Module):
         return what.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-    return what.contiguous(memory_format=torch.channels_last)
+    return what.contiguous(memory_format=torch.channels_last) if what.dim() == 4 else what

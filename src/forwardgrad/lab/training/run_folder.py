@@ -10,18 +10,29 @@ from typing import Any
 from forwardgrad.lab import store
 from forwardgrad.lab.training import evaluation
 from forwardgrad.lab.training.evaluation import finite
+from forwardgrad.lab.training.norms import trained
+from forwardgrad.lab.training.state import WEIGHTS
 from forwardgrad.lab.training.training import Training
 
 STATUS_SECONDS = 1.0  # between two writings of a status
 SHOWN = 100  # steps whose mean loss a display shows
 WALKED = ("step", "norm_growth", "relative_step")
-EVALUATED = ("step", "epoch", "seconds", "validation_loss", "validation_accuracy", "norm_growth", "relative_step")
+EVALUATED = (
+    "step",
+    "epoch",
+    "seconds",
+    "validation_loss",
+    "validation_accuracy",
+    "norm_growth",
+    "relative_step",
+    "validation_balanced_accuracy",
+)
 
 
 def write_environment(folder: Path, here: dict[str, Any]) -> None:
-    """Write environment.json; a run that goes on elsewhere keeps where it was before."""
+    """Write environment.json; a run that goes on elsewhere, or with another number of ranks, keeps where it was before."""
     before = store.read_json(folder / "environment.json")
-    if before is not None and {key: before.get(key) for key in here} != here:
+    if before is not None and {key: before.get(key) for key in {"ranks", *here}} != {"ranks": None, **here}:
         here = {**here, "before": before}
     store.write_json(folder / "environment.json", here)
     store.sync(folder.parent)  # from here on a power cut leaves the folder
@@ -48,13 +59,16 @@ def write_status(training: Training, folder: Path) -> None:
     store.write_json(folder / "status.json", {key: finite(value) for key, value in status.items()}, durable=False)
 
 
-def finish(training: Training, folder: Path, reason: str | None, replicas: int | None = None) -> dict[str, Any]:
+def finish(
+    training: Training, folder: Path, reason: str | None, replicas: int | None = None, *, keep_weights: bool = False
+) -> dict[str, Any]:
     """Evaluate, write the tables and last of all the result, then drop what only an unfinished run needs.
 
     `reason` is why the run diverged. `replicas` is how many runs shared the seconds, where they were trained as one program.
+    The weights are kept of a final run that finished: trials are many, and a diverged network is of no use.
     """
     state = training.state
-    validation_loss, validation_accuracy = _validation(training, reason)
+    validation_loss, validation_accuracy, validation_balanced = _validation(training, reason)
     test = _test(training) if training.run.test else None
     _write_tables(training, folder)
     result = {
@@ -63,38 +77,61 @@ def finish(training: Training, folder: Path, reason: str | None, replicas: int |
         "diverged_at": state.step if reason else None,
         "steps": state.step,
         "epochs": state.step / training.schedule.per_epoch,
-        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "parameters": sum(p.numel() for p in trained(state.model)),
         "seconds": state.seconds,
         "forward_passes": state.passes,
         "peak_bytes": state.peak or None,
         "initial_norm": finite(state.start),
         "validation_loss": finite(validation_loss),
         "validation_accuracy": finite(validation_accuracy),
+        "validation_balanced_accuracy": finite(validation_balanced),
         "test": test,
         **({"replicas": replicas} if replicas else {}),
+        **_joules(training),
+        **_engine(training),
     }
+    if keep_weights and training.run.test and not reason:
+        store.write_checkpoint(folder / WEIGHTS, state.weights())
     store.write_result(folder, result)
     for name in ("checkpoint.pt", "status.json"):
         (folder / name).unlink(missing_ok=True)
     return result
 
 
-def _validation(training: Training, reason: str | None) -> tuple[float, float]:
-    """Loss and accuracy on the validation split after the last step; those of an evaluation there are taken over."""
+def _joules(training: Training) -> dict[str, Any]:
+    """What the run used, where the machine told and no other program worked beside it."""
+    used = training.state.joules
+    return {"joules": {name: round(value, 3) for name, value in used.items()}} if used and not training.meter.shared else {}
+
+
+def _engine(training: Training) -> dict[str, Any]:
+    """Of a run in graphs: the seconds in which these were made, and why they were given up where they were."""
+    step = training.state.training_step
+    if training.run.engine == "eager" or step is None:
+        return {}
+    return {"compile_seconds": training.state.preparing, **({"fallback": step.fallback} if step.fallback else {})}
+
+
+def _validation(training: Training, reason: str | None) -> tuple[float, float, float]:
+    """Loss, accuracy and balanced accuracy on the validation split after the last step; those of an evaluation there are taken over."""
     state = training.state
     last = state.evaluations[-1] if state.evaluations and reason is None else None
     if last is not None and last[0] == state.step:
-        return last[3], last[4]
-    return evaluation.summary(evaluation.losses_on(training, training.dataset.validation))
+        return last[3], last[4], last[7]
+    validation = training.dataset.validation
+    measured = evaluation.losses_on(training, validation)
+    return *evaluation.summary(measured), evaluation.balanced_accuracy(measured[1], validation.labels)
 
 
 def _test(training: Training) -> dict[str, Any]:
     """The one look at the test split."""
-    measured = evaluation.losses_on(training, training.dataset.test)
+    test = training.dataset.test
+    measured = evaluation.losses_on(training, test)
     loss, accuracy = evaluation.summary(measured)
     return {
         "loss": finite(loss),
         "accuracy": finite(accuracy),
+        "balanced_accuracy": finite(evaluation.balanced_accuracy(measured[1], test.labels)),
         "examples": len(measured[0]),
         **(evaluation.published_reading(measured[0], training.run.seed) if training.run.loss is None else {}),
     }

@@ -19,20 +19,29 @@ MOST_EVALUATIONS = 100  # ... or every so many, where a small data set has more 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one run: how many an epoch has, how many there are in all, and which of them are looked at."""
+    """The steps of one run: how many an epoch has, how many there are in all, and which of them are looked at.
+
+    `every` is how many steps lie between two evaluations, where a run says so.
+    """
 
     per_epoch: int
     total: int
+    every: int | None = None
 
     @classmethod
     def of(cls, run: Run, examples: int) -> Schedule:
         """The schedule of a run that trains on so many examples."""
         per_epoch = math.ceil(examples / run.batch_size)
-        return cls(per_epoch, run.steps or run.epochs * per_epoch)
+        return cls(per_epoch, run.steps or run.epochs * per_epoch, run.evaluate_every)
 
     @cached_property
     def evaluations(self) -> frozenset[int]:
-        """The steps after which a run is evaluated: a few early ones, then every epoch, or every so many where there are more than 100."""
+        """The steps after which a run is evaluated: a few early ones, then every epoch, or every so many where there are more than 100.
+
+        Where the run says how often, after every so many steps and at the end.
+        """
+        if self.every:
+            return frozenset({*range(self.every, self.total, self.every), self.total})
         every = self.per_epoch * math.ceil(self.total / self.per_epoch / MOST_EVALUATIONS)
         early = {step for step in FIRST_EVALUATIONS if step < min(self.per_epoch, self.total)}
         return frozenset(early | set(range(every, self.total + 1, every)) | {self.total})

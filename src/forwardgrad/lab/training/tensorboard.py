@@ -19,7 +19,8 @@ from forwardgrad.lab.training.builders import lr_factor
 from forwardgrad.lab.training.training import Training
 
 NOTED_SECONDS = 1.0  # between two points of the training loss
-EVALUATED = ("validation/loss", "validation/accuracy", "walk/norm_growth", "walk/relative_step")  # from the fourth column of an evaluation
+# from the fourth column of an evaluation
+EVALUATED = ("validation/loss", "validation/accuracy", "walk/norm_growth", "walk/relative_step", "validation/balanced_accuracy")
 WALKED = ("walk/norm_growth", "walk/relative_step")
 FINAL = ("validation_loss", "validation_accuracy", "seconds", "steps", "forward_passes", "peak_bytes")
 

@@ -8,6 +8,7 @@ results, so it gets the same points. Optuna's journal beside the study's record 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,13 @@ class AdaptiveSearch:
         self.asked += count
         return [{key: short(value) if isinstance(value, float) else value for key, value in trial.params.items()} for trial in self.open]
 
-    def tell(self, results: Sequence[dict[str, Any]]) -> None:
-        """What came of the points that were asked for last, in their order."""
-        for trial, result in zip(self.open, results, strict=True):
-            loss = result["validation_loss"] if result["status"] == "finished" else None
-            if loss is None:
+    def tell(self, ends: Sequence[float | None]) -> None:
+        """What came of the points that were asked for last, in their order: the less the better; infinite or None is told as failed."""
+        for trial, end in zip(self.open, ends, strict=True):
+            if end is None or not math.isfinite(end):
                 self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
             else:
-                self.study.tell(trial, loss)
+                self.study.tell(trial, end)
 
 
 def _optuna() -> Any:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.store import Store, records, write_json
+from forwardgrad.lab.store import Store, arrival, records, write_json
 from forwardgrad.lab.studies import SCHEMA, Arm, Pace, Point, Run, Study, space, unpaced
 from forwardgrad.lab.tuning.planner import Planner, Trial
 
 Results = dict[str, dict[str, Any]]
 Execute = Callable[[Sequence[Run]], Results]
+Rank = Callable[[Run, dict[str, Any]], tuple[float, ...]]
 ASKED = 4  # points that Optuna is asked for at a time: a fixed number, so that the same study asks the same wherever it runs
 
 
@@ -78,11 +80,11 @@ class Campaign:
             self._try()
         for state in self.arms:
             if state.arm.space:
-                state.chosen = choose(state.arm, state.trials, self.results)
+                state.chosen = choose(state.arm, state.trials, self.results, self._rank)
                 state.no_winner = without_winner(state.trials, self.results)
                 state.finals = [] if state.no_winner else self._finals(state)
         self.record()  # before the long part: a report can be made of what is there
-        if finals := [run for state in self.arms for run in state.finals]:
+        if finals := by_seed([state.finals for state in self.arms]):
             self.results |= self.execute(finals)
         return self.record()
 
@@ -123,7 +125,20 @@ class Campaign:
                 self._plan(state, search.ask(count))
             self._try()
             for state, search in searches:
-                search.tell([self.results[run.identity] for _, run in state.trials[start:]])
+                search.tell([self._told(run) for _, run in state.trials[start:]])
+
+    def _told(self, run: Run) -> float | None:
+        """What Optuna is to make small; None for a run that did not finish."""
+        return self._rank(run, self.results[run.identity])[0] if _fit([({}, run)], self.results) else None
+
+    def _rank(self, run: Run, result: dict[str, Any]) -> tuple[float, ...]:
+        """What puts finished trials in order, the best first."""
+        loss, accuracy = result["validation_loss"], result.get("validation_accuracy") or 0.0
+        if self.study.chosen_by == "loss":
+            return (loss,)
+        if self.study.target is None:
+            return (-accuracy, loss)
+        return (arrival(self.store, run.identity, self.study.target + self.study.margin), -accuracy)
 
     def _widen(self) -> bool:
         """Plan further points for every tuned arm of a group in which a winner lies on an edge; whether there was one.
@@ -131,7 +146,7 @@ class Campaign:
         An arm of which every trial failed is left out: nothing is known of where to look on.
         """
         planned = False
-        best = {state.arm.name: choose(state.arm, state.trials, self.results, or_least=True) for state in self.arms}
+        best = {state.arm.name: choose(state.arm, state.trials, self.results, self._rank, or_least=True) for state in self.arms}
         for group in dict.fromkeys(arm.group for arm in self.study.arms):
             tuned = [state for state in self.arms if state.arm.group == group and best[state.arm.name]["values"]]
             if not any(best[state.arm.name]["at_edge"] for state in tuned):
@@ -179,20 +194,23 @@ class Campaign:
             "command": self.command,
             "published": dataclasses.asdict(arm.published) if arm.published else None,
             "space": space.to_json(arm.space),
-            "tuning_epochs": (study.tuning.epochs or 0) if arm.space else 0,
+            "tuning_epochs": (study.tuning.epochs or 0) if arm.space and study.tuning else 0,
             "trials": [{"values": values, "run": run.identity} for values, run in state.trials],
             "chosen": state.chosen,
             "runs": [run.identity for run in state.finals],
             **({"no_winner": state.no_winner} if state.no_winner else {}),
             **({"full_epochs": arm.full_epochs} if arm.full_epochs else {}),
             **({"budget": self._budget(state), "sampler": study.sampler} if arm.space else {}),
+            **({"chosen_by": study.chosen_by} if arm.space and study.chosen_by != "loss" else {}),
+            **({"target": study.target, "margin": study.margin} if study.target is not None else {}),
             **({"training": study.training.given} if study.training else {}),
             **({"epochs": arm.run.epochs} if not study.training and arm.run.steps is None else {}),
         }
 
     def _budget(self, state: ArmProgress) -> dict[str, Any]:
         """What an arm may spend on tuning: planned trials, those of widening among them, and how long each is."""
-        return {"trials": max(self.study.budget(state.arm), len(state.trials)), **self.study.tuning.given}
+        length = self.study.tuning.given if self.study.tuning else {}
+        return {"trials": max(self.study.budget(state.arm), len(state.trials)), **length}
 
 
 def run_study(
@@ -210,6 +228,11 @@ def run_study(
     campaign = Campaign(study, store, execute, command, pace)
     campaign.names = names if names is not None else {}
     return campaign.run()
+
+
+def by_seed(finals: Sequence[Sequence[Run]]) -> list[Run]:
+    """The runs of all arms, a seed of every arm before the next seed: a machine that slows down slows all arms alike."""
+    return [run for of_a_seed in itertools.zip_longest(*finals) for run in of_a_seed if run is not None]
 
 
 def _possible(arm: Arm, point: Point) -> bool:
@@ -239,14 +262,15 @@ def without_winner(trials: Sequence[Trial], results: Results) -> str:
     return f"of {len(trials)} trials {' and '.join(f'{n} {words}' for n, words in counted)}"
 
 
-def choose(arm: Arm, trials: Sequence[Trial], results: Results, *, or_least: bool = False) -> dict[str, Any]:
-    """The trial with the least validation loss, and on which edges of its space it lies. Without a finished trial there are no values.
+def choose(arm: Arm, trials: Sequence[Trial], results: Results, rank: Rank, *, or_least: bool = False) -> dict[str, Any]:
+    """The trial of the least rank, and on which edges of its space it lies. Without a finished trial there are no values.
 
     With `or_least`, where none finished and some diverged, it is the trial of the least learning rate: rates below it are the ones to try.
     """
     tried = [values for values, _ in trials]
     if fit := _fit(trials, results):
-        loss, values = min(fit, key=lambda pair: pair[0])
+        values, run = min(fit, key=lambda trial: rank(trial[1], results[trial[1].identity]))
+        loss = results[run.identity]["validation_loss"]
         return {"values": values, "validation_loss": loss, "at_edge": list(space.edges(arm.space, tried, values))}
     diverged = [values for values, run in trials if results[run.identity]["status"] == "diverged"]
     if or_least and diverged:
@@ -259,11 +283,10 @@ def choose(arm: Arm, trials: Sequence[Trial], results: Results, *, or_least: boo
     return {"values": {}, "validation_loss": None, "at_edge": []}
 
 
-def _fit(trials: Sequence[Trial], results: Results) -> list[tuple[float, Point]]:
-    """Validation losses of the trials that finished, and their points."""
-    found = [(results[run.identity], values) for values, run in trials]
-    return [
-        (result["validation_loss"], values)
-        for result, values in found
-        if result["status"] == "finished" and result["validation_loss"] is not None
-    ]
+def _fit(trials: Sequence[Trial], results: Results) -> list[Trial]:
+    """The trials that finished."""
+
+    def ended(result: dict[str, Any]) -> bool:
+        return result["status"] == "finished" and result["validation_loss"] is not None
+
+    return [(values, run) for values, run in trials if ended(results[run.identity])]

@@ -55,7 +55,7 @@ def _measure(run: Run, on: torch.device, data_dir: Path | None) -> Pace:
             start = time.perf_counter()
             training.advance(state.step + 1)
             seconds.append(time.perf_counter() - start)
-        some = Split(dataset.validation.images[:EXAMPLES], dataset.validation.labels[:EXAMPLES])
+        some = Split(dataset.validation.inputs[:EXAMPLES], dataset.validation.labels[:EXAMPLES])
         start = time.perf_counter()
         losses_on(training, some)
         evaluation = (time.perf_counter() - start) * 1000 / len(some)

@@ -1,0 +1,124 @@
+"""Ranks that train one run in lockstep: how they begin alike, which part of a batch is whose, and what each draws by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.studies import Run, stream
+from forwardgrad.ranks import Distributed, RankGone
+
+NOTHING = -1  # in place of a checkpoint's size
+
+
+class RankLost(UserError):
+    """A rank of a run has ended, or does not answer. `how` it ended."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"{how}. The last checkpoint is kept: the same command goes on from there, with any number of --ranks")
+        self.how = how
+
+
+class Team:
+    """The processes of the default group of torch.distributed that train one run: rank 0 keeps its folder, the others follow.
+
+    Before the first step rank 0 tells the others where to begin: at the start, at a checkpoint, which it sends, or not at all.
+    """
+
+    def __init__(self) -> None:
+        self.group = Distributed()
+        self.begun = False
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among them."""
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return self.group.size
+
+    def begin(self, checkpoint: bytes) -> None:
+        """On rank 0: have all go on from a checkpoint; b"" is the start."""
+        self.begun = True
+        with self.told():
+            dist.broadcast(torch.tensor(len(checkpoint)), 0)
+            if checkpoint:
+                dist.broadcast(torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8), 0)
+
+    def dismiss(self) -> None:
+        """On rank 0: let the others go where there was nothing to do."""
+        if not self.rank and not self.begun:
+            self.begun = True
+            with self.told():
+                dist.broadcast(torch.tensor(NOTHING), 0)
+
+    def beginning(self) -> bytes | None:
+        """On the others: the checkpoint to go on from, b"" for the start; None where there is nothing to do."""
+        size = torch.tensor(0)
+        with self.told():
+            dist.broadcast(size, 0)
+            if int(size) == NOTHING:
+                return None
+            checkpoint = torch.empty(int(size), dtype=torch.uint8)
+            if len(checkpoint):
+                dist.broadcast(checkpoint, 0)
+        return checkpoint.numpy().tobytes()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, an exchange that fails is a RankLost."""
+        try:
+            yield
+        except (dist.DistError, RankGone) as error:
+            raise self._lost(error) from error
+        except RuntimeError as error:
+            if "gloo" in str(error):  # which does not always say what kind of error it is
+                raise self._lost(error) from error
+            raise
+
+    def _lost(self, error: BaseException) -> RankLost:
+        why = " ".join((str(error.__cause__ or error).splitlines() or [""])[0].split())
+        return RankLost(f"rank {self.rank} of {self.size} waited in vain for another rank, which has ended or does not answer ({why})")
+
+
+def check_batches(run: Run, examples: int, ranks: int) -> None:
+    """UserError where a batch of a run has fewer examples than there are ranks."""
+    least = min(sizes(run, examples))
+    if least < ranks:
+        which = "a batch has" if least == min(run.batch_size, examples) else f"the last batch of an epoch of {examples:,} examples has"
+        raise UserError(
+            f"{ranks} ranks divide every batch among them, and {which} {least}: take fewer --ranks, or another --batch-size than "
+            f"{run.batch_size}"
+        )
+
+
+def sizes(run: Run, examples: int) -> set[int]:
+    """The sizes of a run's batches: that of most, and that of the last one of an epoch."""
+    whole = min(run.batch_size, examples)
+    return {whole, examples % whole or whole}
+
+
+def part(count: int, group: Distributed) -> slice:
+    """Which of the examples of a batch are this rank's."""
+    return slice(count * group.shard // group.shards, count * (group.shard + 1) // group.shards)
+
+
+def weight(count: int, group: Distributed) -> float:
+    """What the mean loss of this rank's part is multiplied by, so that the mean over ranks is that over the whole batch."""
+    mine = part(count, group)
+    return float((mine.stop - mine.start) * group.shards / count)
+
+
+def draw_apart(run: Run, step: int, group: Distributed) -> None:
+    """Let what a model draws in a step, such as dropout, follow from the step and the part of the batch.
+
+    The first part goes on with the run's own global generator, which its checkpoint holds.
+    """
+    if group.shard:
+        torch.manual_seed(stream(run.seed, f"part {group.shard} of step {step}"))
