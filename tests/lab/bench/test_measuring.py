@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from tests.support.command import run
 from tests.support.stored import ENVIRONMENT, reported, row
 
-from forwardgrad.lab.bench import measuring, process_peak, roofline, timing
-from forwardgrad.lab.bench.arms import NAMED, TABLE_1
-from forwardgrad.lab.bench.cases import BenchCase
+from forwardgrad.lab.bench import joules, measuring, process_peak, roofline, timing
+from forwardgrad.lab.bench.arms import NAMED, TABLE_1, chosen_arms
+from forwardgrad.lab.bench.cases import BenchCase, build_case
+from forwardgrad.lab.energy import EnergyCounter, EnergyMeter
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.report.blocks import kinds
 from forwardgrad.lab.report.sections import bench as bench_section
-from forwardgrad.lab.report.sections import bench_goals
+from forwardgrad.lab.report.sections import bench_figures, bench_goals
 from forwardgrad.lab.store.files import write_json
 from forwardgrad.lab.store.store import Store
 
@@ -122,6 +124,34 @@ def test_what_keeps_an_arm_from_running_is_said_and_the_others_go_on(
     assert f"| {where} | {impossible} (not measured: there are at most as many" in text
 
 
+def test_steps_of_another_optimizer_stand_beside_those_of_sgd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, asked = tmp_path / "bench.json", ("--arms", "plain", "--repeats", 0, "--out", tmp_path)
+    assert run(monkeypatch, capsys, *TINY, *asked)[0] == 0
+    old = json.loads(path.read_text())
+    for key in ("optimizer", "optimizer_bytes"):  # as files were before they said so
+        assert old["cases"][0].pop(key) == {"optimizer": "sgd", "optimizer_bytes": 0}[key]
+    write_json(path, old)
+    status, out, err = run(monkeypatch, capsys, *TINY, *asked, "--optimizer", "adam")
+    assert status == 0
+    assert "[1/1] mlp-2x8, batch 4, contiguous, adam" in err
+    assert "MLP of 2 layers, width 8 · batch 4 · 6,370 parameters · contiguous · Adam · 5 rounds" in out
+    assert "MLP of 2 layers, width 8, batch 4, Adam: beside every peak the optimizer holds 51.0 kB from step to step." in out
+    assert [(one.get("optimizer"), one.get("optimizer_bytes")) for one in stored(tmp_path)] == [(None, None), ("adam", 8 * 6370 + 16)]
+    assert run(monkeypatch, capsys, *TINY, *asked)[0] == 0
+    assert [one["optimizer"] for one in stored(tmp_path)] == ["adam", "sgd"]  # it took the place of the file's old case
+    assert "gradient and SGD update, or that of the optimizer that a title names" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc, which is Linux's")
+def test_compiled_steps_have_a_tally_that_is_the_peak_of_a_process() -> None:
+    found = process_peak.process_peak(BenchCase("mlp-4x1024", 512, "contiguous", "adam"), NAMED["backprop-compiled"])
+    assert found["tally"] > 8_000_000
+    assert process_peak.within_tolerance(found["tally"], found["process"]), found
+
+
 def test_networks_with_table_ones_arms_are_known(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert measuring.timed_networks(store, "cpu") == set()
@@ -216,10 +246,10 @@ def test_the_section_says_what_was_measured_and_what_was_refused(tmp_path: Path)
     write_json(store.root / "bench.json", made(NN))
     text = reported(store)
     assert "In steps of backpropagation, a step costs 1.50 (the forward gradient) and 0.600 (rank 1) on NN · MNIST, batch 64." in text
-    rank = row(text, "The cost of one step", NN_ROW, "rank 1 (forward(perturb=low-rank(rank=1)))")
+    rank = row(text, "The cost of one step", NN_ROW, "rank 1 (forward(perturb=low-rank(rank=1, period=1)))")
     assert (rank["time"], rank["/ backprop"]) == ("2.40 ms (2.28 ms to 2.52 ms)", "0.600 (0.570 to 0.630)")
     assert (rank["random numbers"], rank["roofline"]) == ("4.00 % (3.80 % to 4.20 %)", "50 % (products, 1.20 ms)")
-    many = row(text, "The cost of one step", NN_ROW, "rank 1, K = 16 (forward(tangents=16, perturb=low-rank(rank=1)))")
+    many = row(text, "The cost of one step", NN_ROW, "rank 1, K = 16 (forward(tangents=16, perturb=low-rank(rank=1, period=1)))")
     assert many["/ backprop"] == "– (too noisy)"
     assert many["peak memory"] == "5.00 MB (process 5.00 MB)"
     assert f"1 ratio shown as – (too noisy): {timing.NOISY}." in text
@@ -232,6 +262,24 @@ def test_the_section_says_what_was_measured_and_what_was_refused(tmp_path: Path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     reported(store)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_said_of_steps_is_said_of_sgds() -> None:
+    """Goals, the sentence and the bars are about plain SGD; other optimizers have lines of their own."""
+    adam = {**NN, "optimizer": "adam", "optimizer_bytes": 8000}
+    assert all(outcome.value is None for outcome in bench_goals.outcomes([adam]))
+    assert bench_section._usual([adam, NN]) == [NN]
+    both = [{**case("vgg-4x8", n, arm("backprop", n, 1.0)), **more} for n in (1, 4, 16) for more in ({}, {"optimizer": "adam"})]
+    captions = [picture.caption for picture in kinds.pictures_of([bench_section.bench_section(made(*both))])]
+    assert sum("vgg-4x8, contiguous." in words for words in captions) == sum("contiguous, Adam." in words for words in captions) == 1
+
+
+def test_a_sweep_of_convolutions_is_drawn_apart_from_that_of_layers() -> None:
+    depths = [case(f"{kind}-{n}x16", 4, arm("backprop", n, 1.0)) for n in (4, 8, 16) for kind in ("mlp", "vgg")]
+    captions = " ".join(picture.caption for picture in kinds.pictures_of([bench_section.bench_section(made(*depths))]))
+    assert "against depth; width 16, batch 4." in captions
+    assert "against depth; VGG, width 16, batch 4." in captions
+    assert bench_figures.network_of(depths[1]) == "VGG of 4 convolutions, width 16"
 
 
 def test_a_terminal_gets_the_same_in_aligned_rows() -> None:
@@ -270,7 +318,7 @@ def test_a_sweep_is_drawn_against_what_was_varied(tmp_path: Path) -> None:
     section = bench_section.bench_section(made(*depths, *batches))
     pictures = [picture.name for picture in kinds.pictures_of([section])]
     assert pictures == ["cost-of-one-step", "cost-of-one-step-depth-0", "cost-of-one-step-batch-0"]
-    trends = bench_section._trends([(n, c) for n, c in zip((1, 16, 64), batches, strict=True)], lambda a: a["to_backprop"])
+    trends = bench_figures.trends_of([(n, c) for n, c in zip((1, 16, 64), batches, strict=True)], lambda a: a["to_backprop"])
     assert [(trend.label, trend.at) for trend in trends] == [("backpropagation, plain torch", (1, 16, 64)), ("rank 1", (1, 64))]
 
 
@@ -290,3 +338,44 @@ def test_times_stored_by_earlier_versions_stay_in_the_report(tmp_path: Path) -> 
     forward = row(text, "The time of a step, as measured earlier", where, "forward gradient")
     assert (forward["/ plain"], forward["/ backprop"], forward["peak memory"]) == ("5.00 (4.50 to 5.50)", "–", "–")
     assert row(text, "The cost of one step", NN_ROW, "forward gradient (forward)")["/ backprop"] == "1.50 (1.42 to 1.58)"
+
+
+def test_joules_stand_beside_the_times_where_the_machine_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A counter that moves by 8 J whenever it is read, so a block has one difference. Elsewhere there is no column."""
+    ticks = itertools.count(1)
+    meter = EnergyMeter([EnergyCounter("cpu", lambda: 8.0 * next(ticks))])
+    monkeypatch.setattr(joules, "BLOCK", 0.001)
+    status, silent, _ = run(monkeypatch, capsys, *TINY, "--arms", "forward", "--out", tmp_path / "silent")
+    assert status == 0
+    assert not any("joules" in arm for arm in stored(tmp_path / "silent")[0]["arms"])
+    assert "energy" not in silent.splitlines()[1]
+    monkeypatch.setattr(measuring, "energy_meter", lambda on: meter)
+    status, out, _ = run(monkeypatch, capsys, *TINY, "--arms", "forward", "--out", tmp_path)
+    assert status == 0
+    assert "energy" in out.splitlines()[1].split()
+    assert all(" J cpu (" in line for line in out.splitlines()[2:5])
+    for arm in stored(tmp_path)[0]["arms"]:
+        assert 0 < arm["joules"]["cpu"]["low"] <= arm["joules"]["cpu"]["value"] <= arm["joules"]["cpu"]["high"] <= 8
+
+
+def test_a_method_with_numbers_for_every_output_is_not_tried_on_a_vocabulary() -> None:
+    """It would fill the memory of the machine before it could fail."""
+    case = BenchCase("gpt-1x64", 1, "contiguous", sequence=4)
+    arms = chosen_arms("feedback,fixed-feedback,local-feedback,zeroth-order")
+    steps, failed = measuring._first_steps(arms, build_case(case, torch.device("cpu")))
+    assert set(failed) == {"feedback", "fixed-feedback", "local-feedback"}
+    assert "each of 50,257 outputs" in failed["feedback"]
+    assert {arm.name for arm in steps} == {"plain", "backprop", "zeroth-order"}
+
+
+def test_texts_of_another_length_are_another_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ("bench", "--models", "bert-1x64", "--batch-size", 2, "--rounds", 5, "--repeats", 0, "--arms", "low-rank", "--out", tmp_path)
+    for length in (4, 6, 6):
+        status, out, err = run(monkeypatch, capsys, *network, "--sequence", length)
+        assert (status, f"BERT of 1 block, width 64 · batch 2 of {length} tokens" in out) == (0, True), err
+    assert [case["sequence"] for case in stored(tmp_path)] == [4, 6]
+    assert "batch 2 of 6 tokens" in (tmp_path / "report.md").read_text()

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 import forwardgrad as fg
 from forwardgrad.directions import laws
 from forwardgrad.directions.plan import planned
-from forwardgrad.lab.bench import random_numbers, roofline
+from forwardgrad.lab.bench import optimizers, random_numbers, roofline
 from forwardgrad.lab.bench.arms import ARMS, NAMED, ArmStep, BenchArm
 from forwardgrad.lab.bench.cases import BenchCase, build_case
+from forwardgrad.lab.bench.optimizers import OptimizerName
 from forwardgrad.lab.bench.roofline import Ceilings, Count, count
 
 N, IN, OUT = 7, 5, 3
@@ -60,6 +61,19 @@ def test_operations_of_a_convolution() -> None:
     images = torch.ones(5, 2, 6, 6)
     with torch.no_grad():
         assert count(lambda: layer(images)).flops == 2 * 5 * 36 * 4 * (2 * 9)
+
+
+@pytest.mark.parametrize(("name", "read", "written"), [("momentum", 3, 2), ("adam", 4, 3), ("adamw", 4, 3)])
+def test_an_optimizer_reads_and_writes_what_it_has_a_parameter(name: OptimizerName, read: int, written: int) -> None:
+    """The parameter, its gradient and the moments are read, all but the gradient are written; and a counter of steps for each of two."""
+    model = linear()
+    optimizer = optimizers.made(name, model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    found = count(optimizer.step)
+    numbers = IN * OUT + OUT
+    counters = 0 if name == "momentum" else 4 * 2 * 4  # each read and written by the count and by the kernel, 4 times 4 bytes at most
+    assert 4 * (read + written) * numbers <= found.bytes <= 4 * (read + written) * numbers + counters
 
 
 def test_a_product_with_a_vector_counts() -> None:
@@ -118,7 +132,7 @@ def test_the_draws_of_a_step_draw_as_much_as_the_step(arm: BenchArm) -> None:
     with Entries() as again:
         random_numbers.total(made)()
     assert again.count == taken.count
-    assert bool(made) == (arm.name not in ("plain", "backprop", "backprop-checkpoint"))
+    assert bool(made) == (arm.name not in ("plain", "backprop", "backprop-checkpoint", "fixed-feedback"))
 
 
 def test_a_dense_gaussian_step_draws_a_number_a_weight() -> None:
@@ -147,12 +161,13 @@ def test_a_step_that_is_a_graph_draws_each_number_once(name: str) -> None:
     assert (once.count < planning.count) == name.startswith("low-rank")
 
 
-def test_streams_of_a_graph_are_made_by_a_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["forward", "zeroth-order"])
+def test_streams_of_a_graph_are_made_by_a_compiled_function_and_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(laws, "_WORTH_A_STREAM", 100)
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda seeds: calls.append(function(seeds)))
     made = random_numbers.of_a_graph(
-        ArmStep(NAMED["forward"], build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))), captured=False
+        ArmStep(NAMED[name], build_case(BenchCase("mlp-2x8", 4, "contiguous"), torch.device("cpu"))), captured=False
     )
     random_numbers.total(made)()
     assert [tuple(found.shape) for found in calls] == [(1, 784 * 8)]

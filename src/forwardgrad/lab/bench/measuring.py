@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +18,24 @@ import numpy as np
 import torch
 
 from forwardgrad.diagnostics import LEAST
-from forwardgrad.estimators import Backprop, Estimator
+from forwardgrad.estimators import Backprop, Estimator, FixedFeedback, LearnedFeedback, LocalLosses
 from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import environment
-from forwardgrad.lab.bench import process_peak, random_numbers, roofline, timing, worth_of_a_step
+from forwardgrad.lab.bench import joules, optimizers, process_peak, random_numbers, roofline, timing, worth_of_a_step
 from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, ArmStep, BenchArm
 from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case, layouts, loss
-from forwardgrad.lab.bench.records import SAME_MACHINE, ArmRecord, CaseRecord, ValueWithInterval, Worth
+from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, ValueWithInterval, Worth
+from forwardgrad.lab.energy import energy_meter
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA
 from forwardgrad.lab.training import allocation
 
-CaseKey = Literal["model", "batch", "layout", "accelerator"]
-SAME_CASE: tuple[CaseKey, ...] = ("model", "batch", "layout", "accelerator")  # what makes two cases the same
+CaseKey = Literal["model", "batch", "layout", "accelerator", "optimizer", "sequence"]
+SAME_CASE: tuple[CaseKey, ...] = ("model", "batch", "layout", "accelerator", "optimizer", "sequence")  # what makes two cases the same
+SGD = "sgd"  # the optimizer of what was stored without one
+OLDER = {"optimizer": SGD, "sequence": None}  # what cases were that were stored without saying so
+ONE_ROW_AN_OUTPUT = (FixedFeedback, LearnedFeedback, LocalLosses)  # estimators that keep numbers for every output and unit
 IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
 TRIED = 5  # rounds of backpropagation in each order in memory
 
@@ -76,7 +79,9 @@ def measure_steps(
         with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
             torch.manual_seed(options.seed)
             chosen, tried = _laid_out(case, on)
-            say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}, {chosen.layout}")
+            stepping = "" if chosen.optimizer == SGD else f", {chosen.optimizer}"
+            tokens = f" of {chosen.sequence:,} tokens" if chosen.sequence else ""
+            say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}{tokens}, {chosen.layout}{stepping}")
             new = _case_record(chosen, arms, options, limits, on, say)
         new["tried"] = tried
         _store(store, where, new)
@@ -102,7 +107,8 @@ def timed_networks(store: Store, device: str) -> set[str]:
     if stored["environment"].get("device") != environment.describe(on)["device"]:
         return set()
     wanted = {arm.name for arm in TABLE_1}
-    return {case["model"] for case in stored["cases"] if case["batch"] == 64 and wanted <= {arm["name"] for arm in case["arms"]}}
+    at = [case for case in stored["cases"] if case["batch"] == 64 and case.get("optimizer", SGD) == SGD]
+    return {case["model"] for case in at if wanted <= {arm["name"] for arm in case["arms"]}}
 
 
 def would_replace(store: Store, device: str) -> bool:
@@ -112,7 +118,7 @@ def would_replace(store: Store, device: str) -> bool:
 
 
 def _same_machine(stored: dict[str, Any], where: dict[str, Any]) -> bool:
-    return all(stored["environment"].get(key) == where[key] for key in SAME_MACHINE)
+    return all(stored["environment"].get(key) == where[key] for key in environment.SAME_MACHINE)
 
 
 def _stored(store: Store) -> dict[str, Any]:
@@ -128,7 +134,8 @@ def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
     """Store a case beside those that were measured on the same machine. It replaces an earlier measurement of itself."""
     with store.changing():
         stored = _stored(store)
-        kept = [case for case in stored["cases"] if any(case[key] != new[key] for key in SAME_CASE)] if _same_machine(stored, where) else []
+        others = [case for case in stored["cases"] if any({**OLDER, **case}[key] != new[key] for key in SAME_CASE)]
+        kept = others if _same_machine(stored, where) else []
         write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]}, depth=4)
 
 
@@ -162,7 +169,13 @@ def _case_record(
     how: dict[str, Any] = {"rounds": options.rounds, "seconds": options.seconds, "seed": options.seed}
     times = timing.interleaved(works, **how, times=IN_A_ROW[on.type], now=lambda: roofline.now(on))
     say(f"    {len(next(iter(times.values()))) if times else 0} rounds")
+    used = joules.joules_of_steps(
+        {arm.name: step for arm, step in steps.items()}, energy_meter(on), seed=options.seed, now=lambda: roofline.now(on)
+    )
     found = [_arm_record(arm, steps.get(arm), failed.get(arm.name), times, case, built, limits, options) for arm in arms]
+    for record in found:
+        if record["name"] in used:
+            record["joules"] = used[record["name"]]
     if options.repeats:
         _add_worth(found, arms, steps, built, options, say)
     return {
@@ -171,7 +184,10 @@ def _case_record(
         "model": case.model,
         "data": case.data,
         "batch": case.batch,
+        "sequence": case.sequence,
         "accelerator": on.type,
+        "optimizer": case.optimizer,
+        "optimizer_bytes": optimizers.state_bytes(built.optimizer()),
         "parameters": built.parameters,
         "rounds": len(next(iter(times.values()), ())),
         "seed": options.seed,
@@ -185,9 +201,9 @@ def _case_record(
 def _redraws(arm: BenchArm, built: BuiltCase) -> list[random_numbers.Redraw]:
     """The draws of an arm's step. They are read off a second, eager step, so that the timed step keeps its generators to itself."""
     step = ArmStep(dataclasses.replace(arm, engine="eager"), built)
+    step()  # an estimator's memory is drawn in the first step alone
     if arm.engine != "eager":
         return random_numbers.of_a_graph(step, captured=arm.engine == "graph")
-    step()  # an estimator's memory is drawn in the first step alone
     return random_numbers.of_an_eager_step(step)
 
 
@@ -195,11 +211,12 @@ def _first_steps(arms: Sequence[BenchArm], built: BuiltCase) -> tuple[dict[Bench
     """Every arm after its first step, and why the others could not take one."""
     steps, failed = {}, {}
     for arm in arms:
+        if built.case.too_wide and isinstance(arm.estimator, ONE_ROW_AN_OUTPUT):
+            failed[arm.name] = built.case.too_wide
+            continue
         try:
             step = ArmStep(arm, built)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "engine=.* falls back", UserWarning)  # its time would be that of another arm
-                step()
+            step.begin()
             steps[arm] = step
         except (RuntimeError, ValueError, TypeError, OSError, UserWarning) as error:
             failed[arm.name] = (str(error).strip() or type(error).__name__).partition("\n")[0]
@@ -239,7 +256,7 @@ def _arm_record(
         "to_plain": None if plain is None else timing.ratio(mine, plain),
         "further": None if one is None or plain is None else timing.further(mine, one, plain, arm.tangents),
         "examples_per_second": case.batch / middle,
-        "peak_bytes": None if _unseen(arm, built) else process_peak.tally(step, built),
+        "peak_bytes": None if arm.engine == "graph" else process_peak.tally(step, built),  # a graph's memory is its own from its capture on
         "process": _process(arm, case, built, options),
         "drawing": _drawing(arm, times),
         "roofline": _roofline(arm, step, limits, middle),
@@ -249,14 +266,9 @@ def _arm_record(
     }
 
 
-def _unseen(arm: BenchArm, built: BuiltCase) -> bool:
-    """Whether the tally cannot see the arm's memory: compiled code on the processor allocates outside torch's operators."""
-    return arm.engine == "compile" and built.images.device.type == "cpu"
-
-
 def _process(arm: BenchArm, case: BenchCase, built: BuiltCase, options: BenchOptions) -> dict[str, Any] | None:
     """The tally beside the peak of a process of its own; None where that is not asked for, or cannot be had."""
-    if not options.verify_memory or _unseen(arm, built) or built.images.device.type != "cpu":
+    if not options.verify_memory or built.inputs.device.type != "cpu":
         return None
     found = process_peak.process_peak(case, arm)
     return {**found, "agree": process_peak.within_tolerance(found["tally"], found["process"])}
@@ -288,7 +300,7 @@ def _add_worth(
     """Add to the records what a step of each arm is worth. Arms of equal noise share one measurement."""
 
     def of(model: torch.nn.Module) -> torch.Tensor:
-        return loss(model, built.images, built.labels)
+        return loss(model, built.inputs, built.labels)
 
     twin = copy.deepcopy(built.model)
     twin.zero_grad()

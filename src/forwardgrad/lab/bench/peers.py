@@ -77,9 +77,11 @@ def dual_numbers(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimi
 def two_passes(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimizer, epsilon: float = 1e-3) -> PeerStep:
     """MeZO's step (Malladi et al. 2023, algorithm 1): the parameters walk to θ + εz, to θ − εz and back, z drawn from its seed each time.
 
-    Its update is that of SGD along (f(θ + εz) − f(θ − εz))/2ε · z, written into the parameters as z is drawn a fourth time.
+    Its update is that of SGD along (f(θ + εz) − f(θ − εz))/2ε · z, written into the parameters as z is drawn a fourth time. Any other
+    optimizer is given that product as a gradient.
     """
     parameters = list(model.parameters())
+    plain = isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
     def walk(seed: int, length: float) -> None:
         torch.manual_seed(seed)
@@ -95,7 +97,13 @@ def two_passes(model: nn.Module, loss: PeerLoss, optimizer: torch.optim.Optimize
         down = loss(model)
         walk(seed, epsilon)
         slope = float(up - down) / (2 * epsilon)
-        walk(seed, -optimizer.param_groups[0]["lr"] * slope)
+        if plain:
+            walk(seed, -optimizer.param_groups[0]["lr"] * slope)
+            return (up + down) / 2
+        torch.manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn_like(p).mul_(slope)
+        optimizer.step()
         return (up + down) / 2
 
     return step

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from forwardgrad.diagnostics import LEAST, quality
 from forwardgrad.estimators import Backprop, Estimator, from_config, to_config
 from forwardgrad.gradient import estimate_grad_
-from forwardgrad.lab import data, environment
-from forwardgrad.lab.bench.records import SAME_MACHINE, EstimateRecord, SettingRecord
+from forwardgrad.lab import data, environment, models
+from forwardgrad.lab.bench.records import EstimateRecord, SettingRecord
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA, find_here, format_estimator, stream
-from forwardgrad.lab.training import models
 
 LR = 1e-3  # of the warm-up's Adam
 
@@ -106,7 +105,7 @@ def _kept(path: Path, where: dict[str, Any], setting: QualitySetting) -> list[di
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
         return []
     check(path, stored, {"environment": dict, "settings": list})
-    if any(stored["environment"].get(key) != where.get(key) for key in SAME_MACHINE):
+    if any(stored["environment"].get(key) != where.get(key) for key in environment.SAME_MACHINE):
         return []
     place = {key: value for key, value in dataclasses.asdict(setting).items() if key not in ("repeats", "learn")}
     for other in stored["settings"]:
@@ -194,6 +193,6 @@ def _batches(setting: QualitySetting, dataset: data.Dataset) -> Iterator[Callabl
         shuffle = torch.Generator().manual_seed(stream(setting.seed, f"order of quality's epoch {epoch}"))
         order = torch.randperm(len(dataset.train), generator=shuffle).to(dataset.train.labels.device)
         for batch in order.split(setting.batch):
-            images, labels = dataset.pixels(dataset.train.images[batch]), dataset.train.labels[batch]
-            yield lambda model, images=images, labels=labels: F.cross_entropy(model(images), labels)  # type: ignore[misc]
+            inputs, labels = dataset.for_model(dataset.train.inputs[batch]), dataset.train.labels[batch]
+            yield lambda model, inputs=inputs, labels=labels: F.cross_entropy(model(inputs), labels)  # type: ignore[misc]
         epoch += 1

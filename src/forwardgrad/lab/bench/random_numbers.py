@@ -64,6 +64,9 @@ class _EveryDraw(Plan):
         finally:
             self.drawing = False
 
+    def grow(self, growth: Growth, once: Hashable) -> None:
+        super().grow(growth, None)
+
 
 class _Operators(TorchDispatchMode):
     """Notes the operators that draw random numbers outside the draws of a plan."""

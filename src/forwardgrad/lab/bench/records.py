@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-SAME_MACHINE = ("device", "threads", "torch", "commit")  # what has to agree for measurements to stand in one file
-
 
 class ValueWithInterval(TypedDict):
     """A value with its 95 % interval; where it is refused, all three are None and `refused` says why."""
@@ -73,17 +71,26 @@ class ArmRecord(ArmHead, total=False):
     worth: Worth | None
     worth_failed: str | None
     to_cosine: list[CosinePrice]
+    joules: dict[str, ValueWithInterval]  # of a step, by counter; absent where the machine does not tell
 
 
 class CaseRecord(TypedDict):
-    """One case with all its arms. `tried` has the seconds of backpropagation in each order in memory, where a choice was made."""
+    """One case with all its arms.
+
+    `tried` has the seconds of backpropagation in each order in memory, where a choice was made. `optimizer_bytes` is what the optimizer
+    holds from step to step, which is in no arm's peak. Older files have neither of the optimizer's two fields: they took steps of SGD.
+    `sequence` is the tokens of an example, None where inputs are images; older files have none.
+    """
 
     layout: str
     tried: dict[str, float]
     model: str
     data: str
     batch: int
+    sequence: int | None
     accelerator: str
+    optimizer: str
+    optimizer_bytes: int
     parameters: int
     rounds: int
     seed: int

@@ -80,7 +80,17 @@ class _Counter(TorchDispatchMode):
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             if made and (func._schema.is_mutable or not _shared(given, made)):
                 self.bytes += sum(map(_stored, given)) + sum(map(_stored, made))
+            elif not made and func._schema.is_mutable:  # an optimizer's kernels over many tensors return nothing
+                self.bytes += sum(map(_stored, given)) + sum(map(_stored, _written(func, args, kwargs)))
         return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes to, by its schema; gradients are said to be written, but are only under a scaler."""
+    told = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    kinds = {argument.name: argument.alias_info for argument in func._schema.arguments}
+    found = [value for name, value in told.items() if kinds[name] is not None and kinds[name].is_write and name != "grads"]
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
 def _shared(given: list[Tensor], made: list[Tensor]) -> bool:
