@@ -45,14 +45,17 @@ def test_train_prints_its_result_and_a_second_call_repeats_nothing(
     assert (folder / "result.json").read_bytes() == result
 
 
-@pytest.mark.parametrize(("recipe", "rows", "planned"), [("beyond", "nn-local,cnn-linear", 6), ("noise", "paper-x10", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "rows", "planned"), [("beyond", "nn-local,cnn-linear", 6), ("noise", "paper-x10", 1), ("faster", "nn", 12)]
+)
 def test_studies_beyond_the_papers_table_are_run_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, rows: str, planned: int
 ) -> None:
-    trained = []
+    trained, places = [], []
 
     def execute(runs: Sequence[Run], store: Store, place: Any, progress: Any) -> dict[str, Any]:
         trained.extend(runs)
+        places.append(place)
         for one in runs:
             put(store, one, 0.5)
         return {one.identity: store.result(one.identity) for one in runs}
@@ -63,8 +66,11 @@ def test_studies_beyond_the_papers_table_are_run_and_reported(
     status, out, _ = run(monkeypatch, capsys, "reproduce", recipe, "--rows", rows, "--out", str(tmp_path))
     assert (status, out) == (0, f"report: {tmp_path / 'report.html'}\n")
     assert len([one for one in trained if one.test]) == planned
-    assert len([one for one in trained if not one.test]) == (8 if recipe == "beyond" else 0)
+    assert len([one for one in trained if not one.test]) == {"noise": 0, "faster": 72}.get(recipe, 8)
     assert (tmp_path / "studies" / f"{recipe}.json").exists()
+    assert {one.engine for one in trained} == ({"compile"} if recipe == "faster" else {"eager"})
+    timed = (1, False) if recipe == "faster" else (None, None)  # alike for all runs, and each by itself
+    assert {(place.threads, place.batched) for place in places} == {timed}
 
 
 def candidates(value: Any) -> list[Any]:
@@ -78,6 +84,7 @@ def candidates(value: Any) -> list[Any]:
 WITH = {
     ("guess", "complement"): "source=given, ",
     ("forward", "exact_output"): "perturb=activity, ",
+    ("zeroth-order", "normalize"): "tangents=2, ",
 }  # options that another one has to go with
 
 
@@ -181,8 +188,10 @@ def test_reproduce_runs_rows_shortened_and_says_so(
         ("bench",),
         ("check",),
         ("quality",),
+        ("layers",),
         ("report",),
         ("list",),
+        ("replay",),
         ("data",),
     ],
 )

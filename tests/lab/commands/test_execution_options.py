@@ -20,11 +20,13 @@ GIVEN: dict[str, Any] = {
     "jobs": 3,
     "batched": False,
     "threads": 2,
+    "ranks": 2,
     "executor": "ray",
     "address": "auto",
     "gpus": 0.5,
     "retry_failed": True,
     "tensorboard": True,
+    "keep_weights": True,
 }
 NAMES = [field.name for field in dataclasses.fields(ExecutionOptions)]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from forwardgrad.lab import store
+from forwardgrad.lab import models, store
 from forwardgrad.lab.statistics import walk
 from forwardgrad.lab.studies.run import Optimizer, Run
-from forwardgrad.lab.training import builders, loop, models
+from forwardgrad.lab.training import builders, loop
 
 SGD = Optimizer("sgd", 0.02)
 

@@ -1,7 +1,10 @@
 from forwardgrad.lab.commands import checking as checking
 from forwardgrad.lab.commands import datasets as datasets
+from forwardgrad.lab.commands import finetuning as finetuning
 from forwardgrad.lab.commands import measuring as measuring
 from forwardgrad.lab.commands import reading as reading
+from forwardgrad.lab.commands import records as records
+from forwardgrad.lab.commands import replaying as replaying
 from forwardgrad.lab.commands import studies as studies
 from forwardgrad.lab.commands import training as training
 from forwardgrad.lab.commands.ending import INTERRUPTED as INTERRUPTED

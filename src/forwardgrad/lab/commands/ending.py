@@ -13,10 +13,11 @@ import typer
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.tuning import Campaign
 
-FAILED, MISTAKE, DIVERGED, INTERRUPTED = 1, 2, 3, 130
+FAILED, MISTAKE, DIVERGED, UNDECIDED, INTERRUPTED = 1, 2, 3, 4, 130
 NAMED = 3  # arms that a sentence names
 STATUSES = """Exit status: 0 finished; 1 a run failed, or an arm of a study has no winner because trials failed; 2 a mistake in what was
-asked for, such as missing data; 3 the run of `train` diverged, or all trials of an arm did; 130 interrupted."""
+asked for, such as missing data; 3 the run of `train` or `finetune` diverged, or all trials of an arm did; 4 `record verify`
+decided nothing, where 1 says that the claim does not hold; 130 interrupted."""
 
 
 def end(status: int, words: str) -> NoReturn:

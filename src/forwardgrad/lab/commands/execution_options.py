@@ -19,7 +19,9 @@ from forwardgrad.lab.commands.options import (
     ExecutorOption,
     Gpus,
     Jobs,
+    KeepWeights,
     Out,
+    Ranks,
     RetryFailed,
     TensorBoard,
     Threads,
@@ -42,6 +44,8 @@ class ExecutionOptions:
     gpus: Gpus = None
     retry_failed: RetryFailed = False
     tensorboard: TensorBoard = False
+    keep_weights: KeepWeights = False
+    ranks: Ranks = 1
 
     def place(self, path: Path | None = None) -> Place:
         """The place that the options describe; `path` is a folder whose modules every worker can import."""

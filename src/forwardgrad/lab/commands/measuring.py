@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from forwardgrad.lab.commands.options import OUT, Data, DataDir, Device, Model, Out, Seed, counts, numbers, write_report
+from forwardgrad.lab.commands.options import OUT, Data, DataDir, Device, Model, Out, Seed, counts, estimator_of, numbers, write_report
+from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import parse_estimators
 
 
 def bench(
-    models: Annotated[str | None, typer.Option(help="Networks, or mlp-LAYERSxWIDTH, by commas. [default: nn,cnn,cifar-cnn]")] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Networks, or mlp-, vgg-, gpt-, bert-LAYERSxWIDTH, by commas. [default: nn,cnn,cifar-cnn]")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Examples a step, one number or several separated by commas.")] = "64",
-    sweep: Annotated[Literal["depth", "width", "batch"] | None, typer.Option(help="Vary the MLP's depth or width, or the batch.")] = None,
-    arms: Annotated[str | None, typer.Option(metavar="ARMS", help="Names or estimators, separated by commas. [default: all]")] = None,
+    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens an example, of gpt- and bert- networks. [default: 128]")] = None,
+    optimizer: Annotated[str, typer.Option(help="What takes every step: sgd, momentum, adam, adamw; one or several by commas.")] = "sgd",
+    sweep: Annotated[
+        Literal["depth", "convolutions", "width", "batch"] | None,
+        typer.Option(help="Vary the MLP's depth or width, the VGG's depth (`convolutions`), or the batch."),
+    ] = None,
+    arms: Annotated[str | None, typer.Option(metavar="ARMS", help="Names or estimators, separated by commas. [default: most]")] = None,
     law: Annotated[Literal["gaussian", "rademacher"] | None, typer.Option(help="Draws of the arms that move less than all.")] = None,
     layout: Annotated[
         Literal["fastest", "contiguous", "channels-last"], typer.Option(help="Order in memory; `fastest` is backpropagation's choice.")
@@ -35,7 +44,7 @@ def bench(
     from forwardgrad.lab.bench import BenchOptions, chosen_arms, chosen_cases, measure_steps, torch_threads
     from forwardgrad.lab.report.sections import bench_text
 
-    cases = chosen_cases(models, batch_size, sweep, layout)
+    cases = chosen_cases(models, batch_size, sweep, layout, optimizer, sequence)
     chosen = chosen_arms(arms, law, on_gpu=device.startswith("cuda"))
     repeats = (0 if sweep else 20) if repeats is None else repeats
     cosines = numbers(cosine, "--cosine")
@@ -78,6 +87,48 @@ def quality(
     store = Store(out)
     store.check()
     print(quality_text(measure_estimates(store, setting, chosen, device=device, data_dir=data_dir, say=_say)))
+    write_report(store)
+
+
+def layers(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs by name, or the beginning of it. [default: all that kept their weights]"),
+    ] = None,
+    estimator: Annotated[str, typer.Option(metavar="SPEC", help="Whose angle with the gradient is measured.")] = "local(feedback=true)",
+    examples: Annotated[int, typer.Option(min=10, help="Training examples that a probe learns from.")] = 5000,
+    features: Annotated[int, typer.Option(min=1, max=10_000, help="The most numbers that a probe sees of an example.")] = 2048,
+    l2: Annotated[float, typer.Option(help="Weight of a probe's penalty l2/2·‖W‖².")] = 1e-3,
+    batches: Annotated[int, typer.Option(min=2, help="Training batches whose angle is measured.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in each of them.")] = 64,
+    learn: Annotated[int, typer.Option(min=1, help="Steps that an estimator with a memory learns first, the weights held still.")] = 200,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Also measure the networks before their first step.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Train runs that kept no weights again, from their descriptions.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
+) -> None:
+    """Measure what each layer of trained networks holds (linear probes), and the angle of an estimate with its gradient."""
+    from forwardgrad.lab.layers import LayersSetting, chosen_runs, measure_layers, train_again
+    from forwardgrad.lab.report.sections import layers_text
+
+    store = Store(directory, create=False)
+    store.check()
+    how = {
+        "examples": examples,
+        "most": features,
+        "l2": l2,
+        "batches": batches,
+        "batch": batch_size,
+        "learn": learn,
+        "untrained": untrained,
+    }
+    setting = LayersSetting(estimator_of(estimator), seed=seed, **how)  # type: ignore[arg-type]
+    chosen = chosen_runs(store, runs or [], any_run=train)
+    if train:
+        train_again(store, chosen, Place(device=device, data_dir=data_dir, keep_weights=True), _say)
+    print(layers_text(measure_layers(store, chosen, setting, device=device, data_dir=data_dir, say=_say)))
     write_report(store)
 
 

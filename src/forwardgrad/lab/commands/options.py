@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -12,7 +12,17 @@ from forwardgrad.lab.commands.factory import estimator, read
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import ExecutorName
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import DataName, Engine, ModelName, OptimizerName, Precision, format_estimator
+from forwardgrad.lab.studies import (
+    FAMILIES,
+    TRANSFORMERS,
+    Augment,
+    DataName,
+    Engine,
+    ModelName,
+    OptimizerName,
+    Precision,
+    format_estimator,
+)
 
 OUT = Path("runs")  # not "results": the folder of that name in a checkout holds what was published
 Out = Annotated[Path, typer.Option(help="Output folder: runs, studies and the report go there; finished runs in it are not repeated.")]
@@ -26,16 +36,33 @@ Batched = Annotated[
     typer.Option("--batched/--no-batched", help="Train runs that differ in seed and rates alone as one program. [default: on a GPU only]"),
 ]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write events for TensorBoard, to the output folder's tensorboard/.")]
+KeepWeights = Annotated[
+    bool, typer.Option("--keep-weights", help="Keep the weights of final runs in their folders, as `forwardgrad layers` reads them.")
+]
+Log = Annotated[
+    bool, typer.Option("--log", help="Also write the numbers of each step, from which `forwardgrad replay` builds the model of any step.")
+]
 ExecutorOption = Annotated[
     ExecutorName, typer.Option(help="Where --jobs runs go: processes on this machine, or a Ray cluster (pip install 'forwardgrad[ray]').")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, HOST:PORT or auto. [default: one is started on this machine]")]
 Gpus = Annotated[float | None, typer.Option(help="Part of a GPU that each run takes on Ray, such as 0.25. [default: a whole one]")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each run. [default: the processor's cores over --jobs]")]
+Ranks = Annotated[
+    int, typer.Option(min=1, help="Processes that train one run together, each a part of every batch. Under torchrun: those it started.")
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before, from its last checkpoint.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]
 Data = Annotated[DataName, typer.Option(help="Data set.")]
-Model = Annotated[ModelName, typer.Option(help="Network; `cifar-cnn` is the CNN of the paper's CIFAR-10 rows.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"Network: {', '.join(get_args(ModelName))} (cifar-cnn is that of the paper's CIFAR-10 rows; minilm reads texts), "
+        f"{', '.join(TRANSFORMERS)} or another bert-LAYERSxWIDTH, {', '.join(FAMILIES)} or a resnet of another depth 6n+2; these four "
+        "also with a width, as vgg8b-w4 (a quarter) or resnet20-x2 (twice).",
+    ),
+]
 Estimator = Annotated[
     str,
     typer.Option(
@@ -51,6 +78,12 @@ Beta1 = Annotated[float, typer.Option(help="Adam's decay rate of the first momen
 Beta2 = Annotated[float, typer.Option(help="Adam's decay rate of the second moment.")]
 Anneal = Annotated[bool, typer.Option("--anneal", help="Also anneal the learning rate to zero over the run, along a cosine.")]
 Cap = Annotated[float | None, typer.Option(help="Largest step relative to the parameters' norm; longer ones are cut. [default: none]")]
+Augmented = Annotated[
+    Augment | None,
+    typer.Option(help="What is done to training images: crop-flip moves them by up to 4 pixels and mirrors half. [default: nothing]"),
+]
+Smoothing = Annotated[float, typer.Option(help="Label smoothing in [0, 1): so much of every target is shared by all classes.")]
+WarmUp = Annotated[int, typer.Option(min=0, help="Steps over which the learning rate first rises, in a line.")]
 EngineOption = Annotated[Engine, typer.Option(help="How steps are taken; falls back to eager ones, with a warning, where it has to.")]
 Precise = Annotated[Precision, typer.Option(help="What layers compute in; parameters and updates are float32 in any case.")]
 Seed = Annotated[int, typer.Option(min=0, help="Governs everything random: split, initialisation, order, directions.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -13,18 +14,21 @@ from forwardgrad.lab import recipes
 from forwardgrad.lab.commands.carrying import carry_out, show_cost
 from forwardgrad.lab.commands.ending import end_of_studies
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
-from forwardgrad.lab.commands.options import EngineOption, Precise, write_report
+from forwardgrad.lab.commands.options import Precise, write_report
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import Place
-from forwardgrad.lab.recipes import Budget, beyond, everything, noise
+from forwardgrad.lab.recipes import beyond, everything, faster, finetune, noise
 from forwardgrad.lab.store import Store
-from forwardgrad.lab.studies import Study
+from forwardgrad.lab.studies import Engine, Study
 
 RETUNED = {
     "baydin": "always shows both: one learning rate for both arms, and each arm tuned",
     "beyond": "always tunes every arm",
     "noise": "has the paper's hyperparameters, times a factor",
+    "faster": "always tunes both arms",
+    "finetune": "always tunes every arm",
 }  # recipes that decide themselves what is tuned
+TIMED = ("faster", "finetune")  # recipes whose runs are timed, each by itself
 
 
 @takes_execution_options
@@ -61,18 +65,28 @@ def _setting(text: str) -> tuple[str, str]:
 @takes_execution_options
 def reproduce(
     recipe: Annotated[
-        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise"], typer.Argument(help="What to reproduce.")
+        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise", "faster", "finetune"],
+        typer.Argument(help="What to reproduce."),
     ],
     rows: Annotated[
         str | None, typer.Option(help="Only these rows, separated by commas: numbers, or starts of names: nn, cnn-adam.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ... [default: 1; beyond: 3]")] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Final runs of each arm, seeds 0, 1, ... [default: 1; beyond, finetune: 3; faster: 6 or 4]"),
+    ] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
-    budget: Annotated[Budget | None, typer.Option(help="Of `all`: the paper's own, or a quarter of an hour on two cores.")] = None,
+    budget: Annotated[
+        Literal["small", "paper", "full"] | None,
+        typer.Option(help="`all`: small (a quarter of an hour on two cores) or paper; `faster`, `finetune`: small (some minutes) or full."),
+    ] = None,
     precision: Precise = "float32",
-    engine: EngineOption = "eager",
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="How steps are taken; falls back to eager ones, with a warning. [default: eager; faster: compile]"),
+    ] = None,
     *,
     execution: ExecutionOptions,
 ) -> None:
@@ -82,18 +96,38 @@ def reproduce(
 
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
+    `faster` clocks local losses with learned feedback against backpropagation, to the same accuracy: each arm chooses its learning rate,
+    batch size and length from the same grid by the time to it. `finetune` tunes a pretrained transformer on reviews of films, every arm
+    for as many seconds. Runs of these two have one thread each unless told otherwise.
     """
     place, out = execution.place(), execution.out
     if recipe == "all":
         unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
         if given := [option for option, value in unused.items() if value is not None]:
             raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
-        return _reproduce_all([study.computed(precision, engine) for study in everything(budget or "paper", seeds)], out, place)
-    if budget is not None:
-        raise UserError("--budget belongs to `reproduce all`: shorten other recipes with --epochs")
+        if budget == "full":
+            raise UserError("the budgets of `reproduce all` are small and paper")
+        whole = everything(budget or "paper", seeds)
+        return _reproduce_all([study.computed(precision, engine or "eager") for study in whole], out, place)
+    if budget is not None and (recipe not in TIMED or budget == "paper"):
+        raise UserError(
+            "--budget belongs to `reproduce all` (small, paper), `reproduce faster` and `reproduce finetune` (small, full): "
+            "shorten others with --epochs"
+        )
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if retune and recipe in RETUNED:
         raise UserError(f"{recipe} {RETUNED[recipe]}; leave --retune out")
+    if recipe == "faster":
+        if tuning_epochs is not None:
+            raise UserError("trials of `reproduce faster` train as long as final runs: give --epochs, or leave --tuning-epochs out")
+        races = faster.faster(chosen, epochs, seeds, small=budget == "small")
+        return _race([study.computed(precision, engine or faster.ENGINE) for study in races], recipe, out, place)
+    if recipe == "finetune":
+        if epochs is not None or tuning_epochs is not None:
+            option = "--epochs" if epochs is not None else "--tuning-epochs"
+            raise UserError(f"finetune gives every arm as many seconds: leave {option} out, and shorten it with --budget small")
+        tuned = finetune.finetune(chosen, seeds, small=budget == "small")
+        return _race([tuned.computed(precision, engine or "eager")], recipe, out, place)
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":
@@ -103,7 +137,7 @@ def reproduce(
     else:
         chosen = chosen or {"table1": None, "figure1": ["cifar-cnn"], "figure2": ["nn", "cnn"]}[recipe]
         study = recipes.table1(chosen, epochs, seeds or 1, retune, tuning_epochs)
-    store, campaigns = carry_out([study.computed(precision, engine)], out, place)
+    store, campaigns = carry_out([study.computed(precision, engine or "eager")], out, place)
     if recipe == "baydin":
         from forwardgrad.lab.training import functions
 
@@ -120,6 +154,17 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
     store, campaigns = carry_out(studies, out, place)
     functions.write(store)
     _time_steps(store, {arm.run.model for study in studies for arm in study.arms}, place.device)
+    write_report(store)
+    end_of_studies(store, campaigns)
+
+
+def _race(studies: list[Study], recipe: str, out: Path, place: Place) -> None:
+    """Runs that are timed: each by itself, with as many threads as any other."""
+    if place.batched:
+        raise UserError(f"`reproduce {recipe}` times every run by itself: leave --batched out")
+    if place.ranks > 1:
+        raise UserError(f"`reproduce {recipe}` times every run in one process: leave --ranks out")
+    store, campaigns = carry_out(studies, out, dataclasses.replace(place, batched=False, threads=place.threads or 1))
     write_report(store)
     end_of_studies(store, campaigns)
 

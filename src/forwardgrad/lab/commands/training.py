@@ -16,6 +16,7 @@ from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_e
 from forwardgrad.lab.commands.options import (
     OUT,
     Anneal,
+    Augmented,
     BatchSize,
     Beta1,
     Beta2,
@@ -27,21 +28,26 @@ from forwardgrad.lab.commands.options import (
     Epochs,
     Estimator,
     Jobs,
+    KeepWeights,
+    Log,
     Model,
     OptimizerOption,
     Out,
     Precise,
+    Ranks,
     RetryFailed,
     Seed,
     Seeds,
+    Smoothing,
     TensorBoard,
+    WarmUp,
     estimator_of,
     numbers,
     spec_of,
     write_report,
 )
-from forwardgrad.lab.execution import Place
-from forwardgrad.lab.store import Store
+from forwardgrad.lab.execution import Place, launched
+from forwardgrad.lab.store import Progress, Store
 from forwardgrad.lab.studies import Arm, Length, Optimizer, Run, Study, folder_of, signed
 
 
@@ -58,6 +64,9 @@ def train(
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay: parameters shrink by lr times this at every step.")] = 0.0,
     anneal: Anneal = False,
     cap: Cap = None,
+    warm_up: WarmUp = 0,
+    augment: Augmented = None,
+    label_smoothing: Smoothing = 0.0,
     epochs: Epochs = 10,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -68,6 +77,9 @@ def train(
     out: Out = OUT,
     retry_failed: RetryFailed = False,
     tensorboard: TensorBoard = False,
+    keep_weights: KeepWeights = False,
+    ranks: Ranks = 1,
+    log: Log = False,
 ) -> None:
     """Train one network once and print its validation and test results.
 
@@ -83,18 +95,43 @@ def train(
         weight_decay=weight_decay,
         anneal=anneal,
         cap=cap,
+        warm_up=warm_up,
     )
-    run = signed(Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, precision=precision, engine=engine))
-    place = Place(device=device, data_dir=data_dir, path=folder_of(run), retry_failed=retry_failed, tensorboard=tensorboard)
+    how: dict[str, Any] = {"precision": precision, "engine": engine, "augment": augment, "label_smoothing": label_smoothing}
+    run = signed(Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, **how))
+    where: dict[str, Any] = {"retry_failed": retry_failed, "tensorboard": tensorboard, "keep_weights": keep_weights, "log": log}
+    place = Place(device=device, data_dir=data_dir, path=folder_of(run), **where, ranks=ranks)
     check_place(place)
-    from forwardgrad.lab.execution import execute
-    from forwardgrad.lab.store import Progress, describe
+    from forwardgrad.lab.store import describe
+    from forwardgrad.lab.training import STEPS_LOG, WEIGHTS
 
     run = signed(run)
-    store, progress = Store(out), Progress({run.identity: f"{model} {estimator}"})
-    result = execute([run], store, place, progress)[run.identity]
+    progress = Progress({run.identity: f"{model} {estimator}"})
+    if (result := _result(run, out, place, progress)) is None:
+        return
+    store = Store(out)
     print(f"{describe(result)}\n{store.folder(run.identity)}")
+    if keep_weights and result["status"] == "finished" and not (store.folder(run.identity) / WEIGHTS).exists():
+        again = f"forwardgrad layers {shlex.quote(str(out))} {run.identity} --train"
+        progress.say(f"this run was finished before, and kept no weights: `{again}` trains it again for them")
+    if log and result["status"] != "failed" and not (store.folder(run.identity) / STEPS_LOG).exists():
+        progress.say("this run was finished before, and wrote no log: choose another --out to train it again for one")
     end_of_run(result, store.folder(run.identity))
+
+
+def _result(run: Run, out: Path, place: Place, progress: Progress) -> dict[str, Any] | None:
+    """Train a run, with the ranks that torchrun started if it did; None on those of them that only follow."""
+    from forwardgrad.lab.execution import execute, follow_first, joined
+
+    if launched() == 1:
+        if words := place.crowded:
+            progress.say(words)
+        return execute([run], Store(out), place, progress)[run.identity]
+    with joined(place) as (place, team):
+        if not team.rank:
+            return execute([run], Store(out), place, progress)[run.identity]
+        follow_first(run, place, team)
+    return None
 
 
 @takes_execution_options
@@ -111,6 +148,9 @@ def tune(
     beta2: Beta2 = 0.999,
     anneal: Anneal = False,
     cap: Cap = None,
+    warm_up: WarmUp = 0,
+    augment: Augmented = None,
+    label_smoothing: Smoothing = 0.0,
     epochs: Epochs = 10,
     tuning_epochs: Annotated[int, typer.Option(min=1, help="Epochs of each trial of the grid.")] = 3,
     widen: Annotated[int, typer.Option(min=0, help="Times that the grid may be widened where its best point lies on an edge.")] = 0,
@@ -124,8 +164,9 @@ def tune(
     given = {"lr": lr, "decay": decay, "momentum": momentum, "weight_decay": weight_decay}
     space = {name: numbers(text, f"--{name.replace('_', '-')}") for name, text in given.items()}
     first: dict[str, Any] = {name: values[0] for name, values in space.items()}
-    options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap)
-    run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, engine=engine)
+    options = Optimizer(optimizer, **first, beta1=beta1, beta2=beta2, anneal=anneal, cap=cap, warm_up=warm_up)
+    how: dict[str, Any] = {"engine": engine, "augment": augment, "label_smoothing": label_smoothing}
+    run = Run(data, model, estimator_of(estimator), options, epochs, batch_size, **how)
     place = execution.place(folder_of(run))  # where workers find what a user wrote
     for name, values in space.items():  # a bad value anywhere in the grid is told before anything runs
         for value in values:

@@ -1,4 +1,4 @@
-"""Studies that come with the project: the paper, what goes beyond it, the noise study, and campaigns of them.
+"""Studies that come with the project: the paper, what goes beyond it, noise, the race against the clock, fine-tuning, and campaigns.
 
 In: the options of `forwardgrad reproduce`. Out: studies. Loads without torch.
 """

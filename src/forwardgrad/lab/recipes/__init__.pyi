@@ -1,4 +1,6 @@
 from forwardgrad.lab.recipes import beyond as beyond
+from forwardgrad.lab.recipes import faster as faster
+from forwardgrad.lab.recipes import finetune as finetune
 from forwardgrad.lab.recipes import noise as noise
 from forwardgrad.lab.recipes.beyond import NETWORKS as NETWORKS
 from forwardgrad.lab.recipes.campaigns import Budget as Budget

@@ -19,7 +19,10 @@ from forwardgrad.lab.report.sections import (
     beyond_section,
     comparison,
     cost_section,
+    faster_section,
+    finetune_section,
     functions_section,
+    layers_section,
     noise_section,
     provenance_section,
     quality_section,
@@ -27,14 +30,26 @@ from forwardgrad.lab.report.sections import (
 )
 from forwardgrad.lab.store import Store, StudyResult, read_json, results, write_whole
 
-TAKEN = ("claims", "provenance", "functions", "bench", "cost", "quality", "verdict", "main", "theme")  # places that the page has itself
+TAKEN = (
+    "claims",
+    "provenance",
+    "functions",
+    "bench",
+    "cost",
+    "quality",
+    "layers",
+    "verdict",
+    "main",
+    "theme",
+)  # places that the page has itself
 TITLE = "Forward gradients beside backpropagation"
-ORDER = ("table1", "table1-retuned", "baydin", "beyond", "noise", "demo")
+ORDER = ("table1", "table1-retuned", "baydin", "beyond", "faster", "noise", "finetune", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "bench.json": ("cost of one step", bench_section),
     "cost.json": ("time of a step, as measured earlier", cost_section),
     "quality.json": ("quality of estimates", quality_section),
+    "layers.json": ("layer by layer", layers_section),
 }
 
 
@@ -120,6 +135,10 @@ def _study(store: Store, study: StudyResult, studies: list[StudyResult]) -> Sect
     with _checked(store.root / "studies" / f"{study.name}.json", "run its command again; finished runs are kept"):
         if study.family == "noise":  # asks what holds an explosion back, not which arm is best
             section = noise_section(study)
+        elif study.family == "faster":  # asks how soon, not how good
+            section = faster_section(study)
+        elif study.family == "finetune":  # asks what a way is worth in equal seconds and so much memory
+            section = finetune_section(study)
         elif study.family == "beyond":
             section = _compared(beyond_section(study, studies), study)
         else:

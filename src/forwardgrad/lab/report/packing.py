@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forwardgrad.lab.report.sections import thinning_of
+from forwardgrad.lab.report.thinning import thinning_of
 from forwardgrad.lab.store import Store, pack
 
 

@@ -11,6 +11,11 @@ from forwardgrad.lab.statistics.budget import Sensitivity as Sensitivity
 from forwardgrad.lab.statistics.comparison import LEVEL as LEVEL
 from forwardgrad.lab.statistics.comparison import ConfidenceInterval as ConfidenceInterval
 from forwardgrad.lab.statistics.comparison import Permutation as Permutation
+from forwardgrad.lab.statistics.replicated import Replication as Replication
+from forwardgrad.lab.statistics.replicated import replication as replication
+from forwardgrad.lab.statistics.speedup import TimeRatio as TimeRatio
+from forwardgrad.lab.statistics.speedup import fewest_a_side as fewest_a_side
+from forwardgrad.lab.statistics.speedup import time_ratio as time_ratio
 from forwardgrad.lab.statistics.stats import Curve as Curve
 from forwardgrad.lab.statistics.summary import LossSummary as LossSummary
 from forwardgrad.lab.statistics.summary import summarized as summarized

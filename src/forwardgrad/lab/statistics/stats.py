@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from forwardgrad.lab.statistics.summary import LossSummary
 
@@ -56,6 +56,19 @@ def estimate(values: Sequence[float], least: float = -math.inf, most: float = ma
     return MeanEstimate(mean, max(least, mean - half), min(most, mean + half), n)
 
 
+def proportion(right: int, n: int) -> MeanEstimate:
+    """The share of `right` among n examples with Wilson's 95 % interval, which stays within [0, 1] and holds at its ends too.
+
+    >>> found = proportion(9, 10)
+    >>> found.mean, round(found.low, 3), round(found.high, 3)
+    (0.9, 0.596, 0.982)
+    """
+    share, z = right / n, float(ndtri((1 + CONFIDENCE) / 2))
+    middle, scale = share + z * z / (2 * n), 1 + z * z / n
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return MeanEstimate(share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale), n)
+
+
 def difference(first: Sequence[float], second: Sequence[float]) -> MeanEstimate:
     """The mean of first − second over runs that share their seeds, and so split, initialisation and order: a paired 95 % t interval."""
     if len(first) != len(second):
@@ -78,6 +91,15 @@ def first_at_or_below(at: Sequence[float], losses: Sequence[float], target: floa
     (100.0, inf)
     """
     return next((float(place) for place, loss in zip(at, losses, strict=True) if loss <= target), math.inf)
+
+
+def first_at_or_above(at: Sequence[float], accuracies: Sequence[float], target: float) -> float:
+    """Where (step or second) the accuracy was first seen at or above the target; infinity where it never was.
+
+    >>> first_at_or_above([50, 100, 200], [0.5, 0.9, 0.8], 0.8), first_at_or_above([50], [0.5], 0.8)
+    (100.0, inf)
+    """
+    return next((float(place) for place, accuracy in zip(at, accuracies, strict=True) if accuracy >= target), math.inf)
 
 
 def median(values: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from forwardgrad.lab.studies import Optimizer
 def rates(optimizer: Optimizer, steps: int, planned: int) -> list[float]:
     """The learning rate of each of the first `steps` of `planned` steps."""
     held = [math.exp(-optimizer.decay * step) * optimizer.lr for step in range(steps)]
+    held = [rate * (step + 1) / optimizer.warm_up if step < optimizer.warm_up else rate for step, rate in enumerate(held)]
     return [rate * (1 + math.cos(math.pi * step / planned)) / 2 for step, rate in enumerate(held)] if optimizer.anneal else held
 
 

@@ -35,6 +35,9 @@ def hyperparameters(arm: ArmResult) -> str:
     parts += ["annealed to 0"] if "anneal" in optimizer else []
     parts += [f"{name} {format_value(value)}" for name, value in (optimizer.get("options") or {}).items()]
     parts += [f"steps of at most {exact(optimizer['cap'])} ‖θ‖"] if "cap" in optimizer else []
+    parts += [f"warm-up of {optimizer['warm_up']} steps"] if "warm_up" in optimizer else []
+    parts += [f"augmented by {arm.run['augment']}"] if "augment" in arm.run else []
+    parts += [f"label smoothing {exact(arm.run['label_smoothing'])}"] if "label_smoothing" in arm.run else []
     parts += [arm.run["precision"]] if "precision" in arm.run else []
     parts += [f"engine {arm.run['engine']}"] if "engine" in arm.run else []
     if estimator["name"] == "forward":
@@ -124,3 +127,34 @@ def per_step(arm: ArmResult) -> Cell:
 
 def chosen(arm: ArmResult) -> dict[str, Any]:
     return arm.record.get("chosen") or {}
+
+
+def rate(arm: ArmResult) -> Cell:
+    """The learning rate, whether it lies on the edge of its grid, and the precision where it is not the usual one."""
+    if not arm.run:
+        return NONE
+    edge = "lr" in arm.record["chosen"]["at_edge"]
+    words = [*([arm.run["precision"]] if "precision" in arm.run else []), *(["on the edge of its grid"] if edge else [])]
+    return Cell(exact(arm.run["optimizer"]["lr"]), ", ".join(words), "warn" if edge else "")
+
+
+def mean_of(arm: ArmResult, field: str) -> float | None:
+    """The mean of a count over the runs, None where a run did not count it."""
+    values = [run.result.get(field) for run in arm.done]
+    return sum(values) / len(values) if values and None not in values else None  # type: ignore[arg-type]
+
+
+def steps(arm: ArmResult) -> Cell:
+    taken, passes = mean_of(arm, "steps"), mean_of(arm, "forward_passes")
+    if taken is None:
+        return NONE
+    return Cell(f"{taken:,.0f}", "passes not counted" if passes is None else f"{passes:,.0f} passes")
+
+
+def training_time(arm: ArmResult, *, name_device: bool) -> Cell:
+    """The seconds of a run and of a step, and where that was, if the device is to be named."""
+    seconds = mean_of(arm, "seconds")
+    if seconds is None:
+        return NONE
+    where = sorted({str(run.environment.get("device", "unknown")) for run in arm.done}) if name_device else []
+    return Cell(duration(seconds), ", ".join(filter(None, (f"{per_step(arm).text} a step", arm.shared, *where))))

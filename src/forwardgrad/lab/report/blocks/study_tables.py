@@ -168,7 +168,7 @@ def _numbers(values: Sequence[Any]) -> bool:
 def _trial_loss(arm: ArmResult) -> Cell:
     loss = chosen(arm).get("validation_loss")
     if loss is not None:
-        return Cell(number(finite(loss)))
+        return Cell(number(finite(loss)), f"chosen by {arm.record['chosen_by']}" if arm.record.get("chosen_by") else "")
     if reason := arm.record.get("no_winner"):
         return Cell("no winner", reason, tone="warn")
     ended = [trial for trial in arm.trials if trial]

@@ -37,7 +37,7 @@ def _fair(studies: Sequence[StudyResult]) -> list[tuple[ArmPair, bool]]:
     """Every fair comparison with hyperparameters chosen for each arm, and whether it was trained at full length."""
     found = []
     for study in studies:
-        if study.family in ("beyond", "noise"):
+        if study.family in ("beyond", "faster", "noise", "finetune"):
             continue
         for pair in findings.pairs(study):
             tuned = all(arm.record.get("space") or arm.record.get("published") for arm in pair)
@@ -130,7 +130,8 @@ def _best(arms: Sequence[ArmResult]) -> tuple[str, str] | None:
 
 def _cost(bench: dict[str, Any] | None) -> str:
     """Time of a step over that of backpropagation, on each of the paper's networks at its batch."""
-    cases = {case["model"]: case for case in (bench or {"cases": []})["cases"] if case["batch"] == BATCH}
+    stored = [case for case in (bench or {"cases": []})["cases"] if case.get("optimizer", "sgd") == "sgd"]
+    cases = {case["model"]: case for case in stored if case["batch"] == BATCH}
     parts = []
     for model, network in NETWORKS.items():
         told = {arm["name"]: arm["to_backprop"] for arm in cases[model]["arms"] if not arm["failed"]} if model in cases else {}

@@ -1,6 +1,7 @@
 from forwardgrad.lab.report.figures.drawing import Drawing as Drawing
 from forwardgrad.lab.report.figures.drawing import Sketch as Sketch
 from forwardgrad.lab.report.figures.drawing import render as render
+from forwardgrad.lab.report.figures.layered import by_layer as by_layer
 from forwardgrad.lab.report.figures.lines import Line as Line
 from forwardgrad.lab.report.figures.lines import add_legend as add_legend
 from forwardgrad.lab.report.figures.lines import limit_losses as limit_losses
@@ -15,6 +16,9 @@ from forwardgrad.lab.report.figures.plots import bars as bars
 from forwardgrad.lab.report.figures.plots import contours as contours
 from forwardgrad.lab.report.figures.plots import curves as curves
 from forwardgrad.lab.report.figures.plots import trends as trends
+from forwardgrad.lab.report.figures.races import RacePanel as RacePanel
+from forwardgrad.lab.report.figures.races import Racer as Racer
+from forwardgrad.lab.report.figures.races import race as race
 from forwardgrad.lab.report.figures.style import FURTHER as FURTHER
 from forwardgrad.lab.report.figures.style import INK as INK
 from forwardgrad.lab.report.figures.style import LOOKS as LOOKS

@@ -25,6 +25,7 @@ FURTHER: dict[str, dict[str, Any]] = {
     "fixed-feedback": {"color": "#000000", "linestyle": "-", "marker": "*"},
     "readout": {"color": "#000000", "linestyle": DASHES, "marker": "*"},
     "linear": {"color": "#000000", "linestyle": DOTS, "marker": "*"},
+    "untrained": {"color": "#5f6b76", "linestyle": DOTS, "marker": "o"},
 }  # relatives share a colour
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # further arms, in the order in which they come
 STROKES: tuple[Any, ...] = ("-", DASHES, DOTS)

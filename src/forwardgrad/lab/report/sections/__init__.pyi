@@ -3,10 +3,14 @@ from forwardgrad.lab.report.sections.bench import bench_section as bench_section
 from forwardgrad.lab.report.sections.bench import bench_text as bench_text
 from forwardgrad.lab.report.sections.bench import cost_section as cost_section
 from forwardgrad.lab.report.sections.beyond import beyond_section as beyond_section
+from forwardgrad.lab.report.sections.faster import faster_section as faster_section
+from forwardgrad.lab.report.sections.finetune import finetune_section as finetune_section
+from forwardgrad.lab.report.sections.layers import layers_section as layers_section
+from forwardgrad.lab.report.sections.layers import layers_text as layers_text
 from forwardgrad.lab.report.sections.noise import noise_section as noise_section
 from forwardgrad.lab.report.sections.quality import quality_section as quality_section
 from forwardgrad.lab.report.sections.quality import quality_text as quality_text
+from forwardgrad.lab.report.sections.studies import STEP_BINS as STEP_BINS
 from forwardgrad.lab.report.sections.studies import functions_section as functions_section
 from forwardgrad.lab.report.sections.studies import provenance_section as provenance_section
 from forwardgrad.lab.report.sections.studies import study_section as study_section
-from forwardgrad.lab.report.sections.thinning import thinning_of as thinning_of

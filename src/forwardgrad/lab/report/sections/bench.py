@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from forwardgrad.lab.report import figures
-from forwardgrad.lab.report.blocks import NONE, Block, Cell, Picture, Section, Table, Views, number, percent, tables
+from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, number, percent, tables
 from forwardgrad.lab.report.sections import bench_goals
+from forwardgrad.lab.report.sections.bench_figures import DEEP, bars, batch_of, network_of, sweeps, title_of, update_of
 
 Record = Mapping[str, Any]  # what is stored of one arm, or of one case
+OTHERWISE = ", or that of the optimizer that a title names"
 MEANING = (
     (
         "time",
-        "of one whole step, gradient and SGD update (of the plain forward pass: the loss alone): median over the rounds, 95 % interval",
+        "of one whole step, gradient and SGD update{otherwise} (of the plain forward pass: the loss alone): median over the rounds, 95 % "
+        "interval",
     ),
     (
         "/ backprop, / plain",
@@ -36,6 +36,11 @@ MEANING = (
         "share of the time, and which of the two it is; over 100 % where bytes came from a cache",
     ),
     (
+        "energy",
+        "joules of a step: the median over blocks of half a second of steps in a row, 95 % interval, by the counters of all processor "
+        "packages (cpu) and of the GPU (gpu); idle power and other programs are in it. Only where the machine tells",
+    ),
+    (
         "to cosine …",
         "time until the mean of enough estimates of this batch's gradient has that cosine with it; below it how many, with the interval "
         "that the estimator's measured variance leaves. 'never' where its bias keeps it from getting there",
@@ -45,21 +50,23 @@ BAYDIN = (
     "For comparison, Baydin et al. (2022, arXiv:2202.08587) publish 2.46 plain forward passes for a step of the forward gradient and 4.17 "
     "for one of backpropagation on the NN, measured on other hardware."
 )
-MLP = re.compile(r"mlp-(\d+)x(\d+)")
 SEEN = 1_000_000  # bytes: a tally below them is lost among the pages of a process
 
 
 def bench_text(case: Record) -> str:
     """The rows of one case, aligned, for a terminal."""
     heads = _heads(case)
-    rows = [heads, *((_called(arm), *map(_words, _row(arm, case)[1:])) for arm in case["arms"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_title(case), *lines, *_notes([case])])
+    rows = [heads, *(_cells(arm, case) for arm in case["arms"])]
+    widths = [max(len(row[i]) for row in rows if len(row) > 1) for i in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return "\n".join([title_of(case), *lines, *_notes([case])])
 
 
-def _called(arm: Record) -> str:
-    return f"{arm['name']}: {arm['failed']}" if arm["failed"] else str(arm["name"])
+def _cells(arm: Record, case: Record) -> tuple[str, ...]:
+    """The words of a row; of an arm that failed one alone, which is as long as its reason and widens no column."""
+    if arm["failed"]:
+        return (f"{arm['name']}: {arm['failed']}",)
+    return str(arm["name"]), *map(_words, _row(arm, case)[1:])
 
 
 def _words(cell: Cell) -> str:
@@ -93,25 +100,16 @@ def _upgraded(network: Record) -> Record:
 
 
 def _section(name: str, title: str, cases: Sequence[Record], figure: str, further: Sequence[Table]) -> Section:
-    groups = tuple((_title(case), tuple(_full(_row(arm, case), case, cases) for arm in case["arms"])) for case in cases)
+    groups = tuple((title_of(case), tuple(_full(_row(arm, case), case, cases) for arm in case["arms"])) for case in cases)
     verdict = _sentence(cases)
-    blocks: list[Block] = [verdict, Table(_all_heads(cases), groups, title, MEANING), *_notes(cases), *further]
-    blocks += [_bars(figure, _usual(cases)), *_sweeps(figure, cases)]
+    blocks: list[Block] = [verdict, Table(_all_heads(cases), groups, title, _meaning(cases)), *_notes(cases), *further]
+    blocks += [bars(figure, _usual(cases)), *sweeps(figure, cases)]
     return Section(name, title, verdict, tuple(blocks))
 
 
-def _title(case: Record) -> str:
-    where = "" if case.get("accelerator", "cpu") == "cpu" else f" · {case['accelerator']}"
-    return (
-        f"{_network(case)} · batch {case['batch']} · {case['parameters']:,} parameters · {case['layout']}{where} · {case['rounds']} rounds"
-    )
-
-
-def _network(case: Record) -> str:
-    model, data = str(case["model"]), str(case["data"])
-    if deep := MLP.fullmatch(model):
-        return f"MLP of {tables.count(int(deep[1]), 'layer')}, width {deep[2]}"
-    return f"{tables.MODELS.get(model, model)} · {tables.DATA.get(data, data)}"
+def _meaning(cases: Sequence[Record]) -> tuple[tuple[str, str], ...]:
+    otherwise = OTHERWISE if any(update_of(case) for case in cases) else ""
+    return tuple((head, words.format(otherwise=otherwise)) for head, words in MEANING)
 
 
 def _cosines(case: Record) -> tuple[float, ...]:
@@ -126,6 +124,7 @@ def _all_heads(cases: Sequence[Record]) -> tuple[str, ...]:
     told = sorted({cosine for case in cases for cosine in _cosines(case)})
     return (
         "arm", "time", "/ backprop", "/ plain", "examples/s", "peak memory", "random numbers", "roofline",
+        *(["energy"] if any(_tells(case) for case in cases) else []),
         *(f"to cosine {cosine:g}" for cosine in told),
     )  # fmt: skip
 
@@ -134,7 +133,7 @@ def _row(arm: Record, case: Record) -> tuple[Cell, ...]:
     name = Cell(arm["label"], _spec(arm), arm["kind"])
     cosines = _cosines(case)
     if arm["failed"]:
-        return (Cell(arm["label"], f"not measured: {arm['failed']}", "warn"), *[NONE] * (7 + len(cosines)))
+        return (Cell(arm["label"], f"not measured: {arm['failed']}", "warn"), *[NONE] * (len(_heads(case)) - 1))
     seconds = arm["seconds"]
     return (
         name,
@@ -145,8 +144,24 @@ def _row(arm: Record, case: Record) -> tuple[Cell, ...]:
         _memory(arm),
         _drawing(arm),
         _roofline(arm),
+        *([_energy(arm)] if _tells(case) else []),
         *(_to_cosine(arm, cosine) for cosine in cosines),
     )
+
+
+def _tells(case: Record) -> bool:
+    """Whether the machine told the joules of a case."""
+    return any(arm.get("joules") for arm in case["arms"])
+
+
+def _energy(arm: Record) -> Cell:
+    """The joules of a step, those of the GPU first where there are some: it is the device then."""
+    told = sorted(arm.get("joules", {}).items(), reverse=True)
+    if not told:
+        return NONE
+    words = [f"{number(found['value'])} J {where}" for where, found in told]
+    (_, first), *_ = told
+    return Cell(", ".join(words), f"{number(first['low'])} to {number(first['high'])}")
 
 
 def _full(row: tuple[Cell, ...], case: Record, cases: Sequence[Record]) -> tuple[Cell, ...]:
@@ -206,7 +221,13 @@ def _notes(cases: Sequence[Record]) -> list[str]:
         if case.get("tried"):
             both = ", ".join(f"{layout} {tables.duration(seconds)}" for layout, seconds in case["tried"].items())
             words = "all arms ran in the order in memory in which backpropagation is faster"
-            notes.append(f"{case['model']}, batch {case['batch']}: {words} ({both}).")
+            notes.append(f"{case['model']}, {batch_of(case)}: {words} ({both}).")
+    notes += [
+        f"{network_of(case)}, {batch_of(case)}, {update_of(case)}: beside every peak the optimizer holds "
+        f"{tables.size(case['optimizer_bytes'])} from step to step."
+        for case in cases
+        if case.get("optimizer_bytes")
+    ]
     if any(case["model"] == "nn" for case in cases):
         notes.append(BAYDIN)
     limits = [case["ceilings"] for case in cases if case.get("ceilings")]
@@ -266,68 +287,6 @@ def _goal_row(outcome: bench_goals.GoalOutcome) -> tuple[Cell, ...]:
     return Cell(outcome.goal.figure), Cell(outcome.goal.bound), value, Cell(outcome.verdict, tone=tone)
 
 
-def _bars(name: str, cases: Sequence[Record]) -> Views:
-    """Every arm's time in steps of backpropagation, one view for each network."""
-    views = []
-    for place, case in enumerate(cases):
-        there = [arm for arm in case["arms"] if not arm["failed"] and arm["to_backprop"] and arm["to_backprop"]["value"] is not None]
-        own = f"{name}-{case['model']}" if place else name
-        drawing = figures.bars(own, [(_title(case), [_bar(arm) for arm in there])], xlabel="time of a step relative to backpropagation")
-        caption = f"The cost of one step, {_network(case)}: its time over that of backpropagation (dotted line)"
-        words = f"{caption}; a plain forward pass has no gradient. Whiskers: 95 % intervals; what was too noisy is left out."
-        views.append((_network(case), Picture(own, drawing, words)))
-    return Views(name, "network", tuple(views))
-
-
-def _bar(arm: Record) -> figures.Bar:
-    found = arm["to_backprop"]
-    return figures.Bar(arm["kind"], arm["label"], found["value"], found["low"], found["high"])
-
-
-def _sweeps(name: str, cases: Sequence[Record]) -> list[Picture]:
-    """Time and memory against depth, width and batch, where they were varied."""
-    layers = {case["model"]: MLP.fullmatch(case["model"]) for case in cases}
-    shapes = [(case, int(found[1]), int(found[2])) for case in cases if (found := layers[case["model"]])]
-    axes: dict[str, dict[Any, list[tuple[float, Record]]]] = {"depth": {}, "width": {}, "batch": {}}
-    for case, depth, width in shapes:
-        axes["depth"].setdefault(f"width {width}, batch {case['batch']}", []).append((depth, case))
-        axes["width"].setdefault(f"{depth} layers, batch {case['batch']}", []).append((width, case))
-    for case in cases:
-        axes["batch"].setdefault(f"{case['model']}, {case['layout']}", []).append((case["batch"], case))
-    pictures = []
-    for axis, lines in axes.items():
-        for index, (fixed, points) in enumerate((fixed, points) for fixed, points in lines.items() if len({x for x, _ in points}) > 2):
-            pictures.append(_sweep(f"{name}-{axis}-{index}", axis, fixed, sorted(points, key=lambda point: point[0])))
-    return pictures
-
-
-def _sweep(name: str, axis: str, fixed: str, points: Sequence[tuple[float, Record]]) -> Picture:
-    panels = [
-        ("time / backpropagation", _trends(points, lambda arm: arm["to_backprop"] or {})),
-        ("peak memory (bytes)", _trends(points, lambda arm: {key: arm.get("peak_bytes") for key in ("value", "low", "high")})),
-    ]
-    drawing = figures.trends(name, panels, xlabel={"depth": "layers", "width": "width", "batch": "batch"}[axis])
-    caption = f"The cost of one step against {axis}; {fixed}. Bands: 95 % intervals; gaps: too noisy, or not measured."
-    return Picture(name, drawing, caption)
-
-
-def _trends(points: Sequence[tuple[float, Record]], read: Callable[[Record], Record]) -> list[figures.Trend]:
-    """Lines of the arms that ran at more than two places: two make no line."""
-    lines: dict[str, list[tuple[float, Record]]] = {}
-    ran = [arm for _, case in points for arm in case["arms"] if not arm["failed"]]
-    kinds, often = {arm["label"]: str(arm["kind"]) for arm in ran}, Counter(arm["label"] for arm in ran)
-    for x, case in points:
-        for arm in case["arms"]:
-            if not arm["failed"] and read(arm).get("value") is not None:
-                lines.setdefault(arm["label"], []).append((x, read(arm)))
-    found = []
-    for label, line in lines.items():
-        if often[label] > 2:
-            value, low, high = (tuple(measured[key] for _, measured in line) for key in ("value", "low", "high"))
-            found.append(figures.Trend(label, tuple(x for x, _ in line), value, low, high, kind=kinds[label]))
-    return found
-
-
 def _sentence(cases: Sequence[Record]) -> str:
     """What a step costs on the networks at the paper's batch, or on the first few cases where there are none of these."""
     spoken = (("forward", "the forward gradient"), ("low-rank", "rank 1"), ("low-rank-compiled", "rank 1 compiled"))
@@ -336,7 +295,7 @@ def _sentence(cases: Sequence[Record]) -> str:
         told = {arm["name"]: arm["to_backprop"] for arm in case["arms"] if not arm["failed"]}
         shown = [(words, told.get(name)) for name, words in spoken]
         costs = [f"{number(found['value'])} ({words})" for words, found in shown if found and found["value"] is not None]
-        parts += [f"{_listed(costs)} on {_network(case)}, batch {case['batch']}"] if costs else []
+        parts += [f"{_listed(costs)} on {network_of(case)}, {batch_of(case)}"] if costs else []
     if not parts:
         return "No network has both arms timed well enough to compare them."
     return f"In steps of backpropagation, a step costs {'; '.join(parts)}."
@@ -344,7 +303,8 @@ def _sentence(cases: Sequence[Record]) -> str:
 
 def _usual(cases: Sequence[Record]) -> Sequence[Record]:
     """The networks at the paper's batch, each once, or the first few cases where there are none."""
-    found = [case for case in cases if case["batch"] == 64 and case["data"] and not case["model"].startswith("mlp-")]
+    named = [case for case in cases if case["data"] and not DEEP.fullmatch(case["model"])]
+    found = [case for case in named if case["batch"] == 64 and not update_of(case)]
     order = [model for model in tables.MODELS if any(case["model"] == model for case in found)]
     return [next(case for case in found if case["model"] == model) for model in order] or cases[:3]
 

@@ -83,10 +83,14 @@ class GoalOutcome:
 
 
 def outcomes(cases: Sequence[Mapping[str, Any]]) -> list[GoalOutcome]:
-    """Every goal with its outcome: met, missed, too noisy or not measured. Goals of the processor ask its own cases alone."""
+    """Every goal with its outcome: met, missed, too noisy or not measured.
+
+    Goals of the processor ask its own cases alone, and all ask for steps of SGD.
+    """
     found: dict[str, dict[NetworkAndBatch, Mapping[str, Any]]] = {"cpu": {}, "cuda": {}}
     for case in cases:
-        found[case["accelerator"]][case["model"], case["batch"]] = case
+        if case.get("optimizer", "sgd") == "sgd":
+            found[case["accelerator"]][case["model"], case["batch"]] = case
     return [_outcome(goal, found[goal.accelerator]) for goal in GOALS]
 
 

@@ -74,13 +74,13 @@ def _makers(arms: Sequence[ArmResult], backprop: ArmResult | None) -> list[Calla
     devices = {run.environment.get("device") for arm in arms for run in arm.done}
     return [
         lambda arm: Cell(arm.label, format_estimator(arm.run["estimator"]) if arm.run else "", arm.kind, arm_cells.source(arm)),
-        _rate,
+        arm_cells.rate,
         arm_cells.epochs,
         arm_cells.accuracy,
         arm_cells.test_loss,
         lambda arm: _gap(arm, backprop),
-        _steps,
-        lambda arm: _time(arm, len(devices) > 1),
+        arm_cells.steps,
+        lambda arm: arm_cells.training_time(arm, name_device=len(devices) > 1),
         _memory,
         _forward_only,
         arm_cells.outcome,
@@ -99,21 +99,13 @@ def _published(row: Arm) -> tuple[Cell, ...]:
 def _trained(arm: ArmResult, row: Arm) -> tuple[Cell, ...]:
     """A row of Table I from runs of ours."""
     _, rate, *_, only, _ = _published(row)
-    cells = (arm_cells.epochs(arm), arm_cells.accuracy(arm), arm_cells.test_loss(arm), NONE, _steps(arm), _time(arm, False), _memory(arm))
-    return (dataclasses.replace(_paper_arm(row), link=arm_cells.source(arm)), rate, *cells, only, arm_cells.outcome(arm))
+    cells = (arm_cells.epochs(arm), arm_cells.accuracy(arm), arm_cells.test_loss(arm), NONE, arm_cells.steps(arm))
+    cost = (arm_cells.training_time(arm, name_device=False), _memory(arm))
+    return (dataclasses.replace(_paper_arm(row), link=arm_cells.source(arm)), rate, *cells, *cost, only, arm_cells.outcome(arm))
 
 
 def _paper_arm(row: Arm) -> Cell:
     return Cell(f"{row.label}, {TITLES[row.run.optimizer.name]}", format_estimator(row.run.estimator), row.kind)
-
-
-def _rate(arm: ArmResult) -> Cell:
-    chosen = arm.record["chosen"]
-    if not arm.run:
-        return NONE
-    edge = "lr" in chosen["at_edge"]
-    words = [*([arm.run["precision"]] if "precision" in arm.run else []), *(["on the edge of its grid"] if edge else [])]
-    return Cell(exact(arm.run["optimizer"]["lr"]), ", ".join(words), "warn" if edge else "")
 
 
 def _gap(arm: ArmResult, backprop: ArmResult | None) -> Cell:
@@ -131,29 +123,8 @@ def _signed(points: float) -> str:
     return f"{points:+.2f}".replace("-", MINUS)
 
 
-def _mean(arm: ArmResult, field: str) -> float | None:
-    """The mean of a count over the runs, None where a run did not count it."""
-    values = [run.result.get(field) for run in arm.done]
-    return sum(values) / len(values) if values and None not in values else None  # type: ignore[arg-type]
-
-
-def _steps(arm: ArmResult) -> Cell:
-    steps, passes = _mean(arm, "steps"), _mean(arm, "forward_passes")
-    if steps is None:
-        return NONE
-    return Cell(f"{steps:,.0f}", "passes not counted" if passes is None else f"{passes:,.0f} passes")
-
-
-def _time(arm: ArmResult, name_device: bool) -> Cell:
-    seconds = _mean(arm, "seconds")
-    if seconds is None:
-        return NONE
-    where = sorted({str(run.environment.get("device", "unknown")) for run in arm.done}) if name_device else []
-    return Cell(tables.duration(seconds), ", ".join(filter(None, (f"{arm_cells.per_step(arm).text} a step", arm.shared, *where))))
-
-
 def _memory(arm: ArmResult) -> Cell:
-    peak = _mean(arm, "peak_bytes")
+    peak = arm_cells.mean_of(arm, "peak_bytes")
     return NONE if peak is None else Cell(tables.size(peak))
 
 

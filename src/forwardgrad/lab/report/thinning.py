@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from forwardgrad.lab.report.sections.studies import STEP_BINS
+from forwardgrad.lab.report.sections import STEP_BINS
 from forwardgrad.lab.statistics import stats, summarized
 from forwardgrad.lab.store import Store, results
 
 SHORT = 2_000  # steps up to which a summary would be no shorter
-UNDRAWN = ("baydin", "beyond")  # studies whose section shows validation losses alone
+UNDRAWN = ("baydin", "beyond", "faster", "finetune")  # studies whose section draws evaluations alone
 
 
 def thinning_of(store: Store) -> Callable[[str, dict[str, list[float]]], dict[str, Any] | bool]:

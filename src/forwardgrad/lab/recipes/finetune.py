@@ -1,0 +1,144 @@
+"""Fine-tuning a pretrained transformer on real text: every way to a gradient, tuned alike and given as many seconds.
+
+MiniLM (22.6 million weights) learns to tell good reviews of films from bad ones, from 10,232 sentences and from 16 of each class, as few as
+Malladi et al. (2023) take, and to sort reviews of drugs into three classes. A trial and a final run last as many seconds in every arm, on
+one thread; steps follow from each arm's pace. So a method that is dear a step gets fewer of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.recipes.paper import BACKPROP
+from forwardgrad.lab.studies import Arm, DataName, Length, ModelName, Optimizer, OptimizerName, Run, Study
+
+BATCH = 16
+EVERY = 20  # steps between two evaluations
+Setting = Literal["movies", "few", "drugs"]
+
+
+@dataclass(frozen=True)
+class WayToTune:
+    """What supplies the gradient of an arm, of which part of the network, and the four learning rates that it is tuned over."""
+
+    label: str
+    kind: str
+    estimator: dict[str, Any]
+    rates: tuple[float, ...]
+    optimizer: OptimizerName = "adam"
+    model: ModelName = "minilm"
+
+
+WHOLE = (1e-5, 3e-5, 1e-4, 3e-4)  # of Adam on all weights
+PART = (3e-4, 1e-3, 3e-3, 1e-2)  # of Adam on few
+MOVED: dict[str, Any] = {"name": "forward", "law": "rademacher"}
+LOCAL: dict[str, Any] = {"name": "local", "feedback": True, "ends": ["*outer.weight"]}
+
+WAYS: dict[str, WayToTune] = {
+    "backprop": WayToTune("backpropagation", "backprop", BACKPROP, WHOLE),
+    "checkpoint": WayToTune("backpropagation, checkpoints", "checkpoint", {"name": "backprop", "checkpoint": True}, WHOLE),
+    "lora": WayToTune("backpropagation, LoRA", "lora", BACKPROP, PART, model="minilm-lora"),
+    "readout": WayToTune("classifier alone", "readout", {"name": "readout"}, (1e-3, 3e-3, 1e-2, 3e-2), model="minilm-readout"),
+    "mezo": WayToTune("MeZO", "zeroth-order", {"name": "zeroth-order"}, (3e-6, 1e-5, 3e-5, 1e-4), "sgd"),
+    "mezo-lora": WayToTune("MeZO, LoRA", "mezo-lora", {"name": "zeroth-order"}, (3e-4, 1e-3, 3e-3, 1e-2), "sgd", "minilm-lora"),
+    # Normalised, an estimate of FZOO is as long as 1/ε, so its rates are small; the mean over 64 directions has an eighth of one's noise.
+    "fzoo": WayToTune(
+        "FZOO, K = 8",
+        "fzoo",
+        {"name": "zeroth-order", "law": "rademacher", "sides": "one", "tangents": 8, "normalize": True},
+        (3e-8, 1e-7, 3e-7, 1e-6),
+        "sgd",
+    ),
+    "eggroll": WayToTune(
+        "EGGROLL, K = 64",
+        "eggroll",
+        {"name": "zeroth-order", "perturb": "low-rank", "tangents": 64, "chunk_size": 8},
+        (3e-5, 1e-4, 3e-4, 1e-3),
+        "sgd",
+    ),
+    "low-rank": WayToTune("rank one, K = 8", "low-rank", MOVED | {"perturb": "low-rank", "tangents": 8}, WHOLE),
+    "activity": WayToTune("activities moved", "activity", MOVED | {"perturb": "activity", "exact_output": True}, WHOLE),
+    "feedback": WayToTune("learned feedback", "feedback", {"name": "feedback"}, WHOLE),
+    "local": WayToTune("local losses with learned feedback", "local", LOCAL, WHOLE),
+}
+USUAL = tuple(WAYS)
+SHORT = ("backprop", "readout", "mezo", "low-rank", "activity", "local")  # of the small budget
+
+
+@dataclass(frozen=True)
+class TunedText:
+    """A set of texts, and the title of its comparison."""
+
+    title: str
+    data: DataName
+
+
+TEXTS: dict[Setting, TunedText] = {
+    "movies": TunedText("MiniLM · film reviews", "movie-reviews"),
+    "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16"),
+    "drugs": TunedText("MiniLM · drug reviews", "drug-reviews"),
+}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a trial and of a final run, trials of an arm (None: its four rates), seeds, and what is compared unless rows are named."""
+
+    tuning: float
+    training: float
+    trials: int | None
+    seeds: int
+    settings: tuple[Setting, ...]
+    ways: tuple[str, ...]
+
+
+FULL = Spent(tuning=60, training=300, trials=None, seeds=3, settings=("movies", "few"), ways=USUAL)
+SMALL = Spent(tuning=10, training=30, trials=2, seeds=1, settings=("movies",), ways=SHORT)
+
+
+def finetune(rows: list[str] | None = None, seeds: int | None = None, *, small: bool = False) -> Study:
+    """The arms of all texts, or those named: a text stands for its usual arms, a full name for itself. `small` takes some minutes."""
+    spent = SMALL if small else FULL
+    arms = tuple(_arm(setting, way) for setting, way in _chosen(rows, spent))
+    return Study(
+        "finetune",
+        "Fine-tuning a pretrained network: accuracy in equal seconds, and the memory it takes",
+        arms,
+        seeds or spent.seeds,
+        Length(seconds=spent.tuning),
+        Length(seconds=spent.training),
+        spent.trials,
+        "grid" if spent.trials is None else "halton",
+    )
+
+
+def _chosen(rows: list[str] | None, spent: Spent) -> list[tuple[Setting, str]]:
+    """Texts and ways, in the order in which they are listed here."""
+    names = {f"{setting}-{way}": (setting, way) for setting in TEXTS for way in WAYS}
+    usual = {setting: {f"{setting}-{way}" for way in spent.ways} for setting in TEXTS}
+    wanted: set[str] = set()
+    for row in rows or spent.settings:
+        if row in names:
+            wanted.add(row)
+        elif row in TEXTS:
+            wanted |= usual[row]
+        else:
+            some = ", ".join(sorted(usual["movies"])[:3])
+            known = f"choose from {', '.join(TEXTS)}, or name an arm, such as {some}"
+            raise UserError(f"no row {row!r} of fine-tuning: {known}")
+    return [pair for name, pair in names.items() if name in wanted]
+
+
+def _arm(setting: Setting, name: str) -> Arm:
+    text, way = TEXTS[setting], WAYS[name]
+    run = Run(
+        data=text.data,
+        model=way.model,
+        estimator=way.estimator,
+        optimizer=Optimizer(way.optimizer, way.rates[0], anneal=True),
+        batch_size=BATCH,
+        evaluate_every=EVERY,
+    )
+    return Arm(f"{setting}-{name}", text.title, way.kind, way.label, run, {"lr": way.rates})

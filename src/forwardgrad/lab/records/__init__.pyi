@@ -1,0 +1,16 @@
+from forwardgrad.lab.records.claim import ClaimedRun as ClaimedRun
+from forwardgrad.lab.records.claim import RecordClaim as RecordClaim
+from forwardgrad.lab.records.claim import read_claim as read_claim
+from forwardgrad.lab.records.claim import write_claim as write_claim
+from forwardgrad.lab.records.claiming import claimed_runs as claimed_runs
+from forwardgrad.lab.records.page import records_page as records_page
+from forwardgrad.lab.records.rule import check_forward_only as check_forward_only
+from forwardgrad.lab.records.rule import saved_in_first_steps as saved_in_first_steps
+from forwardgrad.lab.records.tasks import TASKS as TASKS
+from forwardgrad.lab.records.tasks import RecordTask as RecordTask
+from forwardgrad.lab.records.tasks import record_task as record_task
+from forwardgrad.lab.records.verifying import Verification as Verification
+from forwardgrad.lab.records.verifying import fresh_runs as fresh_runs
+from forwardgrad.lab.records.verifying import verdict as verdict
+from forwardgrad.lab.records.wording import RULE as RULE
+from forwardgrad.lab.records.wording import TEST as TEST

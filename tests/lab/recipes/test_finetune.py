@@ -1,0 +1,57 @@
+"""The study of fine-tuning: what its arms hold equal, that every estimator can be made, its rows and budgets."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from forwardgrad.estimators import from_config
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.recipes.finetune import SHORT, TEXTS, USUAL, WAYS, finetune
+from forwardgrad.lab.studies import Length, Pace
+
+
+def test_arms_have_equal_seconds_trials_and_batches() -> None:
+    for small, trials in ((False, 4), (True, 2)):
+        study = finetune(small=small)
+        assert {len(study.points(arm)) for arm in study.arms} == {trials}
+        assert {(arm.run.batch_size, arm.run.evaluate_every, arm.run.optimizer.anneal) for arm in study.arms} == {(16, 20, True)}
+        assert study.training is not None
+        assert (study.tuning.seconds, study.training.seconds) == ((10, 30) if small else (60, 300))
+        assert study.seeds == (1 if small else 3)
+
+
+def test_a_step_that_takes_longer_is_taken_less_often() -> None:
+    study = finetune(["movies-backprop", "movies-readout"])
+    paces = {"minilm": Pace(2.0, 3), "minilm-readout": Pace(0.5, 1)}
+    steps = [study.final(arm, {}, 0, lambda run: paces[run.model]).steps for arm in study.arms]
+    assert steps == [150, 600]
+    assert Length(seconds=300) == study.training
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_names_an_estimator_and_four_rates_half_a_decade_apart(way: str) -> None:
+    (arm,) = finetune([f"few-{way}"]).arms
+    from_config(arm.run.estimator)
+    rates = arm.space["lr"]
+    assert len(rates) == 4  # type: ignore[arg-type]
+    assert all(2.9 < b / a < 3.4 for a, b in pairwise(rates))  # type: ignore[arg-type]
+    assert arm.run.model.startswith("minilm")
+
+
+def test_rows_name_texts_and_arms() -> None:
+    assert [arm.name for arm in finetune(small=True).arms] == [f"movies-{way}" for way in WAYS if way in SHORT]
+    assert len(finetune().arms) == 2 * len(USUAL)
+    assert [arm.run.data for arm in finetune(["drugs-mezo", "few-mezo"]).arms] == ["movie-reviews-16", "drug-reviews"]
+    assert {arm.group for arm in finetune(list(TEXTS)).arms} == {text.title for text in TEXTS.values()}
+    with pytest.raises(UserError, match=r"no row 'mezo' of fine-tuning: choose from movies, few, drugs, or name an arm, such as movies-"):
+        finetune(["mezo"])
+
+
+def test_trials_of_the_small_budget_differ_in_their_rate_alone() -> None:
+    study = finetune(["movies-mezo"], small=True)
+    arm = study.arms[0]
+    runs = [study.trial(arm, point, lambda run: Pace(1.0, 2)) for point in study.points(arm)]
+    assert len({run.optimizer.lr for run in runs}) == 2
+    assert {run.steps for run in runs} == {10}
