@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 import forwardgrad as fg
 from forwardgrad.estimators import from_config
-from forwardgrad.lab import environment
+from forwardgrad.lab import environment, models
 from forwardgrad.lab.bench.cases import INPUTS
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies.estimator_text import parse_estimator
-from forwardgrad.lab.training import models
 
 WARM_UP = 3
 OPTIMIZERS = {

@@ -64,11 +64,17 @@ class Nothing(nn.Module):
         return self.logits.expand(len(images), -1)
 
 
-def no_step(at: State) -> Callable[..., Estimate]:
+class NoStep:
     """In place of a step: what a forward gradient would have said."""
-    at.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule asks
-    said = Estimate(torch.tensor(2.3), torch.tensor([0.1]), 2)
-    return lambda *batch: said
+
+    preparing = 0.0
+
+    def __init__(self, at: State) -> None:
+        at.optimizer._opt_called = True  # type: ignore[attr-defined]  # the schedule asks
+        self._said = Estimate(torch.tensor(2.3), torch.tensor([0.1]), 2)
+
+    def __call__(self, *batch: object) -> Estimate:
+        return self._said
 
 
 class Over(Exception):
@@ -90,7 +96,7 @@ def bare(training: Training, take: Callable[..., Estimate]) -> Callable[[int], f
             order = training.order()
             start = at.step % per_epoch * run.batch_size
             batch = order[start : start + run.batch_size]
-            take(arranged(dataset.pixels(dataset.train.images[batch]), run.precision), dataset.train.labels[batch])
+            take(arranged(dataset.for_model(dataset.train.inputs[batch]), run.precision), dataset.train.labels[batch])
             at.lr_schedule.step()
             at.step += 1
         return clock() - began
@@ -187,9 +193,9 @@ def main() -> None:
         parser.error(str(error))
     if options.blocks < 2:
         parser.error("--blocks is at least 2")
-    take = no_step(alone.state) if options.empty else step_of(run, alone.state)
+    take = NoStep(alone.state) if options.empty else step_of(run, alone.state)
     if options.empty:
-        lab.state.training_step = no_step(lab.state)  # type: ignore[assignment]
+        lab.state.training_step = NoStep(lab.state)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "runs" / run.identity
         folder.mkdir(parents=True)

@@ -26,6 +26,10 @@ from forwardgrad.lab.cli import app
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 ELSEWHERE = {"extending.md", "results.md", "studies.md"}
+THEIRS = (  # warnings of the frameworks that docs/integrations.md is about: no GPU, few workers, what they themselves are to change
+    ".*'pin_memory' argument is set as true|.*does not have many workers|The number of training batches"
+    "|.*LeafSpec|`is_gradient_checkpointing` is deprecated"
+)
 OTHERS = {"MALLOC_MMAP_MAX_=0"}  # a reader's own script
 
 
@@ -56,6 +60,7 @@ def test_python_runs_in_its_order(page: Path, tmp_path: Path, monkeypatch: pytes
     text = page.read_text(encoding="utf-8")
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "derivatives of .* are made by torch's own forward mode", UserWarning)  # the page says so
+        warnings.filterwarnings("ignore", THEIRS)
         torch.manual_seed(0)
         for block in blocks(page, "python"):
             above = text[: text.index(block)].count("\n")
@@ -76,6 +81,11 @@ def test_a_command_is_one_that_there_is(line: str) -> None:
         assert not extra or extra in extras
     elif words[0] in ("python", ".venv/bin/pytest"):
         assert words[1] == "tests/test_x.py" or (ROOT / words[1]).is_file()
+    elif words[0] == "torchrun" and "-m" in words:
+        assert words[words.index("-m") + 1] == "forwardgrad"
+        parse(words[words.index("-m") + 2 :])
+    elif words[0] == "torchrun":
+        assert (ROOT / words[-1]).is_file()
     else:
         assert words[0] in OTHERS or words[0] == ".ci/run"
 
