@@ -49,16 +49,32 @@ ROOMS = {
     "perturbations": "What moves",
     "directions": "Laws of directions",
     "training_step": "Whole steps",
+    "journal": "Logs of steps",
+    "replaying": "Steps taken again",
     "diagnostics": "Look at an estimate",
     "optim": "What torch's optimizers lack",
     "ensemble": "Several replicas",
     "processes": "Several processes",
+    "pipeline": "A pipeline of processes",
     "objective": "A loss and what it trains",
     "forward_mode": "Forward mode",
     "testing": "For authors of estimators",
 }
 # classes that are shown with their methods and fields
-SHOWN = {"Estimator", "Law", "Perturbation", "Objective", "Entered", "Layer", "Check", "Explanation", "Quality", "Finding"}
+SHOWN = {
+    "Estimator",
+    "Law",
+    "Perturbation",
+    "Objective",
+    "Entered",
+    "Layer",
+    "Check",
+    "Explanation",
+    "Quality",
+    "Finding",
+    "GradientSource",
+    "ForwardAccelerator",
+}
 
 
 def _home(package: str, name: str) -> str:
