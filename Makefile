@@ -8,6 +8,8 @@ TORCH := 2.13.0# what `make lock` pins: raised on purpose only, since a newer to
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_COMPILE := 1# Python compiles what it imports; to compile all that is installed takes longer than to install it
+# So it has to keep what it compiled: without, each Python that a test starts compiles torch's sources anew, two seconds and more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all test-full docs lint types wheel lock clean
 
