@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import Run, stream
-from forwardgrad.ranks import Distributed, RankGone
+from forwardgrad.ranks import Distributed, RankGone, hold
 
 NOTHING = -1  # in place of a checkpoint's size
 
@@ -47,27 +47,27 @@ class Team:
         """On rank 0: have all go on from a checkpoint; b"" is the start."""
         self.begun = True
         with self.told():
-            dist.broadcast(torch.tensor(len(checkpoint)), 0)
+            _from_first(torch.tensor(len(checkpoint)))
             if checkpoint:
-                dist.broadcast(torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8), 0)
+                _from_first(torch.frombuffer(bytearray(checkpoint), dtype=torch.uint8))
 
     def dismiss(self) -> None:
         """On rank 0: let the others go where there was nothing to do."""
         if not self.rank and not self.begun:
             self.begun = True
             with self.told():
-                dist.broadcast(torch.tensor(NOTHING), 0)
+                _from_first(torch.tensor(NOTHING))
 
     def beginning(self) -> bytes | None:
         """On the others: the checkpoint to go on from, b"" for the start; None where there is nothing to do."""
         size = torch.tensor(0)
         with self.told():
-            dist.broadcast(size, 0)
+            _from_first(size)
             if int(size) == NOTHING:
                 return None
             checkpoint = torch.empty(int(size), dtype=torch.uint8)
             if len(checkpoint):
-                dist.broadcast(checkpoint, 0)
+                _from_first(checkpoint)
         return checkpoint.numpy().tobytes()
 
     @contextmanager
@@ -85,6 +85,11 @@ class Team:
     def _lost(self, error: BaseException) -> RankLost:
         why = " ".join((str(error.__cause__ or error).splitlines() or [""])[0].split())
         return RankLost(f"rank {self.rank} of {self.size} waited in vain for another rank, which has ended or does not answer ({why})")
+
+
+def _from_first(message: torch.Tensor) -> None:
+    dist.broadcast(message, 0)
+    hold(message)
 
 
 def check_batches(run: Run, examples: int, ranks: int) -> None:

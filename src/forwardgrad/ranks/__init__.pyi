@@ -3,3 +3,4 @@ from forwardgrad.ranks.together import ALONE as ALONE
 from forwardgrad.ranks.together import Apart as Apart
 from forwardgrad.ranks.together import Ranks as Ranks
 from forwardgrad.ranks.wire import RankGone as RankGone
+from forwardgrad.ranks.wire import hold as hold

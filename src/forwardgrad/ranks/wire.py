@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +11,26 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+HELD_BYTES = 1 << 20  # who exchanges more goes on with it for a while, and does not end a process
+LETTING_GO_SECONDS = 10.0
+_held: list[Tensor] = []
+
+
+def hold(*exchanged: Tensor) -> None:
+    """Keep the tensors of an exchange until the next one, or until nobody else has them as Python ends.
+
+    A thread of gloo keeps them a moment longer than the exchange takes, and needs Python's lock to let them go. While Python ends nobody
+    gets that: the thread is ended instead, and the whole process aborted, whose work was done.
+    """
+    _held[:] = exchanged if sum(tensor.numel() * tensor.itemsize for tensor in exchanged) <= HELD_BYTES else ()
+
+
+@atexit.register
+def _let_go() -> None:
+    until = time.monotonic() + LETTING_GO_SECONDS
+    while any(tensor._use_count() > 1 for tensor in _held) and time.monotonic() < until:  # type: ignore[attr-defined]
+        time.sleep(0.001)
 
 
 class RankGone(RuntimeError):
@@ -42,6 +64,7 @@ class Wire:
         rows = [torch.empty_like(message) for _ in range(self.size)]
         with self._told():
             dist.all_gather(rows, message, self._group)
+        hold(message, *rows)
         self._count(message)
         return torch.stack(rows).to(numbers.device)
 
@@ -50,6 +73,7 @@ class Wire:
         total = self._carried(tensor).clone()
         with self._told():
             dist.all_reduce(total, group=self._group)
+        hold(total)
         self._count(total)
         return total.to(tensor.device)
 
@@ -59,6 +83,7 @@ class Wire:
             carried = self._carried(tensor).contiguous()
             with self._told():
                 dist.broadcast(carried, dist.get_global_rank(self._group, 0), self._group)
+            hold(carried)
             tensor.copy_(carried)
 
     def _carried(self, tensor: Tensor) -> Tensor:
