@@ -28,18 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 EACH = 2
 """How many cases of a product each value of each parameter is met in by `make test`; a test may ask for others, `product(each=1)`."""
+MORE = 2  # times as many are met by `make test` and `make test-full` together; `make test-all` takes all of them
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; the rest is marked `full`."""
+    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; the rest is marked `full`, or `rest`."""
     met: Counter[tuple[str, str, str]] = Counter()
     for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
         if (product := item.get_closest_marker("product")) and isinstance(item, pytest.Function):
             each = product.kwargs.get("each", EACH)
             values = [(item.nodeid.partition("[")[0], name, _named(value)) for name, value in item.callspec.params.items()]
             if all(met[value] >= each for value in values):
-                item.add_marker("full")
+                item.add_marker("rest" if all(met[value] >= MORE * each for value in values) else "full")
             met.update(values)
 
 
