@@ -116,10 +116,13 @@ def one(rank: int) -> Any:
         found[repr(method)] = (gradients(plain), gradients(model), dict(plain.state_dict()), dict(model.state_dict()))
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import distribute_module
 
+    mesh = init_device_mesh("cpu", (1,))
     whole = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), sharding_strategy=None, use_orig_params=True)
-    parts = fully_shard(network(), mesh=init_device_mesh("cpu", (1,)))
-    refused = [said(lambda m=m: fg.estimate_grad_(loss_of(0), m, generator=seeded())) for m in (whole, parts)]
+    parts = fully_shard(network(), mesh=mesh)
+    divided = distribute_module(network(), mesh)
+    refused = [said(lambda m=m: fg.estimate_grad_(loss_of(0), m, generator=seeded())) for m in (whole, parts, divided)]
     return {"found": found, "refused": refused}
 
 
@@ -131,4 +134,7 @@ def test_one_process_trains_a_wrapped_module_as_the_module_and_no_sharded_one(tm
         assert plain, method
         assert all(map(torch.equal, plain, wrapped)), method
         assert all(map(torch.equal, before.values(), after.values())), method
-    assert all("FSDP" in message for message in found["refused"])
+    whole, parts, divided = found["refused"]
+    assert "FSDP" in whole
+    assert "FSDP" in parts
+    assert "a parameter is divided among processes" in divided

@@ -29,6 +29,12 @@ def independent_ranks() -> Iterator[None]:
         _independent.reset(token)
 
 
+def several() -> bool:
+    """Whether torch.distributed runs several processes, and nobody said that each of them trains on its own."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1 and not _independent.get()
+
+
 def check_processes(at: Point, *, reverse: bool, eager: bool = True, together: bool = False) -> None:
     """Raise RuntimeError where an estimate would be wrong without a word, as several processes take part in it.
 
@@ -42,6 +48,11 @@ def check_processes(at: Point, *, reverse: bool, eager: bool = True, together: b
         raise RuntimeError(
             "the parameters of a module under FSDP are not where they are used, so no estimate can move them: "
             "pass the module as it was before it was sharded"
+        )
+    if any(_divided(parameter) for module in _modules(at) for parameter in module.parameters(recurse=False)):
+        raise RuntimeError(
+            "a parameter is divided among processes (a DTensor, as of tensor parallelism), so no estimate can move it: "
+            "pass the module as it was before it was divided"
         )
     ranks = torch.distributed.get_world_size()
     if ranks < 2 or (reverse and eager and not together and isinstance(at, nn.parallel.DistributedDataParallel)):
@@ -65,6 +76,12 @@ def check_processes(at: Point, *, reverse: bool, eager: bool = True, together: b
 
 def _modules(at: Point) -> Iterator[nn.Module]:
     return at.modules() if isinstance(at, nn.Module) else iter(())
+
+
+def _divided(parameter: nn.Parameter) -> bool:
+    """Whether each process has a part of a parameter. As below, nothing is loaded for that."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def _sharded(module: nn.Module) -> bool:

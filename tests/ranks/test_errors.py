@@ -122,11 +122,15 @@ def two(rank: int) -> dict[str, Any]:
     group, pairs = fg.Distributed(), fg.Distributed(directions=2)
     shared = network(rank)
     group.broadcast(shared)
+    first = group.sent
+    group.broadcast(shared)
+    sent = [first, group.sent - first, sum(t.numel() * t.itemsize for t in shared.state_dict().values())]
     empty = partial(fg.estimate_grad_, lambda m: m(torch.ones(0, 4)).sum(), network(), generator=seeded(), group=group)
     found = {
         "parameters": said(stepper(network(rank), group)),
         "generators": said(stepper(network(), group, seed=rank)),
         "estimators": said(stepper(network(), group, fg.ForwardGradient(1 + rank))),
+        "broadcast": sent,
         "shared": said(stepper(shared, group)),
         "drifted": drifted(rank),
         "late": late(rank),
@@ -185,6 +189,12 @@ def test_every_rank_says_what_is_wrong(both: list[Any], case: str, sentence: str
 
 def test_a_model_that_was_broadcast_trains(both: list[Any]) -> None:
     assert [one["shared"] for one in both] == ["", ""]
+
+
+def test_parameters_are_sent_where_they_differ(both: list[Any]) -> None:
+    digest = 8
+    (first, again, whole), (other, _, _) = (one["broadcast"] for one in both)
+    assert (first, other, again) == (digest + whole, digest, digest)
 
 
 def test_equal_ranks_may_be_compared_at_any_time(both: list[Any]) -> None:

@@ -108,9 +108,18 @@ class Distributed(Ranks):
         return self.size > 1
 
     def broadcast(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of rank 0, for models that were not built from the same seed."""
-        with torch.no_grad():
-            self._wire.from_first([*model.parameters(), *model.buffers()])
+        """Give every rank the parameters and buffers of rank 0, for models that were not built from the same seed.
+
+        Where all ranks have the same ones already, a digest tells them so, and nothing else is sent.
+        """
+        tensors = [*model.parameters(), *model.buffers()]
+        if _others(self._wire.gathered(digest(tensors).reshape(1))[:, 0]):
+            with torch.no_grad():
+                self._wire.from_first(tensors)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distributed:
+        """A group is no part of what is copied: a twin of a model, or of what trains it, talks to the same processes."""
+        return self
 
     def share(self, tangents: int) -> int:
         if tangents % self.directions:

@@ -85,6 +85,8 @@ class Wire:
                 dist.broadcast(carried, dist.get_global_rank(self._group, 0), self._group)
             hold(carried)
             tensor.copy_(carried)
+            if self.rank == 0:
+                self._count(carried)
 
     def _carried(self, tensor: Tensor) -> Tensor:
         return tensor.detach().cpu() if self._on_host else tensor.detach()
