@@ -1,4 +1,9 @@
-"""A Lightning module whose training makes no backward pass: `python examples/lightning_module.py`, half a minute."""
+"""A Lightning module whose training makes no backward pass: `python examples/lightning_module.py`, half a minute.
+
+`torchrun --nproc-per-node 2 examples/lightning_module.py` trains it in two processes.
+"""
+
+import os
 
 import lightning as L
 import torch
@@ -6,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import forwardgrad as fg
-from forwardgrad.integrations import ForwardLightningModule
+from forwardgrad.integrations import ForwardLightningModule, ForwardStrategy
 
 
 class Classifier(ForwardLightningModule):
@@ -24,7 +29,7 @@ class Classifier(ForwardLightningModule):
 
     def validation_step(self, batch, batch_idx):
         x, y = batch
-        self.log("accuracy", (self.network(x).argmax(1) == y).float().mean(), prog_bar=True)
+        self.log("accuracy", (self.network(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -41,7 +46,16 @@ def examples(count: int, seed: int) -> DataLoader:
 
 def main(epochs: int = 5, count: int = 6000, folder: str = "lightning-module") -> float:
     L.seed_everything(0)
-    trainer = L.Trainer(max_epochs=epochs, accumulate_grad_batches=2, gradient_clip_val=1.0, default_root_dir=folder, logger=False)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        default_root_dir=folder,
+        logger=False,
+        devices=processes if processes > 1 else "auto",
+        strategy=ForwardStrategy() if processes > 1 else "auto",
+    )
     trainer.fit(Classifier(), examples(count, seed=1), examples(1000, seed=2))
     return float(trainer.callback_metrics["accuracy"])
 

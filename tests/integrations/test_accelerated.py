@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +102,10 @@ def test_what_only_a_backward_pass_can_do_is_refused() -> None:
     with pytest.raises(ValueError, match="train in bfloat16"):
         accelerator.estimate_grad_(lambda model: model(torch.ones(1, 4)).sum(), net())
     accelerator.scaler = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(accelerator), "parallelism_config", SimpleNamespace(non_data_parallel_size=2))
+        with pytest.raises(ValueError, match="leave parallelism_config out"):
+            accelerator.estimate_grad_(lambda model: model(torch.ones(1, 4)).sum(), net())
     accelerator.state.distributed_type = type(accelerator.distributed_type).DEEPSPEED
     with pytest.raises(ValueError, match="under DEEPSPEED"):
         accelerator.estimate_grad_(lambda model: model(torch.ones(1, 4)).sum(), net())

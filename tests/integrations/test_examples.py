@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # of transformers, for peft
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # of torch, for Lightning
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The `srun` command is available"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
 

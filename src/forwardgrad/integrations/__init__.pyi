@@ -1,4 +1,5 @@
 from forwardgrad.integrations.accelerated import ForwardAccelerator as ForwardAccelerator
 from forwardgrad.integrations.hugging_face import ForwardTrainer as ForwardTrainer
 from forwardgrad.integrations.lightning_module import ForwardLightningModule as ForwardLightningModule
+from forwardgrad.integrations.lightning_strategy import ForwardStrategy as ForwardStrategy
 from forwardgrad.integrations.source import GradientSource as GradientSource

@@ -13,6 +13,8 @@ from forwardgrad.integrations.source import GradientSource, LoopLoss, check_acce
 
 try:
     from transformers import Trainer
+
+    from forwardgrad.integrations.accelerated import Unwrapping
 except ImportError as error:
     raise missing("ForwardTrainer", "hf", error) from error
 
@@ -24,6 +26,7 @@ class ForwardTrainer(Trainer):
 
     All else is the Trainer's: arguments, schedules, clipping, accumulation, bfloat16, evaluation, checkpoints. Those hold the estimator's
     generator and state, too, in `forwardgrad.pt`. A Trainer of another kind becomes one as `class Mine(ForwardTrainer, Seq2SeqTrainer)`.
+    Several processes train the model together, each on its part of the data, by a few numbers a step (see `Distributed`).
     What the class computes a loss with runs at every evaluation that the estimator makes.
 
     Args:
@@ -37,9 +40,19 @@ class ForwardTrainer(Trainer):
         self.gradients = GradientSource(estimator, seed=self.args.seed, generator=generator)
         self._code = object()  # another Trainer of the same model may have another loss
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.__class__ = Unwrapping
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        self.gradients.compare(self.model)
+        return output
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Add an estimate to `.grad` and return the loss, both as large as this batch's share in the step."""
         check_accelerator(self.accelerator)
+        self.gradients.join()
         loss = LoopLoss(lambda model: self._evaluated(model, inputs, num_items_in_batch), self._code)
         return self.gradients.add_(loss, model).loss
 
@@ -57,6 +70,7 @@ class ForwardTrainer(Trainer):
         return found[0]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self.gradients.compare(self.model)  # every process is here, and one of them saves for all
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             whole, part = Path(output_dir, FILE), Path(output_dir, f"{FILE}.part")

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from forwardgrad.estimators import Estimator
 from forwardgrad.integrations.listening import Listener, estimating
 from forwardgrad.integrations.source import GradientSource, LoopLoss, check_scaler, missing
+from forwardgrad.processes import several
 
 try:
     from lightning.pytorch import LightningModule
@@ -25,6 +26,7 @@ class ForwardLightningModule(LightningModule):
     Lightning's Trainer does the rest: accumulation, clipping, schedulers, bfloat16, evaluation, checkpoints, which hold the estimator's
     generator and state. An estimate may run `training_step` several times: what its last run logs counts. A module of another kind becomes
     one as `class Mine(ForwardLightningModule, Theirs)`. Hooks for checkpoints that you override have to call `super()`.
+    Several processes train it together under `ForwardStrategy`.
 
     Args:
         estimator: the method; `ForwardGradient()` if left out.
@@ -49,6 +51,12 @@ class ForwardLightningModule(LightningModule):
         if not self.automatic_optimization:
             raise ValueError("in manual optimization call forwardgrad.estimate_grad_ where manual_backward stands, in a LightningModule")
         check_scaler(getattr(self.trainer.precision_plugin, "scaler", None))
+        if (strategy := self.trainer.strategy).model is not self:
+            raise ValueError(
+                f"{type(strategy).__name__} wraps the module for a backward pass, and here there is none: give the Trainer "
+                "strategy=forwardgrad.integrations.ForwardStrategy(), or devices=1"
+            )
+        self.gradients.join()
         parts = self.trainer.accumulate_grad_batches
         self._listener = listener = Listener()
         try:
@@ -65,6 +73,8 @@ class ForwardLightningModule(LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._estimates is None:
+            if several():
+                raise RuntimeError("training_step made no estimate, and nobody would average its backward pass over the processes")
             super().backward(loss, *args, **kwargs)
         for p, estimate in self._estimates or ():
             p.grad = estimate if p.grad is None else p.grad + estimate
@@ -72,6 +82,7 @@ class ForwardLightningModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        self.gradients.compare(self)  # every process is here, and one of them saves for all
         checkpoint[KEY] = self.gradients.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

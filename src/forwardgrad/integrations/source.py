@@ -10,8 +10,10 @@ from torch import Generator, Tensor, nn
 
 from forwardgrad.estimators import Estimate, Estimator
 from forwardgrad.gradient import estimate_grad_
+from forwardgrad.processes import several
+from forwardgrad.ranks import Distributed
 
-ALONE = ("NO", "MULTI_CPU", "MULTI_GPU")  # others shard parameters, or take steps in an engine of their own
+_UNDIVIDED = ("NO", "MULTI_CPU", "MULTI_GPU")  # others shard parameters, or take steps in an engine of their own
 _APART = 0x666F7277  # a seed also makes the weights and the order of the examples: directions must not be those numbers again
 
 
@@ -25,6 +27,7 @@ class GradientSource:
         estimator: the method; `ForwardGradient()` if left out.
         seed: of the generator that is made on the model's device when the first gradient is asked for.
         generator: one to draw from instead.
+        group: the processes that train the model together, each with its part of the batch or of the directions (see `Distributed`).
 
     >>> source = GradientSource(seed=1)
     >>> model = torch.nn.Linear(2, 1)
@@ -34,8 +37,10 @@ class GradientSource:
     ['device', 'generator', 'state']
     """
 
-    def __init__(self, estimator: Estimator | None = None, *, seed: int = 0, generator: Generator | None = None) -> None:
-        self.estimator, self.generator, self._seed = estimator, generator, seed
+    def __init__(
+        self, estimator: Estimator | None = None, *, seed: int = 0, generator: Generator | None = None, group: Distributed | None = None
+    ) -> None:
+        self.estimator, self.generator, self.group, self._seed = estimator, generator, group, seed
         self.state: dict[str, Tensor] = {}
         self._at_home: set[str] | None = None  # of a state that was loaded, what stays on the processor whatever the model's device
 
@@ -51,7 +56,7 @@ class GradientSource:
         if self._at_home is not None:
             self.state = {name: kept if name in self._at_home else kept.to(device) for name, kept in self.state.items()}
             self._at_home = None
-        return estimate_grad_(loss, model, self.estimator, generator=self.generator, state=self.state)
+        return estimate_grad_(loss, model, self.estimator, generator=self.generator, state=self.state, group=self.group)
 
     def apart(self, loss: Callable[[nn.Module], Tensor], model: nn.Module, *, keep: bool) -> tuple[Estimate, list[tuple[Tensor, Tensor]]]:
         """As `add_`, but each estimate comes beside its parameter, and `.grad` is what it was, or empty unless it is to be kept."""
@@ -64,6 +69,24 @@ class GradientSource:
         finally:
             for p, gradient in zip(parameters, before, strict=True):
                 p.grad = gradient
+
+    def join(self) -> None:
+        """Estimate together with the other processes of torch.distributed, where there are some: for a loop that divides the data itself.
+
+        Raises ValueError where ranks of the group would need the same data.
+        """
+        if self.group is None and several():
+            self.group = Distributed()
+        if self.group is not None and self.group.directions > 1:
+            raise ValueError(
+                f"{self.group.directions} ranks divide the directions of a batch, and this loop gives each rank a batch of its own: take "
+                "Distributed(directions=1), or divide directions in a loop of your own"
+            )
+
+    def compare(self, model: nn.Module) -> None:
+        """RuntimeError where the parameters of the processes that train a model have come to differ (see `Distributed.compare`)."""
+        if self.group is not None:
+            self.group.compare(model)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, as tensors and texts that `torch.load(weights_only=True)` reads."""
@@ -110,5 +133,11 @@ def check_scaler(scaler: object) -> None:
 def check_accelerator(accelerator: Any) -> None:
     """ValueError where an accelerator is set up for what only a backward pass can do."""
     check_scaler(accelerator.scaler)
-    if (kind := accelerator.distributed_type.value) not in ALONE:
+    if (kind := accelerator.distributed_type.value) not in _UNDIVIDED:
         raise ValueError(f"under {kind} parameters move in an engine that waits for a backward pass, and here there is none: leave it out")
+    plan = getattr(accelerator, "parallelism_config", None)
+    if plan is not None and plan.non_data_parallel_size > 1:
+        raise ValueError(
+            "tensor, context and sequence parallelism divide a model or an example among processes, and estimates divide a batch: leave "
+            "parallelism_config out"
+        )
