@@ -169,7 +169,8 @@ class Measurement:
         for case, runs in measured(made, cases, self.options, guess).items():
             self.found[link, ranks, case] = runs
         self.loads[link, ranks] = os.getloadavg()[0]
-        print(f"\n{link}, {ranks} rank{'s' if ranks > 1 else ''}; load {self.loads[link, ranks]:.2f}")
+        shared = f" on {CORES} core{'s' if CORES > 1 else ''}" if ranks > CORES else ""
+        print(f"\n{link}, {ranks} rank{'s' if ranks > 1 else ''}{shared}; load {self.loads[link, ranks]:.2f}")
         tell_rows(self.row(link, ranks, case) for case in cases)
         self.write()
 

@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from forwardgrad.lab.report.figures import FURTHER, LOOKS, PAGE, Drawing, Sketch, render
+from forwardgrad.lab.report.figures import FURTHER, LOOKS, Sketch, render
 
 HERE = Path(__file__).resolve().parent
 NUMBERS = HERE / "accuracy.json"
@@ -85,17 +84,6 @@ def draw(arms: list[dict[str, Any]]) -> tuple[Figure, list[Sketch]]:
     return figure, []
 
 
-def coloured(drawing: Drawing, dark: bool) -> str:
-    """The drawing as a file of its own on a light or a dark ground, without a ground of its own."""
-
-    def on_ground(found: re.Match[str]) -> str:
-        return PAGE[found[0].lower()][1 + dark] if found[0].lower() in PAGE else found[0]
-
-    svg = re.sub(r"#[0-9a-fA-F]{6}\b", on_ground, drawing.svg)
-    card = PAGE["#ffffff"][1 + dark]
-    return re.sub(rf"fill: {card}", "fill: none", svg)
-
-
 def main() -> None:
     """Read the numbers where asked to, and draw both files."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,7 +95,7 @@ def main() -> None:
     arms = json.loads(NUMBERS.read_text(encoding="utf-8"))
     drawing = render("accuracy", lambda: draw(arms))
     for name, dark in (("light", False), ("dark", True)):
-        (HERE / f"accuracy-{name}.svg").write_text(coloured(drawing, dark), encoding="utf-8")
+        (HERE / f"accuracy-{name}.svg").write_text(drawing.on_ground(dark), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 ELSEWHERE = {"extending.md", "results.md", "studies.md"}
 THEIRS = (  # warnings of the frameworks that docs/integrations.md is about: no GPU, few workers, what they themselves are to change
-    ".*'pin_memory' argument is set as true|.*does not have many workers|The number of training batches"
+    ".*'pin_memory' argument is set as true|.*does not have many workers|The number of training batches|The `srun` command is available"
     "|.*LeafSpec|`is_gradient_checkpointing` is deprecated"
 )
 OTHERS = {"MALLOC_MMAP_MAX_=0"}  # a reader's own script

@@ -76,6 +76,15 @@ class Drawing:
         svg = svg.replace("xlink:href", "href").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
         return re.sub(r"#[0-9a-fA-F]{6}\b", lambda colour: variable(colour[0]) if colour[0].lower() in PAGE else colour[0], svg)
 
+    def on_ground(self, dark: bool) -> str:
+        """The <svg> as a file of its own for a light or a dark ground, without a ground of its own."""
+
+        def seen(colour: re.Match[str]) -> str:
+            return PAGE[colour[0].lower()][1 + dark] if colour[0].lower() in PAGE else colour[0]
+
+        svg = re.sub(r"#[0-9a-fA-F]{6}\b", seen, self.svg)
+        return svg.replace(f"fill: {PAGE['#ffffff'][1 + dark]}", "fill: none")
+
 
 def render(name: str, draw: Callable[[], tuple[Figure, Sequence[Sketch]]], xlabel: str = "", ylabel: str = "") -> Drawing:
     """Draw and lay out once; ids in the SVG begin with the name, so that several can stand in one page."""
