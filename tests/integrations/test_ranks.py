@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tests.integrations import test_accelerated, test_hugging_face, test_lightning_module
 from tests.integrations.test_lightning_module import Forward, Plain
@@ -95,6 +96,9 @@ def with_lightning(rank: int, folder: Path) -> dict[str, Any]:
         with pytest.raises((TypeError, ValueError)) as told:
             test_lightning_module.trainer(folder, devices=2, strategy=strategy).fit(wrong, DataLoader(Rows(), batch_size=4))
         refused.append(str(told.value))
+    with pytest.raises(RuntimeError) as told:  # each process has all of the data there
+        test_lightning_module.trainer(folder, plugins=LightningEnvironment()).fit(module(), DataLoader(Rows(), batch_size=4))
+    refused.append(str(told.value))
     twin = copy.deepcopy(whole.gradients)  # as a callback keeps one of the whole module
     assert twin.group is whole.gradients.group
     return {"whole": weights(whole.net), "written": written, "resumed": weights(resumed.net), "refused": refused}
@@ -132,7 +136,7 @@ def on_their_own(rank: int) -> dict[str, Tensor]:
     model = started_alike(rank)
     with fg.independent_ranks():
         source = GradientSource(DRAWN)
-        source.join()
+        source.join(2)
         data = Rows()
         source.add_(lambda model: model(data.x, data.labels)["loss"], model)
     assert source.group is None
@@ -211,7 +215,8 @@ def test_a_loop_with_a_backward_pass_wraps_the_model_later(both: list[Any]) -> N
 
 
 def test_what_would_not_be_averaged_is_refused(both: list[Any]) -> None:
-    wrapping, plain = both[0]["lightning"]["refused"]
+    wrapping, plain, whole = both[0]["lightning"]["refused"]
+    assert "estimates are not exchanged between them" in whole
     assert wrapping.startswith("DDPStrategy wraps the module for a backward pass")
     assert "it trains no Plain" in plain
 

@@ -74,7 +74,7 @@ class ForwardAccelerator(Unwrapping):
         ValueError in float16 and where parameters or examples are divided among processes.
         """
         check_accelerator(self)
-        self.gradients.join()
+        self.gradients.join(self.num_processes)
         parts = self.gradient_accumulation_steps
         record = self.gradients.add_(LoopLoss(lambda model: loss(model) / parts, code_of(loss)), model)
         return replace(record, loss=record.loss * parts)

@@ -52,7 +52,7 @@ class ForwardTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Add an estimate to `.grad` and return the loss, both as large as this batch's share in the step."""
         check_accelerator(self.accelerator)
-        self.gradients.join()
+        self.gradients.join(self.accelerator.num_processes)
         loss = LoopLoss(lambda model: self._evaluated(model, inputs, num_items_in_batch), self._code)
         return self.gradients.add_(loss, model).loss
 

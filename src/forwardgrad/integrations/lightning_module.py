@@ -56,7 +56,7 @@ class ForwardLightningModule(LightningModule):
                 f"{type(strategy).__name__} wraps the module for a backward pass, and here there is none: give the Trainer "
                 "strategy=forwardgrad.integrations.ForwardStrategy(), or devices=1"
             )
-        self.gradients.join()
+        self.gradients.join(self.trainer.world_size)
         parts = self.trainer.accumulate_grad_batches
         self._listener = listener = Listener()
         try:

@@ -70,12 +70,12 @@ class GradientSource:
             for p, gradient in zip(parameters, before, strict=True):
                 p.grad = gradient
 
-    def join(self) -> None:
-        """Estimate together with the other processes of torch.distributed, where there are some: for a loop that divides the data itself.
+    def join(self, processes: int) -> None:
+        """Estimate together with the other processes of torch.distributed, if the loop divides the data among so many.
 
         Raises ValueError where ranks of the group would need the same data.
         """
-        if self.group is None and several():
+        if self.group is None and processes > 1 and several():
             self.group = Distributed()
         if self.group is not None and self.group.directions > 1:
             raise ValueError(
