@@ -99,12 +99,13 @@ import forwardgrad.integrations as loops
 for name in fg.__all__:
     getattr(fg, name)
 loops.GradientSource()
-for name, extra in (("ForwardTrainer", "hf"), ("ForwardAccelerator", "accelerate"), ("ForwardLightningModule", "lightning")):
+names = {"ForwardTrainer": "hf", "ForwardAccelerator": "accelerate", "ForwardLightningModule": "lightning", "ForwardStrategy": "lightning"}
+for name, extra in names.items():
     try:
         getattr(loops, name)
     except ImportError as error:
         said = str(error)
-        assert "\\n" not in said and f"pip install 'forwardgrad[{extra}]'" in said, said
+        assert "\\n" not in said and f"pip install 'forwardgrad[{extra}]'" in said and said.startswith(name), said
     else:
         sys.exit(f"{name} needs nothing")
 

@@ -26,7 +26,7 @@ class ForwardTrainer(Trainer):
 
     All else is the Trainer's: arguments, schedules, clipping, accumulation, bfloat16, evaluation, checkpoints. Those hold the estimator's
     generator and state, too, in `forwardgrad.pt`. A Trainer of another kind becomes one as `class Mine(ForwardTrainer, Seq2SeqTrainer)`.
-    Several processes train the model together, each on its part of the data, by a few numbers a step (see `Distributed`).
+    Several processes train the model together, each on its part of the data (see `Distributed`).
     What the class computes a loss with runs at every evaluation that the estimator makes.
 
     Args:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from forwardgrad.integrations.lightning_module import ForwardLightningModule
 from forwardgrad.integrations.source import missing
 from forwardgrad.processes import several
 from forwardgrad.ranks import Distributed
 
 try:
     from lightning.pytorch.strategies import DDPStrategy
+
+    from forwardgrad.integrations.lightning_module import ForwardLightningModule
 except ImportError as error:
     raise missing("ForwardStrategy", "lightning", error) from error
 
 
 class ForwardStrategy(DDPStrategy):
-    """Lightning's `ddp` without DistributedDataParallel: the same processes, samplers and checkpoints, and a few numbers a step.
+    """Lightning's `ddp` without DistributedDataParallel: the same processes, samplers and checkpoints.
 
-    Each process makes its estimate from its part of the data, and all of them train the module together (see `Distributed`). They begin
-    with the parameters of the first. Use it as `Trainer(devices=2, strategy=ForwardStrategy())`.
+    Each process makes its estimate from its part of the data, and all of them train the module together (see `Distributed`, and for what
+    they send). They begin with the parameters of the first. Use it as `Trainer(devices=2, strategy=ForwardStrategy())`.
 
     Args:
         *args, **kwargs: those of Lightning's `DDPStrategy`. What they say about DistributedDataParallel has no effect.
