@@ -38,8 +38,8 @@ K: dict[str, Any] = {"tangents": SEVERAL}
 EGGROLL: dict[str, Any] = {"perturb": "low-rank", "chunk_size": None}  # all directions in one batch, as its authors have it
 
 # The best rate grows with K, as the noise of an estimate falls. Rates are a factor of two apart, as many for every arm.
-ONE_RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
-K_RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+ONE_RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
+K_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 
 WALKERS: dict[str, Walker] = {
     "mezo": Walker("MeZO", "zeroth-order", MEZO, 2, ONE_RATES),
@@ -47,7 +47,7 @@ WALKERS: dict[str, Walker] = {
     "mezo-8": Walker("MeZO, K = 8", "zeroth-order-8", MEZO | K, 2 * SEVERAL, K_RATES),
     "rank-one": Walker("MeZO at rank one (EGGROLL), K = 8", "eggroll", MEZO | K | EGGROLL, 2 * SEVERAL, K_RATES),
     "forward-8": Walker("forward mode, K = 8", "forward-8", FORWARD | K, SEVERAL + 1, K_RATES),
-    "fzoo": Walker("FZOO, K = 8", "fzoo", FZOO | K, SEVERAL + 1, (2.5e-6, 5e-6, 1e-5, 2e-5)),
+    "fzoo": Walker("FZOO, K = 8", "fzoo", FZOO | K, SEVERAL + 1, (5e-6, 1e-5, 2e-5, 4e-5)),
 }
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "fzoo": ("mezo", "fzoo"),
