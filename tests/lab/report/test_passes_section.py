@@ -93,7 +93,7 @@ def test_claims_that_hold_are_confirmed(store: Store) -> None:
     fzoo = row(text, TABLE, MLP, f"FZOO, K = 8 ({format_estimator(WALKERS['fzoo'].estimator)})")
     assert fzoo["a step"] == "9 passes (8 directions)"
     assert fzoo["steps"] == "888 (7,992 passes)"
-    assert fzoo["learning rate"].startswith("5.0e-6 (on the edge of its grid)")
+    assert fzoo["learning rate"].startswith("5e-6 (on the edge of its grid)")
 
 
 def test_passes_are_those_to_the_loss_that_mezo_ends_with(store: Store) -> None:
@@ -121,7 +121,7 @@ def test_an_arm_that_never_comes_to_mezos_loss_refutes_a_third(store: Store) -> 
     assert "not reached in 5 of 5 runs" in text
 
 
-def test_equal_time_is_that_of_the_faster_run(store: Store) -> None:
+def test_equal_time_is_that_of_the_faster_arm(store: Store) -> None:
     """Both arms end alike; forward mode does so in a fifth of the time, when MeZO has a fifth of its accuracy."""
     even = GOOD | {"forward": 0.8, "forward-8": 0.8}
     text = trained(store, even, seconds={"forward": 2.0, "forward-8": 2.0})

@@ -21,7 +21,7 @@ SEVERAL = 8  # directions a step
 
 @dataclass(frozen=True)
 class Walker:
-    """What supplies the gradient of an arm, the passes that its step takes, and the four learning rates that it is tuned over."""
+    """What supplies the gradient of an arm, the passes that its step takes, and the learning rates that it is tuned over."""
 
     label: str
     kind: str
@@ -37,9 +37,9 @@ FZOO: dict[str, Any] = {"name": "zeroth-order", "law": "rademacher", "sides": "o
 K: dict[str, Any] = {"tangents": SEVERAL}
 EGGROLL: dict[str, Any] = {"perturb": "low-rank", "chunk_size": None}  # all directions in one batch, as its authors have it
 
-# The best rate grows with K, as the noise of an estimate falls. Rates are a factor of two apart, as many for every arm.
-ONE_RATES = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-K_RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+# The best rate grows with K, as the noise of an estimate falls, and lies just below those that diverge. So rates are a factor of √2 apart.
+ONE_RATES = (8.5e-4, 1.2e-3, 1.7e-3, 2.4e-3, 3.4e-3)
+K_RATES = (7e-3, 1e-2, 1.4e-2, 2e-2, 2.8e-2)
 
 WALKERS: dict[str, Walker] = {
     "mezo": Walker("MeZO", "zeroth-order", MEZO, 2, ONE_RATES),
@@ -47,7 +47,7 @@ WALKERS: dict[str, Walker] = {
     "mezo-8": Walker("MeZO, K = 8", "zeroth-order-8", MEZO | K, 2 * SEVERAL, K_RATES),
     "rank-one": Walker("MeZO at rank one (EGGROLL), K = 8", "eggroll", MEZO | K | EGGROLL, 2 * SEVERAL, K_RATES),
     "forward-8": Walker("forward mode, K = 8", "forward-8", FORWARD | K, SEVERAL + 1, K_RATES),
-    "fzoo": Walker("FZOO, K = 8", "fzoo", FZOO | K, SEVERAL + 1, (5e-6, 1e-5, 2e-5, 4e-5)),
+    "fzoo": Walker("FZOO, K = 8", "fzoo", FZOO | K, SEVERAL + 1, (5e-6, 7e-6, 1e-5, 1.4e-5, 2e-5)),
 }
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "fzoo": ("mezo", "fzoo"),

@@ -37,7 +37,7 @@ class Paired:
             return "an arm is not there, or unfinished"
         if unequal := findings.unequal((self.one, self.other)):
             return f"different {', '.join(unequal)}"
-        given = (self.one.record.get("training") or {}).get("forward_passes") or 0
+        given = _given(self.one)
         if self.one.data != passes.FULL.data or given < passes.FULL.passes:
             return f"shortened: {given:,} forward passes on {self.one.data}, of {passes.FULL.passes:,} on {passes.FULL.data}"
         return ""
@@ -62,10 +62,10 @@ class Paired:
         ratios = [known.ratio(values(one), values(other)) for one, other in self.runs]
         return known.over(ratios) if ratios and all(map(math.isfinite, ratios)) else None
 
-    def ahead(self, values: Callable[[Done, float], float], within: Callable[[Done, Done], float]) -> stats.MeanEstimate | None:
-        """Points of accuracy that the first arm has more than the other, mean over seeds."""
-        found = [(values(one, within(one, other)), values(other, within(one, other))) for one, other in self.runs]
-        return stats.difference([100 * one for one, _ in found], [100 * other for _, other in found]) if found else None
+    def ahead(self, one: Callable[[Done], float], other: Callable[[Done], float]) -> stats.MeanEstimate | None:
+        """Points of accuracy that the first arm has more than the other, mean over seeds, from how each arm's runs are read."""
+        pairs = [(100 * one(mine), 100 * other(theirs)) for mine, theirs in self.runs]
+        return stats.difference([mine for mine, _ in pairs], [theirs for _, theirs in pairs]) if pairs else None
 
 
 def paired(study: StudyResult, one: str, other: str) -> list[Paired]:
@@ -77,8 +77,19 @@ def paired(study: StudyResult, one: str, other: str) -> list[Paired]:
     return found
 
 
+def fullest(studies: Sequence[StudyResult]) -> StudyResult | None:
+    """The record that can decide most, where this study is stored several times; None where it is not."""
+    mine = [study for study in studies if study.family == "passes"]
+    return max(mine, key=lambda study: sum(_given(arm) * len(arm.done) for arm in study.arms if arm.complete), default=None)
+
+
+def _given(arm: ArmResult) -> int:
+    """The forward passes that each run of an arm was given."""
+    return int((arm.record.get("training") or {}).get("forward_passes") or 0)
+
+
 def judge(study: StudyResult) -> tuple[Judged, ...]:
-    """The claims on every task, in the order in which their papers appeared last to first."""
+    """The claims on every task of the study."""
     return tuple(claim for place in range(len(study.groups)) for claim in _judged(study, place))
 
 
@@ -102,7 +113,8 @@ def _judged(study: StudyResult, place: int) -> list[Judged]:
         ),
         _beats(
             study, (singly, severally), "forward-seconds", "Forward-mode AD beats zeroth order in equal time", _in_time,
-            "validation accuracy in equal seconds of training, those of the faster run of the two, at the last evaluation before",
+            "validation accuracy at the last evaluation in equal time, that in which the faster arm takes all of its passes, a step taking "
+            "what it took in the run of its arm that other programs disturbed least",
         ),
         _as_good(
             study, pair("mezo", "mezo-8"), "directions",
@@ -192,23 +204,29 @@ def _points(gap: stats.MeanEstimate) -> str:
 
 
 def _at_the_end(pair: Paired) -> stats.MeanEstimate | None:
-    return pair.ahead(lambda run, _: _right(run, run.accuracy), lambda *_: math.inf)
+    return pair.ahead(_at_end, _at_end)
 
 
 def _in_time(pair: Paired) -> stats.MeanEstimate | None:
-    return pair.ahead(_accuracy_at, lambda one, other: min(float(run.result["seconds"]) for run in (one, other)))
+    """Accuracy when the arm that is through its passes first is so: a step takes what it took in the arm's least disturbed run."""
+    if pair.one is None or pair.other is None or not pair.runs:
+        return None
+    paces = [min(run.seconds_per_step for run in arm.done) for arm in (pair.one, pair.other)]
+    steps = [max(int(run.result["steps"]) for run in arm.done) for arm in (pair.one, pair.other)]
+    seconds = min(count * pace for count, pace in zip(steps, paces, strict=True))
+    one, other = (seconds / pace if pace else math.inf for pace in paces)
+    return pair.ahead(lambda run: _by_step(run, one), lambda run: _by_step(run, other))
 
 
-def _right(run: Done, accuracy: float) -> float:
-    """An accuracy; a run that was lost got nothing right."""
-    return 0.0 if lost(run) or not math.isfinite(accuracy) else accuracy
+def _at_end(run: Done) -> float:
+    return 0.0 if lost(run) or not math.isfinite(run.accuracy) else run.accuracy  # a run that was lost got nothing right
 
 
-def _accuracy_at(run: Done, seconds: float) -> float:
-    """The validation accuracy at the last evaluation within so many seconds of training; nothing right before the first."""
-    table = run.evaluations if has_curve(run) else {}
-    seen = [each for at, each in zip(table.get("seconds", []), table.get("validation_accuracy", []), strict=True) if at <= seconds]
-    return _right(run, seen[-1]) if seen else 0.0
+def _by_step(run: Done, step: float) -> float:
+    """The validation accuracy at the last evaluation up to a step, nothing right before the first; to half a step, as steps are whole."""
+    table = run.evaluations if has_curve(run) and not lost(run) else {}
+    seen = [each for at, each in zip(table.get("step", []), table.get("validation_accuracy", []), strict=True) if at <= step + 0.5]
+    return seen[-1] if seen else 0.0
 
 
 def _untimed(pair: Paired) -> str:
@@ -241,7 +259,7 @@ def _claim(
     open_ = word == OPEN
     return Judged(
         f"{study.name}-{name}", f"{said}: {title}", source, word, readings, rule,
-        why if open_ else "", f"forwardgrad reproduce passes --rows {row} --seeds {2 * passes.FULL.seeds}" if open_ else "",
+        why if open_ else "", f"forwardgrad reproduce passes --rows {row} --seeds {2 * passes.FULL.seeds}" if open_ else "", study.name,
     )  # fmt: skip
 
 

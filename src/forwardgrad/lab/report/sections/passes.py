@@ -1,4 +1,4 @@
-"""The part of a report on equal forward passes: what became of the loss, and the newer papers' claims one by one. Loads without torch."""
+"""The part of a report on equal forward passes: what became of the loss, and of the newer papers' claims. Loads without torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SHOWN = {"forward passes": 0, "seconds": 1}  # views of the figure, and their or
 
 
 def passes_section(study: StudyResult) -> Section:
-    """Opens with the figure; then what it comes to, the claims, the table, and how the arms were tuned."""
+    """Opens with the figure; then what became of each claim, the table, and how the arms were tuned."""
     said = newer.verdicts(study)
     blocks: list[Block] = []
     if any(arm.done for arm in study.arms):
         blocks.append(_learning(study))
     rows = tuple((title, tuple(tuple(make(arm) for make in MAKERS) for arm in arms)) for title, arms in study.groups.items())
-    blocks += [tuple(said), NOTE, newer.judge(study), Table(HEADS, rows, "At equal forward passes", MEANING)]
+    blocks += [tuple(said), NOTE, Table(HEADS, rows, "At equal forward passes", MEANING)]
     blocks += [table for table in (study_tables.tuning(study), failures.lost_runs(study)) if table]
     return Section(study.name, study.title, " ".join(said), tuple(blocks))
 
