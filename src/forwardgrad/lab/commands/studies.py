@@ -76,7 +76,7 @@ def reproduce(
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Final runs of each arm, seeds 0, 1, ... [default: 1; beyond, finetune: 3; faster: 6 or 4; passes: 5]"),
+        typer.Option(min=1, help="Final runs of each arm, seeds 0, 1, ... [default: 1; beyond, finetune: 3; faster: 6 or 4; passes: 8]"),
     ] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,

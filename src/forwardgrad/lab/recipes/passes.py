@@ -68,7 +68,7 @@ class Allowance:
     times: float = 1.0
 
 
-FULL = Allowance("MLP · MNIST", "mnist", 8_000, seeds=5)
+FULL = Allowance("MLP · MNIST", "mnist", 8_000, seeds=8)
 SMALL = Allowance("MLP · digits", "digits", 3_000, seeds=3, times=8)  # a tenth of the weights, so a tenth of the noise
 
 
