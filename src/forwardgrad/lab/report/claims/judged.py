@@ -46,4 +46,5 @@ def claims_section(studies: Sequence[StudyResult], measured: dict[str, dict[str,
 
 def _counted(found: Sequence[Judged]) -> str:
     sums = {word: sum(claim.status == word for claim in found) for word in (CONFIRMED, REFUTED, OPEN)}
-    return f"Of {count(len(found), 'claim')}, {sums[CONFIRMED]} are {CONFIRMED}, {sums[REFUTED]} {REFUTED} and {sums[OPEN]} {OPEN}."
+    are = "is" if sums[CONFIRMED] == 1 else "are"
+    return f"Of {count(len(found), 'claim')}, {sums[CONFIRMED]} {are} {CONFIRMED}, {sums[REFUTED]} {REFUTED} and {sums[OPEN]} {OPEN}."

@@ -193,7 +193,8 @@ def _beats(study: StudyResult, pairs: Sequence[Paired], name: str, said: str, ah
         (yes, no), tuple(readings),
         f"{measured}; forward mode less zeroth order on two sides, paired by seed, with one direction a step and with eight: the 95 % t "
         f"interval of the difference lies above 0 in both (confirmed), or below {POINT:g} point in one (refuted). It is {ELSEWHERE}, "
-        "by many clients.",
+        "by many clients. With one direction both estimates are alike up to the order of ε², so that what lies between these two arms is "
+        "what tuning leaves to chance.",
         f"Seconds are not comparable: {untimed}." if untimed else _why(pairs, gaps, f"an interval holds 0 or {POINT:g}"),
     )  # fmt: skip
 
