@@ -112,8 +112,15 @@ def test_passes_are_those_to_the_loss_that_mezo_ends_with(store: Store) -> None:
 
 
 def test_claims_that_fail_are_refuted(store: Store) -> None:
-    ends = {"mezo": 0.4, "forward": 0.4, "mezo-8": 0.3, "rank-one": 0.5, "forward-8": 0.1, "fzoo": 0.3}
+    ends = {"mezo": 0.4, "forward": 0.4, "mezo-8": 0.3, "rank-one": 0.5, "forward-8": 0.3, "fzoo": 0.3}
     assert set(statuses(trained(store, ends)).values()) == {"refuted"}
+
+
+def test_two_arms_of_one_estimate_decide_nothing(store: Store) -> None:
+    """Along one direction forward mode is zeroth order up to ε², whatever rates the two were given."""
+    text = trained(store, GOOD | {"forward": 0.95})
+    assert statuses(text)["forward"] == "confirmed"
+    assert "forward mode beside MeZO: −15.00 points of accuracy" in text
 
 
 def test_an_arm_that_never_comes_to_mezos_loss_refutes_a_third(store: Store) -> None:
@@ -137,9 +144,9 @@ UNTIMED = [({"replicas": 6}, "shared by 6 runs at once"), ({"fallback": "a modul
 
 @pytest.mark.parametrize(("field", "words"), UNTIMED, ids=["one program", "eager steps"])
 def test_seconds_that_say_nothing_decide_nothing(store: Store, field: dict[str, Any], words: str) -> None:
-    text = trained(store, GOOD, changed=lambda run: field if named(run) == "forward" else {})
+    text = trained(store, GOOD, changed=lambda run: field if named(run) == "forward-8" else {})
     assert (statuses(text)["seconds"], statuses(text)["forward"]) == (OPEN, "confirmed")
-    assert f"Seconds are not comparable: forward mode: {'' if 'shared' in words else 'steps were '}{words}." in text
+    assert f"Seconds are not comparable: forward mode, K = 8: {'' if 'shared' in words else 'steps were '}{words}." in text
 
 
 def test_one_seed_decides_nothing_and_the_command_for_more_is_named(store: Store) -> None:

@@ -108,11 +108,11 @@ def _judged(study: StudyResult, place: int) -> list[Judged]:
             "and language models, and populations up to hundreds of thousands",
         ),
         _beats(
-            study, (singly, severally), "forward", "Forward-mode AD beats zeroth order at equal forward passes", _at_the_end,
+            study, severally, singly, "forward", "Forward-mode AD beats zeroth order at equal forward passes", _at_the_end,
             "test accuracy after equal forward passes, a step of forward mode along K directions counting as K + 1",
         ),
         _beats(
-            study, (singly, severally), "forward-seconds", "Forward-mode AD beats zeroth order in equal time", _in_time,
+            study, severally, singly, "forward-seconds", "Forward-mode AD beats zeroth order in equal time", _in_time,
             "validation accuracy at the last evaluation in equal time, that in which the faster arm takes all of its passes, a step taking "
             "what it took in the run of its arm that other programs disturbed least",
         ),
@@ -180,22 +180,22 @@ def _losses(pair: Paired) -> tuple[Observation, ...]:
 Ahead = Callable[[Paired], stats.MeanEstimate | None]
 
 
-def _beats(study: StudyResult, pairs: Sequence[Paired], name: str, said: str, ahead: Ahead, measured: str) -> Judged:
-    gaps = [ahead(pair) for pair in pairs]
-    untimed = next(filter(None, map(_untimed, pairs)), "") if ahead is _in_time else ""
-    decides = not untimed and not any(pair.missing for pair in pairs)
-    yes = decides and all(gap and above(gap, 0) for gap in gaps)
-    no = decides and any(gap and below(gap, POINT) for gap in gaps)
-    readings = (Observation(pair.where, _points(gap), pair.seeds) for pair, gap in zip(pairs, gaps, strict=True) if gap)
+def _beats(study: StudyResult, decisive: Paired, alike: Paired, name: str, said: str, ahead: Ahead, measured: str) -> Judged:
+    """`alike` is shown and decides nothing: along one direction both arms have the same estimate, and equally many passes a step."""
+    gap = ahead(decisive)
+    untimed = _untimed(decisive) if ahead is _in_time else ""
+    decides = not untimed and not decisive.missing
+    yes, no = decides and bool(gap and above(gap, 0)), decides and bool(gap and below(gap, POINT))
+    readings = [Observation(pair.where, _points(found), pair.seeds) for pair in (decisive, alike) if (found := ahead(pair))]
     return _claim(
-        study, pairs[0].title, name, said,
+        study, decisive.title, name, said,
         "Panchal et al. 2024 (SPRY), arXiv:2405.15551, abstract: “5.2–13.5% higher accuracy” and convergence in less time",
         (yes, no), tuple(readings),
-        f"{measured}; forward mode less zeroth order on two sides, paired by seed, with one direction a step and with eight: the 95 % t "
-        f"interval of the difference lies above 0 in both (confirmed), or below {POINT:g} point in one (refuted). It is {ELSEWHERE}, "
-        "by many clients. With one direction both estimates are alike up to the order of ε², so that what lies between these two arms is "
-        "what tuning leaves to chance.",
-        f"Seconds are not comparable: {untimed}." if untimed else _why(pairs, gaps, f"an interval holds 0 or {POINT:g}"),
+        f"{measured}; forward mode less zeroth order on two sides, with eight directions a step, paired by seed: the 95 % t interval of "
+        f"the difference lies above 0 (confirmed), or below {POINT:g} point (refuted). It is {ELSEWHERE}, by many clients. With one direction "
+        "both estimates are alike up to the order of ε², in as many passes. So the difference of those two arms decides nothing: it shows "
+        "what the choice of a rate by one trial leaves to chance.",
+        f"Seconds are not comparable: {untimed}." if untimed else _why([decisive], [gap], f"the interval holds 0 or {POINT:g}"),
     )  # fmt: skip
 
 
