@@ -52,7 +52,7 @@ def study(name: str = "table1", first: str = "model", data: str = "table", optim
     return Study(name, "Mine", tuple(made), 2, Length(steps=20), Length(steps=40))
 """
 OUT = ("--out", "OUT")
-RECIPES = ("all", "table1", "figure1", "figure2", "baydin", "beyond", "noise", "faster", "finetune")
+RECIPES = ("all", "table1", "figure1", "figure2", "baydin", "beyond", "noise", "faster", "passes", "finetune")
 NO_DATA = ("--data-dir", "NOWHERE")
 NO_GPU = ("--device", "cuda:77")
 MINE = ("study", "bad_parts.py")
@@ -93,6 +93,8 @@ BAD: list[tuple[str, ...]] = [
     ("reproduce", "table1", "--rows", "nn", "--epochs", "2", *NO_DATA, *OUT),
     ("reproduce", "table1", "--rows", "imagenet", *OUT),
     ("reproduce", "beyond", "--retune", *OUT),
+    ("reproduce", "passes", "--rows", "mezo", *OUT),
+    ("reproduce", "passes", "--epochs", "2", *OUT),
     ("bench", *NO_GPU, *OUT),
     ("bench", "--models", "resnet", *OUT),
     ("bench", "--arms", "evolution", *OUT),

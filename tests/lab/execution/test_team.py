@@ -239,7 +239,7 @@ def test_ranks_that_make_no_sense_are_refused(options: dict[str, Any], sentence:
         Place(**options)
 
 
-@pytest.mark.parametrize("recipe", ["faster", "finetune"])
+@pytest.mark.parametrize("recipe", ["faster", "finetune", "passes"])
 def test_runs_that_are_timed_have_one_process(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_e
 from forwardgrad.lab.commands.options import Precise, write_report
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import Place
-from forwardgrad.lab.recipes import beyond, everything, faster, finetune, noise
+from forwardgrad.lab.recipes import beyond, everything, faster, finetune, noise, passes
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import Engine, Study
 
@@ -27,8 +27,10 @@ RETUNED = {
     "noise": "has the paper's hyperparameters, times a factor",
     "faster": "always tunes both arms",
     "finetune": "always tunes every arm",
+    "passes": "always tunes every arm",
 }  # recipes that decide themselves what is tuned
-TIMED = ("faster", "finetune")  # recipes whose runs are timed, each by itself
+TIMED = ("faster", "finetune", "passes")  # recipes whose runs are timed, each by itself
+ALLOWED = {"finetune": "seconds", "passes": "forward passes"}  # what these give every arm alike
 
 
 @takes_execution_options
@@ -65,7 +67,7 @@ def _setting(text: str) -> tuple[str, str]:
 @takes_execution_options
 def reproduce(
     recipe: Annotated[
-        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise", "faster", "finetune"],
+        Literal["all", "table1", "figure1", "figure2", "baydin", "beyond", "noise", "faster", "passes", "finetune"],
         typer.Argument(help="What to reproduce."),
     ],
     rows: Annotated[
@@ -74,13 +76,15 @@ def reproduce(
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run; fewer than published marks it as shortened.")] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Final runs of each arm, seeds 0, 1, ... [default: 1; beyond, finetune: 3; faster: 6 or 4]"),
+        typer.Option(min=1, help="Final runs of each arm, seeds 0, 1, ... [default: 1; beyond, finetune: 3; faster: 6 or 4; passes: 8]"),
     ] = None,
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
     budget: Annotated[
         Literal["small", "paper", "full"] | None,
-        typer.Option(help="`all`: small (a quarter of an hour on two cores) or paper; `faster`, `finetune`: small (some minutes) or full."),
+        typer.Option(
+            help="`all`: small (a quarter of an hour on two cores) or paper; `faster`, `passes`, `finetune`: small (minutes) or full."
+        ),
     ] = None,
     precision: Precise = "float32",
     engine: Annotated[
@@ -97,8 +101,9 @@ def reproduce(
     Figure 1 shows the CIFAR-10 rows of Table I and figure 2 the MNIST rows: they share their runs with table1. `beyond` tunes every
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
     `faster` clocks local losses with learned feedback against backpropagation, to the same accuracy: each arm chooses its learning rate,
-    batch size and length from the same grid by the time to it. `finetune` tunes a pretrained transformer on reviews of films, every arm
-    for as many seconds. Runs of these two have one thread each unless told otherwise.
+    batch size and length from the same grid by the time to it. `passes` puts claims of newer papers on random directions to the test, every
+    arm with as many forward passes. `finetune` tunes a pretrained transformer on reviews of films, every arm for as many seconds. Runs of
+    these three have one thread each unless told otherwise.
     """
     place, out = execution.place(), execution.out
     if recipe == "all":
@@ -111,7 +116,7 @@ def reproduce(
         return _reproduce_all([study.computed(precision, engine or "eager") for study in whole], out, place)
     if budget is not None and (recipe not in TIMED or budget == "paper"):
         raise UserError(
-            "--budget belongs to `reproduce all` (small, paper), `reproduce faster` and `reproduce finetune` (small, full): "
+            "--budget belongs to `reproduce all` (small, paper) and to `reproduce faster`, `finetune` and `passes` (small, full): "
             "shorten others with --epochs"
         )
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
@@ -122,12 +127,12 @@ def reproduce(
             raise UserError("trials of `reproduce faster` train as long as final runs: give --epochs, or leave --tuning-epochs out")
         races = faster.faster(chosen, epochs, seeds, small=budget == "small")
         return _race([study.computed(precision, engine or faster.ENGINE) for study in races], recipe, out, place)
-    if recipe == "finetune":
+    if recipe in ALLOWED:
         if epochs is not None or tuning_epochs is not None:
             option = "--epochs" if epochs is not None else "--tuning-epochs"
-            raise UserError(f"finetune gives every arm as many seconds: leave {option} out, and shorten it with --budget small")
-        tuned = finetune.finetune(chosen, seeds, small=budget == "small")
-        return _race([tuned.computed(precision, engine or "eager")], recipe, out, place)
+            raise UserError(f"{recipe} gives every arm as many {ALLOWED[recipe]}: leave {option} out, and shorten it with --budget small")
+        made = finetune.finetune if recipe == "finetune" else passes.passes
+        return _race([made(chosen, seeds, small=budget == "small").computed(precision, engine or "eager")], recipe, out, place)
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":

@@ -1,4 +1,5 @@
-"""Studies that come with the project: the paper, what goes beyond it, noise, the race against the clock, fine-tuning, and campaigns.
+"""Studies that come with the project: the paper, what goes beyond it, noise, the race against the clock, equal forward passes,
+fine-tuning, and campaigns.
 
 In: the options of `forwardgrad reproduce`. Out: studies. Loads without torch.
 """

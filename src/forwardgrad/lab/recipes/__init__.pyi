@@ -2,6 +2,7 @@ from forwardgrad.lab.recipes import beyond as beyond
 from forwardgrad.lab.recipes import faster as faster
 from forwardgrad.lab.recipes import finetune as finetune
 from forwardgrad.lab.recipes import noise as noise
+from forwardgrad.lab.recipes import passes as passes
 from forwardgrad.lab.recipes.beyond import NETWORKS as NETWORKS
 from forwardgrad.lab.recipes.campaigns import Budget as Budget
 from forwardgrad.lab.recipes.campaigns import everything as everything

@@ -24,6 +24,7 @@ from forwardgrad.lab.report.sections import (
     functions_section,
     layers_section,
     noise_section,
+    passes_section,
     provenance_section,
     quality_section,
     study_section,
@@ -43,7 +44,7 @@ TAKEN = (
     "theme",
 )  # places that the page has itself
 TITLE = "Forward gradients beside backpropagation"
-ORDER = ("table1", "table1-retuned", "baydin", "beyond", "faster", "noise", "finetune", "demo")
+ORDER = ("table1", "table1-retuned", "baydin", "beyond", "faster", "passes", "noise", "finetune", "demo")
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "bench.json": ("cost of one step", bench_section),
@@ -137,6 +138,8 @@ def _study(store: Store, study: StudyResult, studies: list[StudyResult]) -> Sect
             section = noise_section(study)
         elif study.family == "faster":  # asks how soon, not how good
             section = faster_section(study)
+        elif study.family == "passes":  # asks what each pass is worth
+            section = passes_section(study)
         elif study.family == "finetune":  # asks what a way is worth in equal seconds and so much memory
             section = finetune_section(study)
         elif study.family == "beyond":

@@ -10,7 +10,7 @@ from forwardgrad.lab.statistics import stats, summarized
 from forwardgrad.lab.store import Store, results
 
 SHORT = 2_000  # steps up to which a summary would be no shorter
-UNDRAWN = ("baydin", "beyond", "faster", "finetune")  # studies whose section draws evaluations alone
+UNDRAWN = ("baydin", "beyond", "faster", "finetune", "passes")  # studies whose section draws evaluations alone
 
 
 def thinning_of(store: Store) -> Callable[[str, dict[str, list[float]]], dict[str, Any] | bool]:

@@ -1,4 +1,5 @@
 from forwardgrad.lab.report.blocks import arm_cells as arm_cells
+from forwardgrad.lab.report.blocks import failures as failures
 from forwardgrad.lab.report.blocks import run_curves as run_curves
 from forwardgrad.lab.report.blocks import study_tables as study_tables
 from forwardgrad.lab.report.blocks import tables as tables

@@ -1,4 +1,4 @@
-"""What the stored results say: findings, the papers' claims and goals, each decided by a rule that the page prints.
+"""What the stored results say: findings, the claims of papers and goals, each decided by a rule that the page prints.
 
 In: stored results. Out: sentences and verdicts; nothing is decided beforehand. Loads without torch.
 """

@@ -37,7 +37,7 @@ def _fair(studies: Sequence[StudyResult]) -> list[tuple[ArmPair, bool]]:
     """Every fair comparison with hyperparameters chosen for each arm, and whether it was trained at full length."""
     found = []
     for study in studies:
-        if study.family in ("beyond", "faster", "noise", "finetune"):
+        if study.family in ("beyond", "faster", "noise", "finetune", "passes"):
             continue
         for pair in findings.pairs(study):
             tuned = all(arm.record.get("space") or arm.record.get("published") for arm in pair)

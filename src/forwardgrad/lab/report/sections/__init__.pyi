@@ -8,6 +8,7 @@ from forwardgrad.lab.report.sections.finetune import finetune_section as finetun
 from forwardgrad.lab.report.sections.layers import layers_section as layers_section
 from forwardgrad.lab.report.sections.layers import layers_text as layers_text
 from forwardgrad.lab.report.sections.noise import noise_section as noise_section
+from forwardgrad.lab.report.sections.passes import passes_section as passes_section
 from forwardgrad.lab.report.sections.quality import quality_section as quality_section
 from forwardgrad.lab.report.sections.quality import quality_text as quality_text
 from forwardgrad.lab.report.sections.studies import STEP_BINS as STEP_BINS

@@ -17,13 +17,14 @@ from forwardgrad.lab.report.blocks import (
     count,
     duration,
     exact,
+    failures,
     has_curve,
     number,
     percent,
     study_tables,
 )
 from forwardgrad.lab.report.claims import MINUS, goals, speed
-from forwardgrad.lab.report.sections import failures, learning
+from forwardgrad.lab.report.sections import learning
 from forwardgrad.lab.statistics import TimeRatio, stats
 from forwardgrad.lab.store import ArmResult, Done, StudyResult
 

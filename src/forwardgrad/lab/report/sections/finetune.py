@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, Views, arm_cells, percent, study_tables, tables
+from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, Views, arm_cells, failures, percent, study_tables, tables
 from forwardgrad.lab.report.claims import MINUS, fine_tuning
-from forwardgrad.lab.report.sections import failures, learning
+from forwardgrad.lab.report.sections import learning
 from forwardgrad.lab.store import ArmResult, Done, StudyResult
 from forwardgrad.lab.studies import format_estimator
 

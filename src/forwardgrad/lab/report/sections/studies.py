@@ -16,13 +16,14 @@ from forwardgrad.lab.report.blocks import (
     Views,
     arm_cells,
     exact,
+    failures,
     number,
     run_curves,
     study_tables,
     tables,
 )
 from forwardgrad.lab.report.claims import findings
-from forwardgrad.lab.report.sections import comparison_verdict, failures, learning
+from forwardgrad.lab.report.sections import comparison_verdict, learning
 from forwardgrad.lab.report.sections.learning import STEP
 from forwardgrad.lab.statistics import stats
 from forwardgrad.lab.store import ArmResult, StudyResult, finite

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from forwardgrad.lab.report.blocks import Cell, Table, arm_cells, run_curves
+from forwardgrad.lab.report.blocks import arm_cells, run_curves
+from forwardgrad.lab.report.blocks.tables import Cell, Table
 from forwardgrad.lab.store import ArmResult, StudyResult
 
 
