@@ -192,9 +192,9 @@ def _beats(study: StudyResult, decisive: Paired, alike: Paired, name: str, said:
         "Panchal et al. 2024 (SPRY), arXiv:2405.15551, abstract: “5.2–13.5% higher accuracy” and convergence in less time",
         (yes, no), tuple(readings),
         f"{measured}; forward mode less zeroth order on two sides, with eight directions a step, paired by seed: the 95 % t interval of "
-        f"the difference lies above 0 (confirmed), or below {POINT:g} point (refuted). It is {ELSEWHERE}, by many clients. With one direction "
-        "both estimates are alike up to the order of ε², in as many passes. So the difference of those two arms decides nothing: it shows "
-        "what the choice of a rate by one trial leaves to chance.",
+        f"the difference lies above 0 (confirmed), or below {POINT:g} point (refuted). It is {ELSEWHERE}, by many clients. With one "
+        "direction both estimates are alike up to the order of ε², in as many passes. So the difference of those two arms decides nothing: "
+        "it shows what the choice of a rate by one trial leaves to chance.",
         f"Seconds are not comparable: {untimed}." if untimed else _why([decisive], [gap], f"the interval holds 0 or {POINT:g}"),
     )  # fmt: skip
 
