@@ -33,7 +33,7 @@ MORE = 2  # times as many are met by `make test` and `make test-full` together; 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; the rest is marked `full`, or `rest`."""
+    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; others are `full`, or `rest`."""
     met: Counter[tuple[str, str, str]] = Counter()
     for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
         if (product := item.get_closest_marker("product")) and isinstance(item, pytest.Function):
