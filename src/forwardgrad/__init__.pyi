@@ -49,6 +49,7 @@ from forwardgrad.pipeline import PipelineStep as PipelineStep
 from forwardgrad.pipeline import split_stages as split_stages
 from forwardgrad.processes import independent_ranks as independent_ranks
 from forwardgrad.ranks import Distributed as Distributed
+from forwardgrad.ranks import join_ranks as join_ranks
 from forwardgrad.replaying import replay as replay
 from forwardgrad.training_step import TrainingStep as TrainingStep
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Generator, Tensor, nn
 from forwardgrad.engines import about, move_by
 from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.journal import Journal, JournalError, digest_of, read_journal
+from forwardgrad.ranks import Distributed
 from forwardgrad.recipe import Measured
 
 
@@ -111,6 +113,7 @@ def replay(
     generator: Generator | None = None,
     estimator: Estimator | None = None,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    group: Distributed | None = None,
 ) -> int:
     """Take the steps of a log again: the parameters get the bits that the training gave them, without its data.
 
@@ -129,6 +132,8 @@ def replay(
         estimator: the method, where it or a part of it is your own, and the log can only name it.
         around: what the training loop does around each step, where it moves parameters there, too, as a function that returns a context:
             `lambda: fg.cap_step(model.parameters(), 1e-3)`.
+        group: ranks that go on together. Each may have a log at `path`, and need not: what the one has that is furthest is written there on
+            all of them, and taken. They take no steps where none has a log.
 
     Returns the number of steps that were taken.
 
@@ -151,6 +156,8 @@ def replay(
     >>> torch.equal(models[0].weight, models[1].weight)
     True
     """
+    if group is not None and not _furthest(Path(path), group):
+        return 0
     steps = _Replaying(path, model, optimizer, until, since, generator, estimator)
     while steps.taken < steps.until:
         steps.prepare()
@@ -158,6 +165,23 @@ def replay(
             steps.take()
         steps.settle()
     return steps.taken - since
+
+
+def _furthest(path: Path, group: Distributed) -> bool:
+    """Write the log of the rank that is furthest over that of this one; returns whether there is any. A damaged one counts as none."""
+    steps, content, error = 0, path.read_bytes() if path.exists() else b"", None
+    try:
+        steps = 1 + len(read_journal(path).steps) if content else 0
+    except JournalError as damage:
+        error = damage
+    best = group.furthest(steps, content if steps else b"")
+    if not best and error is not None:
+        raise error
+    if best and best != content:
+        whole = path.with_name(f".{path.name}.{os.getpid()}")
+        whole.write_bytes(best)
+        whole.replace(path)
+    return bool(best)
 
 
 def estimator_of(journal: Journal) -> Estimator:

@@ -23,11 +23,7 @@ def shared_parts(
     ranks = objective.ranks
     if not ranks.many:
         return estimated(estimator, objective, state, lambda method, kept: method.parts(objective, generator, kept))
-    if ranks.directions > 1 and not estimator.told_by_numbers:
-        raise ValueError(
-            f"{estimator!r} is not told by numbers alone, so ranks cannot divide its directions: use Distributed(directions=1), or "
-            "ForwardGradient() or ZerothOrder() with Dense(), LowRank() or Sparse()"
-        )
+    estimator.check_divided(ranks.directions)
     ranks.check(objective.parameters, generator, repr(estimator))
     if estimator.told_by_numbers:
         told = estimated(estimator, objective, state, lambda method, kept: method.parts(objective, generator, kept))

@@ -135,6 +135,33 @@ def logged(group: fg.Distributed, path: Path) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
+def gone_on(group: fg.Distributed, folder: Path) -> dict[str, Any]:
+    """Steps of ranks that each keep a log, are ended before the last of them, and go on from what is left of the logs."""
+    path = folder / f"steps-{group.rank}.log"
+    parts = batches(group.shard, group.shards)
+
+    def take(after: int, until: int) -> dict[str, Tensor]:
+        model, generator = network(), seeded(3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        done = fg.replay(path, model, optimizer, generator=generator, group=group)
+        assert done == after
+        log = fg.StepLog(path, since=done if path.exists() else None)
+        step = fg.TrainingStep(loss, model, optimizer, LOGGED, generator=generator, group=group, log=log)
+        for x, y in parts[done:until]:
+            step(x, y)
+        return dict(model.state_dict())
+
+    take(0, STEPS - 1)
+    data = path.read_bytes()
+    if group.rank == 0:
+        path.unlink()
+    elif group.rank == 1:
+        path.write_bytes(data[:-1])  # a step less
+    elif group.rank == 2:
+        path.write_bytes(data[:40] + b"?" + data[41:])
+    return {"ends": take(STEPS - 1, STEPS), "steps": fg.replay(path, other := network(), torch.optim.Adam(other.parameters()))}
+
+
 def four(folder: Path, rank: int) -> dict[str, Any]:
     data, grid = fg.Distributed(check_every=2), fg.Distributed(directions=2, check_every=2)
     return {
@@ -145,6 +172,7 @@ def four(folder: Path, rank: int) -> dict[str, Any]:
         "accumulated": accumulated(data),
         "replayed": followed(data),
         "logged": logged(grid, folder / "steps.log"),
+        "gone on": gone_on(grid, folder),
     }
 
 
@@ -210,3 +238,9 @@ def test_a_new_rank_has_the_parameters_from_the_log_of_another(everything: list[
     assert fg.replay(folder / "steps.log", model, torch.optim.Adam(model.parameters())) == STEPS
     for key, tensor in model.state_dict().items():
         assert all(torch.equal(one["logged"][key], tensor) for one in ranks)
+
+
+def test_ranks_go_on_from_the_log_that_is_furthest(all_four: list[Any]) -> None:
+    for one in all_four:
+        assert one["gone on"]["steps"] == STEPS
+        assert all(torch.equal(one["gone on"]["ends"][key], tensor) for key, tensor in one["logged"].items())

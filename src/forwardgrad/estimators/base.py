@@ -28,6 +28,12 @@ UNLOGGABLE = (
 )
 
 
+UNDIVIDED = (
+    "{0!r} is not told by numbers alone, so ranks cannot divide its directions: take directions=1, or "
+    "ForwardGradient() or ZerothOrder() with Dense(), LowRank() or Sparse()"
+)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What one step found out, all on the model's device: reading a value waits for the device, keeping the record does not.
@@ -78,6 +84,11 @@ class Estimator(ABC):
         """Whether several processes that draw the same directions make one estimate by telling one another a number for each of them, and
         `estimate` has that told, by `objective.ranks`. Of all other estimators processes average the gradients."""
         return False
+
+    def check_divided(self, parts: int) -> None:
+        """ValueError where so many processes cannot divide the directions of a step among them."""
+        if parts > 1 and not self.told_by_numbers:
+            raise ValueError(UNDIVIDED.format(self))
 
     same_draws: ClassVar[bool] = False
     """Whether processes that average gradients draw the same numbers, where they would draw numbers of their own."""

@@ -19,7 +19,7 @@ from forwardgrad.factored import Gradient
 from forwardgrad.forward_mode import directional_derivatives
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, DenseUse, LowRank, Perturbation, Sown, SplitWeights
-from forwardgrad.ranks import ALONE
+from forwardgrad.ranks import ALONE, share_of
 from forwardgrad.recipe import Measured, MovedPlace, Recipe, places_of
 
 _WEIGHTS = Dense()
@@ -121,6 +121,12 @@ class ForwardGradient(Estimator):
     def told_by_numbers(self) -> bool:
         inner = self.perturb.inner if isinstance(self.perturb, SplitWeights) else self.perturb
         return type(inner) is LowRank or isinstance(inner, Dense)
+
+    def check_divided(self, parts: int) -> None:
+        super().check_divided(parts)
+        if parts > 1 and isinstance(self.perturb, SplitWeights):
+            raise ValueError(f"ranks cannot divide the directions of {self.perturb!r}, each of which moves other layers: take directions=1")
+        share_of(self.tangents, parts)
 
     def learned_apart(self, state: Mapping[str, Tensor]) -> list[str]:
         return [name for name in state if name.startswith("average.")]
@@ -230,8 +236,7 @@ class ForwardGradient(Estimator):
         Where several processes divide the directions, a pass is that of all of them: each evaluates its own part.
         """
         ranks = objective.ranks if self.told_by_numbers else ALONE
-        if ranks.directions > 1 and isinstance(self.perturb, SplitWeights):
-            raise ValueError(f"ranks cannot divide the directions of {self.perturb!r}, each of which moves other layers: use directions=1")
+        self.check_divided(ranks.directions)
         size = min(self.chunk_size or self.tangents, ranks.share(self.tangents)) * ranks.directions
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         if isinstance(self.perturb, Dense):

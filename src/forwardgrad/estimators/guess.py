@@ -91,6 +91,10 @@ class Guess(Estimator):
     def told_by_numbers(self) -> bool:
         return True
 
+    def check_divided(self, parts: int) -> None:
+        if parts > 1:
+            raise ValueError("the directions of Guess() follow from one another, so ranks cannot divide them: take directions=1")
+
     @staticmethod
     def give(state: dict[str, Tensor], at: Point, direction: Mapping[str, Tensor | None] | Sequence[Tensor] | Tensor) -> None:
         """Put a copy of a guess into the state, in place of the one before.
@@ -128,10 +132,7 @@ class Guess(Estimator):
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
-        if objective.ranks.directions > 1:
-            raise ValueError(
-                "the directions of Guess() follow from one another, so ranks cannot divide them: use Distributed(directions=1)"
-            )
+        self.check_divided(objective.ranks.directions)
         directions = self._directions(objective, needed(generator), state)
         gradients = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
         size = self.chunk_size or len(directions)

@@ -21,7 +21,7 @@ from forwardgrad.estimators.whole_weights import WholeWeights, seeds_of_weights
 from forwardgrad.factored import Gradient
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Informed, LowRank, Perturbation, Sparse, SplitWeights
-from forwardgrad.ranks import ALONE, Ranks
+from forwardgrad.ranks import ALONE, Ranks, share_of
 from forwardgrad.recipe import Measured, MovedPlace, Recipe, SeededTensor, places_of
 
 _WEIGHTS = Dense()
@@ -130,6 +130,10 @@ class ZerothOrder(Estimator):
     @property
     def told_by_numbers(self) -> bool:
         return isinstance(self.perturb, Dense) or type(self.perturb) is LowRank
+
+    def check_divided(self, parts: int) -> None:
+        super().check_divided(parts)
+        share_of(self.tangents, parts)
 
     def estimate(
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]

@@ -16,21 +16,22 @@ NOTHING = -1  # in place of a checkpoint's size
 
 
 class RankLost(UserError):
-    """A rank of a run has ended, or does not answer. `how` it ended."""
+    """Ranks of a run have ended, or do not answer: `how` they ended, and how many are `lost`."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, lost: int = 1) -> None:
         super().__init__(f"{how}. The last checkpoint is kept: the same command goes on from there, with any number of --ranks")
-        self.how = how
+        self.how, self.lost = how, lost
 
 
 class Team:
     """The processes of the default group of torch.distributed that train one run: rank 0 keeps its folder, the others follow.
 
     Before the first step rank 0 tells the others where to begin: at the start, at a checkpoint, which it sends, or not at all.
+    `directions` of them divide the directions of each part of a batch.
     """
 
-    def __init__(self) -> None:
-        self.group = Distributed()
+    def __init__(self, directions: int = 1) -> None:
+        self.group = Distributed(directions=directions)
         self.begun = False
 
     @property
@@ -42,6 +43,10 @@ class Team:
     def size(self) -> int:
         """How many they are."""
         return self.group.size
+
+    def told_of(self) -> dict[str, int]:
+        """What environment.json says of them."""
+        return {"ranks": self.size, **({"directions": self.group.directions} if self.group.directions > 1 else {})}
 
     def begin(self, checkpoint: bytes) -> None:
         """On rank 0: have all go on from a checkpoint; b"" is the start."""
@@ -92,13 +97,13 @@ def _from_first(message: torch.Tensor) -> None:
     hold(message)
 
 
-def check_batches(run: Run, examples: int, ranks: int) -> None:
-    """UserError where a batch of a run has fewer examples than there are ranks."""
+def check_batches(run: Run, examples: int, parts: int) -> None:
+    """UserError where a batch of a run has fewer examples than parts."""
     least = min(sizes(run, examples))
-    if least < ranks:
+    if least < parts:
         which = "a batch has" if least == min(run.batch_size, examples) else f"the last batch of an epoch of {examples:,} examples has"
         raise UserError(
-            f"{ranks} ranks divide every batch among them, and {which} {least}: take fewer --ranks, or another --batch-size than "
+            f"ranks divide every batch into {parts} parts, and {which} {least}: take fewer --ranks, or another --batch-size than "
             f"{run.batch_size}"
         )
 

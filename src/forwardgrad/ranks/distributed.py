@@ -15,7 +15,7 @@ from forwardgrad.directions import fork, streams
 from forwardgrad.factored import Gradient
 from forwardgrad.ranks.averaging import averaged
 from forwardgrad.ranks.digest import digest, of_state, of_text
-from forwardgrad.ranks.together import Ranks
+from forwardgrad.ranks.together import Ranks, share_of
 from forwardgrad.ranks.wire import Wire
 
 
@@ -42,6 +42,7 @@ class Distributed(Ranks):
     every `check_every` steps, and by `compare(model)` for the steps since: ranks that came to differ end with a RuntimeError that names
     the step. Buffers (running statistics of batch normalisation) follow from a rank's own examples, and stay its own.
     A step that ends in an error on one rank leaves the others waiting for it: that rank cannot go on, and they end after the timeout.
+    Ranks that torchrun has started again come together by `join_ranks`, and go on by `replay(..., group=)` from the log that is furthest.
 
     Args:
         group: the group; the default group of `torch.distributed.init_process_group` if left out.
@@ -115,19 +116,25 @@ class Distributed(Ranks):
         tensors = [*model.parameters(), *model.buffers()]
         if _others(self._wire.gathered(digest(tensors).reshape(1))[:, 0]):
             with torch.no_grad():
-                self._wire.from_first(tensors)
+                self._wire.from_rank(0, tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distributed:
         """A group is no part of what is copied: a twin of a model, or of what trains it, talks to the same processes."""
         return self
 
+    def furthest(self, count: int, content: bytes) -> bytes:
+        """What that rank has that counts most, on every rank; of several the first."""
+        counts = self._wire.gathered(torch.tensor([count, len(content)], device=self._wire.home))
+        rank = int(counts[:, 0].argmax())
+        given = bytearray(content) if rank == self.rank else bytearray(int(counts[rank, 1]))
+        if not given:
+            return b""
+        carried = torch.frombuffer(given, dtype=torch.uint8).to(self._wire.home)
+        self._wire.from_rank(rank, [carried])
+        return carried.cpu().numpy().tobytes()
+
     def share(self, tangents: int) -> int:
-        if tangents % self.directions:
-            raise ValueError(
-                f"{self.directions} ranks divide the directions of a batch, and {tangents} cannot be divided by that: take a multiple of "
-                f"{self.directions} for tangents"
-            )
-        return tangents // self.directions
+        return share_of(tangents, self.directions)
 
     def part(self, count: int) -> range:
         each, mine = count // self.directions, self.rank % self.directions

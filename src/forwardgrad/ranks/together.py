@@ -10,6 +10,16 @@ from torch import Generator, Tensor
 from forwardgrad.factored import Gradient
 
 
+def share_of(tangents: int, parts: int) -> int:
+    """How many of some directions each of so many processes evaluates; ValueError where they cannot be divided."""
+    if tangents % parts:
+        raise ValueError(
+            f"{parts} ranks divide the directions of a batch, and {tangents} cannot be divided by that: take a multiple of {parts} for "
+            "tangents"
+        )
+    return tangents // parts
+
+
 class Ranks:
     """One process. `directions` is the number of processes that divide the directions of a batch among them, `many` whether there are more
     than one in all."""

@@ -58,6 +58,12 @@ class Wire:
         self._on_host = dist.get_backend(whole) == "gloo"
         self.sent = 0
 
+    @property
+    def home(self) -> torch.device:
+        """Where tensors lie that it sends as they are."""
+        on_gpu = not self._on_host and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
     def gathered(self, numbers: Tensor) -> Tensor:
         """The numbers [n] of every rank, [ranks, n], in the same order on all of them: a sum over them has the same bits everywhere."""
         message = self._carried(numbers)
@@ -77,15 +83,15 @@ class Wire:
         self._count(total)
         return total.to(tensor.device)
 
-    def from_first(self, tensors: Sequence[Tensor]) -> None:
-        """Write the first rank's tensors into those of the others."""
+    def from_rank(self, rank: int, tensors: Sequence[Tensor]) -> None:
+        """Write one rank's tensors into those of the others."""
         for tensor in tensors:
             carried = self._carried(tensor).contiguous()
             with self._told():
-                dist.broadcast(carried, dist.get_global_rank(self._group, 0), self._group)
+                dist.broadcast(carried, dist.get_global_rank(self._group, rank), self._group)
             hold(carried)
             tensor.copy_(carried)
-            if self.rank == 0:
+            if self.rank == rank:
                 self._count(carried)
 
     def _carried(self, tensor: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ GIVEN: dict[str, Any] = {
     "batched": False,
     "threads": 2,
     "ranks": 2,
+    "directions": 2,
+    "lost_rank": "go-on",
     "executor": "ray",
     "address": "auto",
     "gpus": 0.5,

@@ -17,6 +17,7 @@ import pytest
 from tests.support import command
 from tests.support.faults import tidy
 
+from forwardgrad.lab import lockstep
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import place as places
 from forwardgrad.lab.execution import team
@@ -254,11 +255,11 @@ def test_a_batch_that_is_too_small_ends_the_command(
 ) -> None:
     monkeypatch.setattr(team._Followers, "_start", lambda *_: None)
     monkeypatch.setattr(team._Followers, "meet", lambda self: team.dist.init_process_group("gloo", store=self._store, rank=0, world_size=1))
-    monkeypatch.setattr(team.Team, "size", 4)
+    monkeypatch.setattr(lockstep.Distributed, "size", 4)
     words = ["train", "--data", "digits", "--model", "logistic", "--batch-size", 3, "--ranks", 4, "--out", tmp_path]
     status, _, said = command.run(monkeypatch, capsys, *words)
     assert status == 2
-    assert "4 ranks divide every batch among them, and a batch has 3" in said.splitlines()[-1]
+    assert "ranks divide every batch into 4 parts, and a batch has 3" in said.splitlines()[-1]
     assert not Store(tmp_path).runs()
 
 

@@ -32,13 +32,19 @@ RUNS = {
     "local losses": dataclasses.replace(RUN, model="mlp", estimator={"name": "local", "feedback": True}),
     "diverging": dataclasses.replace(RUN, model="mlp", optimizer=Optimizer("sgd", 1e20), epochs=20),
 }
-LOGGED = ("dense", "low rank")
+DIVIDED = {  # two ranks with the same batch, each of which evaluates half of the directions
+    "dense, divided": dataclasses.replace(RUN, estimator={"name": "forward", "tangents": 4}, optimizer=Optimizer("sgd", 0.01)),
+    "low rank, divided": dataclasses.replace(RUN, estimator=LOW_RANK),
+    "zeroth order, divided": dataclasses.replace(RUN, estimator={"name": "zeroth-order", "tangents": 2}, optimizer=Optimizer("sgd", 0.01)),
+}
+LOGGED = ("dense", "low rank", "low rank, divided")
 
 
 def work(here: Path, rank: int) -> dict[str, list[int]]:
     seeds, step = dict[str, list[int]](), Training._step
 
-    for name, run in RUNS.items():
+    for name, run in {**RUNS, **DIVIDED}.items():
+        team = Team(2 if name in DIVIDED else 1)
 
         def noting(self: Training, *rest: Any, name: str = name) -> torch.Tensor:
             seeds.setdefault(name, []).append(torch.initial_seed())
@@ -46,9 +52,9 @@ def work(here: Path, rank: int) -> dict[str, list[int]]:
 
         Training._step = noting  # type: ignore[method-assign]  # in a process of its own
         if rank:
-            loop.follow(run, Team())
+            loop.follow(run, team)
         else:
-            loop.train(run, here / name, keep_weights=True, log=name in LOGGED, team=Team())
+            loop.train(run, here / name, keep_weights=True, log=name in LOGGED, team=team)
     return seeds
 
 
@@ -78,10 +84,27 @@ def test_two_ranks_end_where_one_process_does(two: Any, name: str, tmp_path: Pat
     assert {key for key, value in result.items() if value is not None} == {key for key, value in alone.items() if value is not None}
 
 
+@pytest.mark.parametrize("name", DIVIDED)
+def test_two_ranks_that_divide_the_directions_end_where_one_process_does(two: Any, name: str, tmp_path: Path) -> None:
+    """In float32; a difference of two losses has their rounding over its epsilon, some 1e-5, in every step."""
+    result, alone = store.read_result(two[0] / name), loop.train(DIVIDED[name], tmp_path, keep_weights=True)
+    assert result is not None
+    bound = 1e-3 if "zeroth" in name else 1e-5
+    one, other = (store.read_table(folder / "losses.csv.gz")["loss"] for folder in (tmp_path, two[0] / name))
+    assert other == pytest.approx(one, rel=bound)
+    for key, wanted in weights(tmp_path).items():
+        torch.testing.assert_close(weights(two[0] / name)[key], wanted, rtol=bound, atol=bound)
+    assert result["forward_passes"] < alone["forward_passes"]  # those of a rank
+    here = store.read_json(two[0] / name / "environment.json")
+    assert here is not None
+    assert (here["ranks"], here["directions"]) == (2, 2)
+
+
 @pytest.mark.parametrize("name", LOGGED)
 def test_the_log_of_the_first_rank_leads_to_the_weights_of_all(two: Any, name: str) -> None:
     on = torch.device("cpu")
-    training = Training.begin(RUNS[name], builders.dataset(RUNS[name], on, None), on)
+    run = {**RUNS, **DIVIDED}[name]
+    training = Training.begin(run, builders.dataset(run, on, None), on)
     rebuilt = replay_run(training, two[0] / name / "steps.log", None)
     assert (rebuilt.steps, rebuilt.compared, rebuilt.kept) == (34, True, True)
 
@@ -101,6 +124,10 @@ def test_a_run_over_ranks_says_how_many_they_were(two: Any, tmp_path: Path) -> N
     run_folder.write_environment(tmp_path, here)
     run_folder.write_environment(tmp_path, alone)  # goes on with one
     assert store.read_json(tmp_path / "environment.json") == {**alone, "before": here}
+    run_folder.write_environment(tmp_path, alone)  # goes on as it is
+    assert store.read_json(tmp_path / "environment.json") == {**alone, "before": here}
+    run_folder.write_environment(tmp_path, here)
+    assert store.read_json(tmp_path / "environment.json") == {**here, "before": {**alone, "before": here}}
 
 
 def test_what_a_model_draws_differs_by_rank(two: Any) -> None:
@@ -136,13 +163,13 @@ def test_parts_make_up_the_batch_and_their_means_its_mean(count: int, ranks: int
 @pytest.mark.parametrize(
     ("batch", "ranks", "sentence"),
     [
-        (3, 4, "4 ranks divide every batch among them, and a batch has 3: take fewer --ranks, or another --batch-size than 3"),
+        (3, 4, "ranks divide every batch into 4 parts, and a batch has 3: take fewer --ranks, or another --batch-size than 3"),
         (269, 3, "the last batch of an epoch of 1,077 examples has 1: take fewer --ranks, or another --batch-size than 269"),
         (5000, 1078, "a batch has 1077"),
     ],
 )
 def test_a_batch_smaller_than_the_ranks_is_refused(batch: int, ranks: int, sentence: str, tmp_path: Path) -> None:
-    team: Any = SimpleNamespace(size=ranks)
+    team: Any = SimpleNamespace(size=ranks, group=SimpleNamespace(shards=ranks, directions=1))
     with pytest.raises(UserError, match=re.escape(sentence)):
         loop.train(dataclasses.replace(RUN, batch_size=batch), tmp_path / "run", team=team)
     assert not (tmp_path / "run").exists()

@@ -76,7 +76,7 @@ def _examine(place: Place) -> Callable[[Sequence[Run]], None]:
         from forwardgrad.lab.tuning import check_buildable
 
         if place.address is None:
-            check_buildable(runs, place.data_dir)
+            check_buildable(runs, place.data_dir, place.directions)
 
     return look
 

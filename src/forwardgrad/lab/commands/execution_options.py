@@ -16,10 +16,12 @@ from forwardgrad.lab.commands.options import (
     Batched,
     DataDir,
     Device,
+    Directions,
     ExecutorOption,
     Gpus,
     Jobs,
     KeepWeights,
+    LostRankOption,
     Out,
     Ranks,
     RetryFailed,
@@ -46,6 +48,8 @@ class ExecutionOptions:
     tensorboard: TensorBoard = False
     keep_weights: KeepWeights = False
     ranks: Ranks = 1
+    directions: Directions = 1
+    lost_rank: LostRankOption = "end"
 
     def place(self, path: Path | None = None) -> Place:
         """The place that the options describe; `path` is a folder whose modules every worker can import."""

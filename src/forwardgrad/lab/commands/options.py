@@ -10,7 +10,7 @@ import typer
 
 from forwardgrad.lab.commands.factory import estimator, read
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.execution import ExecutorName
+from forwardgrad.lab.execution import ExecutorName, LostRank
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import (
     FAMILIES,
@@ -50,6 +50,13 @@ Gpus = Annotated[float | None, typer.Option(help="Part of a GPU that each run ta
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of each run. [default: the processor's cores over --jobs]")]
 Ranks = Annotated[
     int, typer.Option(min=1, help="Processes that train one run together, each a part of every batch. Under torchrun: those it started.")
+]
+Directions = Annotated[
+    int, typer.Option(min=1, help="How many of the --ranks divide the directions of one part of the batch; a divisor of their number.")
+]
+LostRankOption = Annotated[
+    LostRank,
+    typer.Option(help="Where one of the --ranks is lost: end, or go on from the last checkpoint with those that are left."),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before, from its last checkpoint.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Final runs of each arm, with seeds 0, 1, ...")]

@@ -24,12 +24,14 @@ from forwardgrad.lab.commands.options import (
     Data,
     DataDir,
     Device,
+    Directions,
     EngineOption,
     Epochs,
     Estimator,
     Jobs,
     KeepWeights,
     Log,
+    LostRankOption,
     Model,
     OptimizerOption,
     Out,
@@ -79,6 +81,8 @@ def train(
     tensorboard: TensorBoard = False,
     keep_weights: KeepWeights = False,
     ranks: Ranks = 1,
+    directions: Directions = 1,
+    lost_rank: LostRankOption = "end",
     log: Log = False,
 ) -> None:
     """Train one network once and print its validation and test results.
@@ -100,12 +104,14 @@ def train(
     how: dict[str, Any] = {"precision": precision, "engine": engine, "augment": augment, "label_smoothing": label_smoothing}
     run = signed(Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, **how))
     where: dict[str, Any] = {"retry_failed": retry_failed, "tensorboard": tensorboard, "keep_weights": keep_weights, "log": log}
-    place = Place(device=device, data_dir=data_dir, path=folder_of(run), **where, ranks=ranks)
+    where |= {"ranks": ranks, "directions": directions, "lost_rank": lost_rank}
+    place = Place(device=device, data_dir=data_dir, path=folder_of(run), **where)
     check_place(place)
     from forwardgrad.lab.store import describe
-    from forwardgrad.lab.training import STEPS_LOG, WEIGHTS
+    from forwardgrad.lab.training import STEPS_LOG, WEIGHTS, builders
 
     run = signed(run)
+    builders.check_divided(run, directions)
     progress = Progress({run.identity: f"{model} {estimator}"})
     if (result := _result(run, out, place, progress)) is None:
         return

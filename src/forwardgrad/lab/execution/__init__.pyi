@@ -1,5 +1,6 @@
 from forwardgrad.lab.execution.dispatch import execute as execute
 from forwardgrad.lab.execution.place import ExecutorName as ExecutorName
+from forwardgrad.lab.execution.place import LostRank as LostRank
 from forwardgrad.lab.execution.place import Place as Place
 from forwardgrad.lab.execution.place import launched as launched
 from forwardgrad.lab.execution.team import follow_first as follow_first

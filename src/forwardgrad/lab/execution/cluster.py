@@ -65,14 +65,14 @@ class Cluster:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
-    def start(self, unit: Unit, store: Store) -> None:
-        root = store.root.resolve()
+    def start(self, unit: Unit, store: Store, ranks: int | None) -> None:
+        root, place = store.root.resolve(), self.place.with_ranks(ranks)
         if root not in self._tokens:
             self._show(root)
-        cores = self.place.share * self.place.ranks
-        needs = {"num_cpus": cores, "num_gpus": self.place.gpu_share, "max_retries": 0}  # who counts tries is `execute`
+        cores = place.share * place.ranks
+        needs = {"num_cpus": cores, "num_gpus": place.gpu_share, "max_retries": 0}  # who counts tries is `execute`
         task = self._ray.remote(_task).options(**needs, name="forwardgrad")
-        self._running[task.remote(unit, root, self._tokens[root], self.place, sys.argv)] = unit
+        self._running[task.remote(unit, root, self._tokens[root], place, sys.argv)] = unit
 
     def _show(self, root: Path) -> None:
         """Leave a token in a store, and let every node look for it."""

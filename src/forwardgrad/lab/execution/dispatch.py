@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from forwardgrad.lab import interrupts
 from forwardgrad.lab.execution.place import Place
-from forwardgrad.lab.execution.unit import FailedTogether, Reply, Results, Unit, WorkerDied, give_up, take_apart
+from forwardgrad.lab.execution.unit import FailedTogether, FewerRanks, Reply, Results, Unit, WorkerDied, give_up, take_apart
 from forwardgrad.lab.execution.workers import POLL_SECONDS, Workers, ready
 from forwardgrad.lab.store import Busy, Progress, Store, alone, failure, held
 from forwardgrad.lab.studies import Run
@@ -65,6 +65,7 @@ class Dispatch:
         self.under_way: dict[str, Unit] = {}
         self.found: Results = {}
         self.deaths: Counter[str] = Counter()
+        self.ranks: dict[str, int] = {}  # that are left to runs which have lost some
         self.told = False
         workers.expect(len(units))
 
@@ -102,7 +103,7 @@ class Dispatch:
                 skipped += 1
                 continue
             self.under_way[_name(unit)] = unit
-            self.workers.start(unit, self.store)
+            self.workers.start(unit, self.store, self.ranks.get(_name(unit)))
         if self.waiting and not self.under_way:
             if not self.told:
                 self.progress.say(f"waiting for {sum(map(len, self.waiting))} runs that another process is training")
@@ -117,6 +118,9 @@ class Dispatch:
 
     def _take(self, unit: Unit, reply: Reply) -> None:
         """Whatever comes back of a unit: results, something to try again, or what ends all."""
+        if isinstance(reply, FewerRanks):
+            self._go_on(unit, reply)
+            return
         if isinstance(reply, WorkerDied):
             self.deaths[_name(unit)] += reply.counts
             if self.deaths[_name(unit)] < TRIES:
@@ -134,6 +138,16 @@ class Dispatch:
             self.found |= reply
         elif isinstance(reply, Exception):
             raise reply
+
+    def _go_on(self, unit: Unit, lost: FewerRanks) -> None:
+        """Let a run go on with the ranks that are left, and say so."""
+        self.ranks[_name(unit)] = lost.left
+        self.waiting.appendleft(unit)
+        (run,) = unit
+        name = self.progress.names.get(run.identity, run.identity)
+        there = (self.store.folder(run.identity) / "checkpoint.pt").exists()
+        left = f"{lost.left} ranks" if lost.left > 1 else "one process"
+        self.progress.say(f"{name}: {lost.how}; it {'goes on from its last checkpoint' if there else 'begins again'} with {left}")
 
 
 def _name(unit: Unit) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import check_choice
 
 ExecutorName = Literal["process", "ray"]
+LostRank = Literal["end", "go-on"]
 
 
 def launched() -> int:
@@ -40,6 +42,8 @@ class Place:
         tensorboard: whether every run also writes events for TensorBoard, in the store's folder of that name.
         keep_weights: whether final runs leave their weights in their folders.
         ranks: processes that train one run together, each a part of every batch.
+        directions: how many of these divide the directions of a part of the batch among them; a divisor of their number.
+        lost_rank: "end" where a run ends with a rank that is lost, "go-on" where those that are left go on from its last checkpoint.
         log: whether runs leave the numbers of their steps in their folders, from which they can be taken again.
         checkpoint_seconds: between two checkpoints of a run.
     """
@@ -57,6 +61,8 @@ class Place:
     tensorboard: bool = False
     keep_weights: bool = False
     ranks: int = 1
+    directions: int = 1
+    lost_rank: LostRank = "end"
     log: bool = False
     checkpoint_seconds: float = 60.0
 
@@ -66,14 +72,33 @@ class Place:
             raise UserError(f"the number of jobs must be at least 1, not {self.jobs}")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {self.threads}")
-        if self.ranks < 1:
-            raise UserError(f"the number of ranks must be at least 1, not {self.ranks}")
-        if self.ranks > 1 and self.batched:
-            raise UserError("--batched makes one program of many runs, and --ranks divides one run among processes: leave one of them out")
+        self._check_ranks()
         if self.executor == "ray":
             self._check_ray()
         elif self.address is not None or self.gpus is not None:
             raise UserError("--address and --gpus belong to --executor ray: add that, or leave them out")
+
+    def _check_ranks(self) -> None:
+        check_choice(self.lost_rank, LostRank, "lost_rank")
+        for what, number in (("ranks", self.ranks), ("ranks that divide directions", self.directions)):
+            if number < 1:
+                raise UserError(f"the number of {what} must be at least 1, not {number}")
+        if self.ranks > 1 and self.batched:
+            raise UserError("--batched makes one program of many runs, and --ranks divides one run among processes: leave one of them out")
+        many = launched() if self.ranks == 1 else self.ranks
+        if many % self.directions:
+            raise UserError(f"--directions {self.directions} must divide the number of ranks, which is {many}: give a multiple of it")
+        if self.lost_rank == "go-on" and launched() > 1:
+            raise UserError("torchrun starts ranks again by itself, with its --max-restarts: leave --lost-rank out")
+        if self.lost_rank == "go-on" and self.ranks == 1:
+            raise UserError("--lost-rank go-on is for runs of several ranks: add --ranks, or leave it out")
+
+    def with_ranks(self, ranks: int | None) -> Place:
+        """This place where a run that lost ranks goes on with so many; None: it lost none. As many as still can divide directions."""
+        if ranks is None:
+            return self
+        left: LostRank = self.lost_rank if ranks > 1 else "end"
+        return dataclasses.replace(self, ranks=ranks, directions=math.gcd(ranks, self.directions), lost_rank=left)
 
     def _check_ray(self) -> None:
         if self.device not in ("cpu", "cuda"):

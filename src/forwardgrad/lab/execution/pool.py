@@ -43,20 +43,21 @@ class Pool:
             self._end()
             self._processes = self.room
 
-    def start(self, unit: Unit, store: Store) -> None:
+    def start(self, unit: Unit, store: Store, ranks: int | None) -> None:
+        place = self.place.with_ranks(ranks)
         with _unheard():
             try:
-                future = self._schedule(unit, store)
+                future = self._schedule(unit, store, place)
             except RuntimeError:  # a worker was killed while it had nothing to do, and the pool broke of it
                 self.cancel()
-                future = self._schedule(unit, store)
+                future = self._schedule(unit, store, place)
         self._running[future] = unit
 
-    def _schedule(self, unit: Unit, store: Store) -> Future[Reply]:
+    def _schedule(self, unit: Unit, store: Store, place: Place) -> Future[Reply]:
         if self._pool is None:
             context = get_context("spawn")
             self._pool = ProcessPool(self._processes, initializer=follow_parent, initargs=(os.getpid(),), context=context)
-        return self._pool.schedule(_train_unit, args=(unit, store, self.place))
+        return self._pool.schedule(_train_unit, args=(unit, store, place))
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
         """The units that came back, waiting for one so long."""

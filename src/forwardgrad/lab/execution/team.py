@@ -26,6 +26,7 @@ from forwardgrad.lab.execution.place import Place, launched
 from forwardgrad.lab.lockstep import RankLost, Team
 from forwardgrad.lab.studies import Run, from_json, to_json
 from forwardgrad.lab.training import allocation, follow
+from forwardgrad.ranks import join_ranks
 
 TIMEOUT = timedelta(minutes=30)  # that ranks wait for one that lives and does not answer, such as the first while it evaluates
 MEETING_SECONDS = 300.0  # in which all ranks have to be there
@@ -46,8 +47,8 @@ def joined(place: Place) -> Iterator[tuple[Place, Team]]:
     """
     if place.ranks not in (1, launched()):
         raise UserError(f"torchrun started {launched()} ranks, and --ranks asks for {place.ranks}: leave --ranks out")
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    _joined.append(Team())
+    join_ranks(TIMEOUT.total_seconds())
+    _joined.append(Team(place.directions))
     try:
         yield dataclasses.replace(place, ranks=_joined[-1].size), _joined[-1]
         _joined[-1].dismiss()
@@ -72,11 +73,12 @@ def team_of(run: Run, place: Place) -> Iterator[Team | None]:
         try:
             followers.meet()
             try:
-                yield Team()
+                try:
+                    yield Team(place.directions)
+                finally:
+                    dist.destroy_process_group()  # which those hear that wait for this one
             except RankLost as error:
                 raise followers.reason(error) from error
-            finally:
-                dist.destroy_process_group()
             followers.wait()
         finally:
             followers.end()
@@ -90,6 +92,7 @@ class _Followers:
         self._store = _store(folder / "meet", place.ranks)
         told = {"run": to_json(run), "ranks": place.ranks, "meet": str(folder / "meet"), "parent": os.getpid(), "path": sys.path}
         told |= {"threads": torch.get_num_threads(), "data_dir": place.data_dir and str(place.data_dir.resolve())}
+        told |= {"directions": place.directions}
         self._processes = list[subprocess.Popen[str]]()
         for rank in range(1, place.ranks):
             self._start({**told, "rank": rank, "device": device_of(place.device, rank)})
@@ -112,17 +115,24 @@ class _Followers:
         names, until = [_here(rank) for rank in range(1, self._size)], time.monotonic() + MEETING_SECONDS
         while not self._store.check(names):
             interrupts.check()
-            lost = RankLost(f"of {self._size} ranks not all were there after {MEETING_SECONDS:.0f} seconds")
             if any(process.poll() is not None for process in self._processes):
-                raise self.reason(lost)
+                raise self._told_by_their_ends() or RankLost(f"one of {self._size} ranks ended before it began")
             if time.monotonic() > until:
-                raise lost
+                lost = sum(not self._store.check([name]) for name in names)
+                raise RankLost(f"of {self._size} ranks not all were there after {MEETING_SECONDS:.0f} seconds", lost)
             time.sleep(0.02)
         dist.init_process_group("gloo", store=self._store, rank=0, world_size=self._size, timeout=TIMEOUT)
 
     def reason(self, lost: RankLost) -> Exception:
-        """Why a rank was lost, as far as the followers tell by how they ended."""
+        """Why a rank was lost, as far as the followers tell by how they ended; or by not ending, where no other has."""
         self.wait()
+        if (told := self._told_by_their_ends()) is not None:
+            return told
+        silent = [rank for rank, process in enumerate(self._processes, 1) if process.poll() is None]
+        return self._lost(dict.fromkeys(silent, "does not answer")) if silent else lost
+
+    def _told_by_their_ends(self) -> Exception | None:
+        killed = dict[int, str]()
         for rank, process in enumerate(self._processes, 1):
             said = self._said(rank).read_text(errors="replace").strip()
             last = (said.splitlines() or [f"status {process.returncode}"])[-1]
@@ -133,8 +143,11 @@ class _Followers:
                 error.add_note(said)
                 return error
             if process.returncode not in (None, 0, LOST):
-                return RankLost(f"rank {rank} of {self._size} {how(process.returncode)}")
-        return lost
+                killed[rank] = how(process.returncode)
+        return self._lost(killed) if killed else None
+
+    def _lost(self, ends: dict[int, str]) -> RankLost:
+        return RankLost(", and ".join(f"rank {rank} of {self._size} {end}" for rank, end in ends.items()), len(ends))
 
     def wait(self) -> None:
         """Let those end that have nothing more to do."""
@@ -160,7 +173,7 @@ def main(told: dict[str, Any]) -> None:
     dist.init_process_group("gloo", store=store, rank=told["rank"], world_size=told["ranks"], timeout=TIMEOUT)
     data_dir = told["data_dir"] and Path(told["data_dir"])
     try:
-        follow(from_json(told["run"], "the run"), Team(), device=told["device"], data_dir=data_dir)
+        follow(from_json(told["run"], "the run"), Team(told["directions"]), device=told["device"], data_dir=data_dir)
     except RankLost as error:
         _end(LOST, str(error))
     except UserError as error:

@@ -33,12 +33,19 @@ class WorkerDied:
         self.how, self.counts = how, counts
 
 
+class FewerRanks:
+    """What comes back of a run that lost ranks, and is to go on with those that are left: how they ended, and how many `left`."""
+
+    def __init__(self, how: str, left: int) -> None:
+        self.how, self.left = how, left
+
+
 class GpuLost(UserError):
     """After a run that failed, this process cannot use its GPU any more; another one can."""
 
 
 # What comes back of a unit: results, or what happened instead.
-Reply = Results | FailedTogether | WorkerDied | UserError | OSError
+Reply = Results | FailedTogether | FewerRanks | WorkerDied | UserError | OSError
 
 
 def train_unit(unit: Unit, store: Store, place: Place) -> Reply:
@@ -51,6 +58,8 @@ def train_unit(unit: Unit, store: Store, place: Place) -> Reply:
         with _at_home(place):
             return _train(unit, store, place)
     except RankLost as error:
+        if place.lost_rank == "go-on":
+            return FewerRanks(error.how, max(1, place.ranks - error.lost))
         return error if place.alone else WorkerDied(f"lost a rank ({error.how})")
     except (UserError, OSError) as error:
         return error

@@ -23,7 +23,8 @@ class Workers(Protocol):
     def expect(self, units: int) -> None:
         """Hear how many units are to come, before the first of them."""
 
-    def start(self, unit: Unit, store: Store) -> None: ...
+    def start(self, unit: Unit, store: Store, ranks: int | None) -> None:
+        """Have a unit trained; where it has lost ranks, by those that are left."""
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
         """The units that came back, waiting for one so long."""
@@ -47,8 +48,8 @@ class InThisProcess:
     def expect(self, units: int) -> None:
         """One after the other, however many."""
 
-    def start(self, unit: Unit, store: Store) -> None:
-        self._done.append((unit, train_unit(unit, store, self.place)))
+    def start(self, unit: Unit, store: Store, ranks: int | None) -> None:
+        self._done.append((unit, train_unit(unit, store, self.place.with_ranks(ranks))))
 
     def finished(self, seconds: float) -> Iterator[tuple[Unit, Reply]]:
         while self._done:

@@ -125,6 +125,14 @@ def estimator(run: Run) -> Estimator:
         raise UserError(f"the estimator {run.estimator} cannot be used: {error}") from error
 
 
+def check_divided(run: Run, parts: int) -> None:
+    """UserError where so many ranks cannot divide the directions of a run's estimator among them."""
+    try:
+        estimator(run).check_divided(parts)
+    except ValueError as error:
+        raise UserError(f"--directions {parts}: {error}") from error
+
+
 def generator(run: Run, on: torch.device) -> torch.Generator:
     """The generator that a run draws its directions from."""
     return torch.Generator(on).manual_seed(stream(run.seed, "directions"))

@@ -147,15 +147,17 @@ def train(
     final weights in the run's folder, and `log` the numbers of its steps. `alone` says that no other run shares the machine: then its
     joules are counted, where they are told.
 
-    Raises UserError for data that is missing or damaged, an unknown estimator option, a device that is not there, or a batch that has
-    fewer examples than there are ranks; RankLost where one of those has ended.
+    Raises UserError for data that is missing or damaged, an unknown estimator option, a device that is not there, a batch that has fewer
+    examples than ranks divide it into, or directions that they cannot divide; RankLost where a rank has ended.
     """
     if (done := store.read_result(folder)) is not None:
         return done
     on = environment.device(device)
     check_code(run)
     dataset = builders.dataset(run, on, data_dir)
-    check_batches(run, len(dataset.train), team.size if team else 1)
+    if team:
+        check_batches(run, len(dataset.train), team.group.shards)
+        builders.check_divided(run, team.group.directions)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
         training = Training.begin(run, dataset, on, team.group if team else None)
         if log:
@@ -165,7 +167,7 @@ def train(
             if (done := store.read_result(folder)) is not None:  # another process was quicker
                 return done
             store.write_json(folder / "run.json", to_json(run))
-            write_environment(folder, environment.describe(on) | ({"ranks": team.size} if team else {}))
+            write_environment(folder, environment.describe(on) | (team.told_of() if team else {}))
             if (checkpoint := folder / "checkpoint.pt").exists():
                 training.state.load(checkpoint)
             if log:
@@ -190,6 +192,7 @@ def follow(run: Run, team: Team, *, device: str = "cpu", data_dir: Path | None =
     on = environment.device(device)
     check_code(run)
     dataset = builders.dataset(run, on, data_dir)
+    builders.check_divided(run, team.group.directions)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), team.told():
         training = Training.begin(run, dataset, on, team.group)
         checkpoint = team.beginning()

@@ -32,8 +32,12 @@ EVALUATED = (
 def write_environment(folder: Path, here: dict[str, Any]) -> None:
     """Write environment.json; a run that goes on elsewhere, or with another number of ranks, keeps where it was before."""
     before = store.read_json(folder / "environment.json")
-    if before is not None and {key: before.get(key) for key in {"ranks", *here}} != {"ranks": None, **here}:
-        here = {**here, "before": before}
+    if before is not None:
+        earlier = before.pop("before", None)
+        if before != here:
+            here = {**here, "before": before if earlier is None else {**before, "before": earlier}}
+        elif earlier is not None:
+            here = {**here, "before": earlier}
     store.write_json(folder / "environment.json", here)
     store.sync(folder.parent)  # from here on a power cut leaves the folder
 

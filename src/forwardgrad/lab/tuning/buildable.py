@@ -13,10 +13,11 @@ from forwardgrad.lab.studies import Run, paced_alike
 from forwardgrad.lab.training import builders
 
 
-def check_buildable(runs: Sequence[Run], data_dir: Path | None = None) -> None:
+def check_buildable(runs: Sequence[Run], data_dir: Path | None = None, directions: int = 1) -> None:
     """Load the data and build model, loss, estimator and optimizer of every run, on the processor. Nothing is trained or written.
 
-    Runs that differ in numbers alone share one model here. Raises UserError for what a run could not begin with.
+    Runs that differ in numbers alone share one model here. Raises UserError for what a run could not begin with, and for an estimator whose
+    directions so many ranks cannot divide.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
@@ -30,7 +31,7 @@ def check_buildable(runs: Sequence[Run], data_dir: Path | None = None) -> None:
                 model = builders.model(first, datasets[first.data])
                 builders.loss(first)
                 for run in (first, *others):
-                    builders.estimator(run)
+                    builders.check_divided(run, directions)
                     builders.optimizer(run.optimizer, model)
             except (UserError, OSError):
                 raise
