@@ -60,6 +60,10 @@ class LowRank(Perturbation):
     def apart(self) -> bool:
         return False
 
+    @property
+    def parted(self) -> bool:
+        return True
+
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> LowRankUse | None:
         return LowRankUse(layer, x, out, directions, self.rank) if layer.matrix else None
 
@@ -92,6 +96,11 @@ class LowRankUse(Sown):
         if directions.kept is not None:
             directions.kept.next_place = self._number_kept
         other._plan(directions)
+        return other
+
+    def once_more(self, layer: Layer, x: Tensor, out: Tensor) -> LowRankUse:
+        other = copy(self)
+        other.layer, other.x, other.out = layer, x, out
         return other
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from forwardgrad.lab.report.sections import (
     finetune_section,
     functions_section,
     layers_section,
+    memory_section,
     noise_section,
     provenance_section,
     quality_section,
@@ -35,6 +36,7 @@ TAKEN = (
     "provenance",
     "functions",
     "bench",
+    "memory",
     "cost",
     "quality",
     "layers",
@@ -47,6 +49,7 @@ ORDER = ("table1", "table1-retuned", "baydin", "beyond", "faster", "noise", "fin
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "bench.json": ("cost of one step", bench_section),
+    "memory.json": ("memory of one step", memory_section),
     "cost.json": ("time of a step, as measured earlier", cost_section),
     "quality.json": ("quality of estimates", quality_section),
     "layers.json": ("layer by layer", layers_section),
