@@ -332,8 +332,7 @@ class ModelWatch(TorchFunctionMode):
         call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
         if isinstance(layer, Norm):  # not normalised again: that would count the batch twice in running statistics
             return layer.scaled(x, call.get("weight"), call.get("bias"), self._call)
-        out: Tensor = self._call(layer.function, **call, input=given)
-        return out
+        return layer.made({**call, "input": given}, self._call)
 
     def _pass(self, point: ActivityUse, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         before = args[0]
