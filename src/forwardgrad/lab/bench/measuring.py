@@ -103,23 +103,22 @@ def measure_steps(
 def measure_memory(store: Store, cases: Sequence[BenchCase], arms: Sequence[BenchArm], *, say: Callable[[str], None]) -> list[MemoryRecord]:
     """Measure the most bytes that one step of each arm holds, each in a process of its own, one after the other; kept in OUT/memory.json.
 
-    A case is stored as soon as it is done, beside those that were measured on the same machine.
+    Every arm is stored as soon as it is done, since a step may take minutes, beside the cases that were measured on the same machine.
     """
     where, found = environment.describe(torch.device("cpu")), []
     for index, case in enumerate(cases, 1):
-        measured: list[PeakRecord] = []
-        for arm in arms:
-            say(f"[{index}/{len(cases)}] {case.model}, batch {case.batch}: {arm.label}")
-            measured.append(_peak_record(case, arm))
         new: MemoryRecord = {
             **{key: getattr(case, key) for key in ("model", "data", "batch", "layout", "optimizer", "sequence", "loss")},  # type: ignore[typeddict-item]
             "accelerator": "cpu",
             "parameters": build_case(case, torch.device("meta")).parameters,
             "threads": torch.get_num_threads(),
-            "arms": measured,
+            "arms": [],
             "command": environment.command(),
         }
-        _store(store, where, new, _MEMORY)
+        for arm in arms:
+            say(f"[{index}/{len(cases)}] {case.model}, batch {case.batch}: {arm.label}")
+            new["arms"].append(_peak_record(case, arm))
+            _store(store, where, new, _MEMORY)
         found.append(new)
     return found
 
