@@ -186,7 +186,7 @@ def test_memory_alone_is_printed_stored_and_reported(
     for loss in ("parts", "whole", "parts"):
         status, out, _ = run(monkeypatch, capsys, *asked, "--loss", loss, "--arms", "low-rank,zeroth-order,feedback")
         assert status == 0
-    assert "GPT of 2 blocks, width 64 · batch 4 of 16 tokens" in out
+    assert "GPT of 2 blocks, width 64 · batch 4 of 16 tokens · 3,382,080 parameters" in out  # the embedding is the read-out's, counted once
     assert "loss in parts" in out
     assert "rank 1                        210 MB       2.10         0.525       211 MB" in out
     assert "zeroth order: --memory-only: the process failed" in out

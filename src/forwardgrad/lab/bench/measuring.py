@@ -107,10 +107,12 @@ def measure_memory(store: Store, cases: Sequence[BenchCase], arms: Sequence[Benc
     """
     where, found = environment.describe(torch.device("cpu")), []
     for index, case in enumerate(cases, 1):
+        with torch.device("meta"):  # made there, not moved there, which would part tied weights
+            parameters = build_case(case, torch.device("meta")).parameters
         new: MemoryRecord = {
             **{key: getattr(case, key) for key in ("model", "data", "batch", "layout", "optimizer", "sequence", "loss")},  # type: ignore[typeddict-item]
             "accelerator": "cpu",
-            "parameters": build_case(case, torch.device("meta")).parameters,
+            "parameters": parameters,
             "threads": torch.get_num_threads(),
             "arms": [],
             "command": environment.command(),
