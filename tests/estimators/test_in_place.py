@@ -108,6 +108,14 @@ def test_a_step_in_place_is_not_taken_again_from_a_log() -> None:
     assert not fg.ZerothOrder(in_place=True).replayable
 
 
+def test_a_compiled_step_is_an_eager_one() -> None:
+    model = network()
+    pieces = loss, model, torch.optim.SGD(model.parameters(), lr=0.01), fg.ZerothOrder(in_place=True)
+    step = fg.TrainingStep(*pieces, generator=seeded(0), engine="compile")
+    with pytest.warns(UserWarning, match="falls back to eager steps: in_place=True moves the parameters a block at a time"):
+        step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 def test_blocks_are_the_bits_of_the_part(law: fg.Law, dtype: torch.dtype) -> None:

@@ -81,7 +81,7 @@ class ZerothOrder(Estimator):
             then has the memory of inference whatever the size of a layer, as directions are made a block at a time (Gaussian ones with a
             generator of the CPU, and Rademacher ones), in plain SGD's update, too. It takes four draws of each direction in place of
             three. Parameters come back up to rounding, which moves each by about its last bit a step; so a step cannot be taken again
-            from a log, and no other thread may look at them. In a compiled step the parameters are not written to.
+            from a log, and no other thread may look at them. Compiled and captured steps fall back to eager ones.
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
     Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
@@ -230,7 +230,7 @@ class ZerothOrder(Estimator):
         if self.in_place and ranks.directions > 1:
             raise ValueError("ranks cannot divide the directions with in_place=True, as each would round its parameters in its own way")
         mine, masked_ = ranks.part(self.tangents), None if self.perturb.unbiased else self.perturb.masked_
-        if self.in_place and not torch.compiler.is_compiling():
+        if self.in_place:
             weights: WholeWeights = WeightsInPlace(objective, self.law, self.tangents, generator)
         else:
             weights = WholeWeights(objective, self.law, self.tangents, generator, masked_)
