@@ -176,7 +176,7 @@ def test_memory_alone_is_printed_stored_and_reported(
 ) -> None:
     peaks = {"plain": 100_000_000, "backprop": 400_000_000, "low-rank": 210_000_000}
 
-    def told(case: BenchCase, arm: BenchArm, asked_by: str, *, at_once: bool) -> dict[str, int]:
+    def told(case: BenchCase, arm: BenchArm, asked_by: str, *, few_steps: bool) -> dict[str, int]:
         if arm.name not in peaks:
             raise UserError(f"{asked_by}: the process failed")
         return {"tally": peaks[arm.name], "process": peaks[arm.name] + 1_000_000}
@@ -204,7 +204,7 @@ def test_memory_alone_is_printed_stored_and_reported(
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc, which is Linux's")
 def test_a_step_with_its_loss_in_parts_holds_no_scores_of_the_whole() -> None:
     """64 places, whose scores of 50,257 words would be 12.9 MB, and their tangents as much."""
-    found = process_peak.process_peak(BenchCase("gpt-2x64", 4, "contiguous", sequence=16, loss="parts"), NAMED["low-rank"], at_once=True)
+    found = process_peak.process_peak(BenchCase("gpt-2x64", 4, "contiguous", sequence=16, loss="parts"), NAMED["low-rank"], few_steps=True)
     assert 500_000 < found["tally"] < 64 * 50_257 * 4 / 4
 
 

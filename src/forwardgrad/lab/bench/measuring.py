@@ -130,7 +130,7 @@ def _peak_record(case: BenchCase, arm: BenchArm) -> PeakRecord:
     if case.too_wide and isinstance(arm.estimator, ONE_ROW_AN_OUTPUT):
         return {**head, "failed": case.too_wide}
     try:
-        peak = process_peak.process_peak(case, arm, "--memory-only", at_once=True)
+        peak = process_peak.process_peak(case, arm, "--memory-only", few_steps=True)
     except UserError as error:
         return {**head, "failed": str(error)}
     return {**head, "peak_bytes": peak["tally"], "process_bytes": peak["process"]}

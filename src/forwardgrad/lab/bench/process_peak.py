@@ -46,16 +46,16 @@ def within_tolerance(counted: int, process: int) -> bool:
     return abs(counted - process) <= share * counted + fixed
 
 
-def process_peak(case: BenchCase, arm: BenchArm, asked_by: str = "--verify-memory", *, at_once: bool = False) -> dict[str, int]:
+def process_peak(case: BenchCase, arm: BenchArm, asked_by: str = "--verify-memory", *, few_steps: bool = False) -> dict[str, int]:
     """The tally and the process's peak of one step, both in bytes. The fresh process has as many threads as this one.
 
-    `at_once`: of the same step, where steps take minutes; the tally is then what torch's allocator gave out.
+    `few_steps`: no more of them than needed, where each takes minutes; the tally is then what torch's allocator gave out.
 
     Raises UserError where the system does not tell, or the process failed.
     """
     law = getattr(arm.estimator, "law", None) if arm.name in NAMED else None  # an estimator written out has its own
     asked = {"case": dataclasses.asdict(case), "arm": arm.name, "law": law and law.name, "threads": torch.get_num_threads()}
-    asked["at_once"] = at_once
+    asked["few_steps"] = few_steps
     command = [sys.executable, "-m", "forwardgrad.lab.bench.process_peak"]
     done = subprocess.run(command, input=json.dumps(asked), env={**os.environ, **_ALLOCATOR}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -65,23 +65,21 @@ def process_peak(case: BenchCase, arm: BenchArm, asked_by: str = "--verify-memor
     return found
 
 
-def _measured(case: BenchCase, arm: BenchArm, at_once: bool) -> dict[str, int]:
+def _measured(case: BenchCase, arm: BenchArm, few_steps: bool) -> dict[str, int]:
     torch.manual_seed(0)
     built = build_case(case, torch.device("cpu"))
     step = ArmStep(arm, built)
-    if not at_once or arm.learns_in_first_step:
+    if not few_steps or arm.learns_in_first_step:
         step.begin()
-    if not at_once:
+    if not few_steps:
         step()
-    counted = 0 if at_once else tally(step, built)
+    step.forget_gradients()
+    counted = allocated_bytes(step) + step.state_bytes if few_steps else tally(step, built)
     step.forget_gradients()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident("VmRSS")
-    if at_once:
-        counted = allocated_bytes(step) + step.state_bytes
-    else:
-        step()
+    step()
     return {"tally": counted, "process": _resident("VmHWM") - before + step.state_bytes}
 
 
@@ -96,7 +94,7 @@ def main() -> None:
     asked: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     (arm,) = [arm for arm in chosen_arms(asked["arm"], asked["law"]) if arm.name == asked["arm"]]
-    print(json.dumps(_measured(BenchCase(**asked["case"]), arm, asked["at_once"])))
+    print(json.dumps(_measured(BenchCase(**asked["case"]), arm, asked["few_steps"])))
 
 
 if __name__ == "__main__":
