@@ -73,14 +73,17 @@ def _measured(case: BenchCase, arm: BenchArm, few_steps: bool) -> dict[str, int]
         step.begin()
     if not few_steps:
         step()
-    step.forget_gradients()
-    counted = allocated_bytes(step) + step.state_bytes if few_steps else tally(step, built)
+    counted = 0 if few_steps else tally(step, built)
     step.forget_gradients()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = _resident("VmRSS")
     step()
-    return {"tally": counted, "process": _resident("VmHWM") - before + step.state_bytes}
+    peak = _resident("VmHWM") - before
+    if few_steps:  # behind the step that the system watches: what a profile notes down stays resident
+        step.forget_gradients()
+        counted = allocated_bytes(step) + step.state_bytes
+    return {"tally": counted, "process": peak + step.state_bytes}
 
 
 def _resident(which: str) -> int:

@@ -134,7 +134,7 @@ MEMORY_MEANING = (
         "directions, and the scratch that operators ask it for",
     ),
     ("/ inference, / backprop", "the peak over that of a plain forward pass with its loss, and over that of backpropagation"),
-    ("process", "how far the resident memory of a process of its own rose in the step behind it, pages that the allocator keeps included"),
+    ("process", "how far the resident memory of a process of its own rose in a step without the profile that counts them"),
 )
 INFERENCE, REVERSE = "plain", "backprop"
 
