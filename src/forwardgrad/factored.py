@@ -1,7 +1,8 @@
-"""Gradients in a compact form: a matrix as the product of two thin ones, or a direction and how far to go along it."""
+"""Gradients in a compact form: a matrix as the product of two thin ones, a direction and how far to go along it, or what makes blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,24 @@ class Along:
         weight.addcmul_(self.direction, (self.length * scale).to(weight.dtype))
 
 
-Gradient = Tensor | Factored | Along
+@dataclass(frozen=True)
+class InBlocks:
+    """A gradient of the shape of `like` that is made a block at a time: `add(weight, scale)` does weight += scale · gradient in place."""
+
+    like: Tensor
+    add: Callable[[Tensor, float], None]
+
+    def dense(self) -> Tensor:
+        total = torch.zeros_like(self.like)
+        self.add(total, 1.0)
+        return total
+
+    def add_to_(self, weight: Tensor, scale: float | Tensor) -> None:
+        """weight += scale · gradient in place; a `scale` that lies on a device is waited for."""
+        self.add(weight, float(scale))
+
+
+Gradient = Tensor | Factored | Along | InBlocks
 
 
 def dense(gradient: Gradient) -> Tensor:

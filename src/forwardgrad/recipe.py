@@ -92,6 +92,7 @@ class SownMatrix(FromSeeds):
     fan_in: int
     rank: int
     held: bool = False
+    turned: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ class SownMatrix(FromSeeds):
         directions, shifts = _directions(self, law, home), bool(self.bias)
         numbers = directions.draw((self.fan_out * (self.rank + shifts) + self.fan_in * self.rank,), like)
         left, right = low_rank_factors(numbers, self.fan_out, self.rank, shifts)
-        found = low_rank_sum(left, right, self.weights, like.shape)
+        found = low_rank_sum(left, right, self.weights, like.shape, self.turned)
         return {{"weight": self.weight, "bias": self.bias}[role]: part for role, part in found.items()}
 
 
@@ -175,7 +176,18 @@ def combined(
             if name not in one.names:
                 continue
             if isinstance(one, SownMatrix):
-                key = one.number, one.names, one.fan_out, one.fan_in, one.rank, one.held, len(one.seeds), recipe.law, recipe.home
+                key = (
+                    one.number,
+                    one.names,
+                    one.fan_out,
+                    one.fan_in,
+                    one.rank,
+                    one.held,
+                    one.turned,
+                    len(one.seeds),
+                    recipe.law,
+                    recipe.home,
+                )
                 alike.setdefault(key, []).append((one, factor))
             else:
                 yield factor, one.gradient(name, like, recipe.law, recipe.home)
@@ -273,7 +285,9 @@ def places_of(entered: Entered) -> Iterator[MovedPlace]:
         yield MovedPlace(SownTensor.__name__, {"number": entered.number, "name": entered.name, "held": held})
     elif type(entered) is LowRankUse:
         names, layer = entered.layer.names, entered.layer
-        what = {"number": entered.number, "weight": names.get("weight", ""), "bias": names.get("bias", "")}
+        what: dict[str, Any] = {"number": entered.number, "weight": names.get("weight", ""), "bias": names.get("bias", "")}
+        if layer.turned:
+            what["turned"] = True
         shape = {"fan_out": layer.fan_out, "fan_in": layer.fan_in, "rank": entered.rank}
         yield MovedPlace(SownMatrix.__name__, {**what, **shape, "held": isinstance(entered.directions, HeldDirections)})
     else:

@@ -50,6 +50,7 @@ PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a c
     fg.FixedFeedback(): 1,
     fg.Readout(): 1,
     fg.ZerothOrder(epsilon=1e-4): 2,
+    fg.ZerothOrder(epsilon=1e-4, in_place=True): 2,
     fg.ZerothOrder(epsilon=1e-4, tangents=3, law=fg.Rademacher()): 6,
     fg.ZerothOrder(epsilon=1e-4, tangents=2, sides="one", chunk_size=None, perturb=fg.Sparse(0.5)): 3,
     fg.ZerothOrder(epsilon=1e-4, perturb=fg.LowRank(2)): 2,

@@ -91,8 +91,8 @@ class DisplacedWatch(ModelWatch):
         self._latest = moved, parameter
         return moved
 
-    def _sow(self, entered: Sown, out: Tensor) -> Tensor:
-        moved = super()._sow(entered, out)
+    def _moved(self, entered: Sown, out: Tensor) -> Tensor:
+        moved = super()._moved(entered, out)
         for held in ("x", "out") if not len(self.directions) else ():  # nobody will ask how it moves
             entered.__dict__.pop(held, None)
         return moved

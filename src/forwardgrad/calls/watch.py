@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,11 +22,10 @@ from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
 from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Unfollowed, levels
-from forwardgrad.forward_mode.rules import losses
+from forwardgrad.forward_mode.rules import composed, losses
 from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
-Mark = Callable[[int, Entered, Tensor], Tensor]
-"""Changes what stands at a place, whose number it gets, to see what follows: see `survey`."""
+Mark = Callable[[int, Entered, Tensor], Tensor]  # changes what stands at a place, whose number it gets, to see what follows: see `survey`
 
 
 class ModelWatch(TorchFunctionMode):
@@ -61,13 +60,11 @@ class ModelWatch(TorchFunctionMode):
         mark: Mark | None = None,
     ) -> None:
         super().__init__()
-        self.ahead, self.at_end = ahead, at_end
         self.prefixes: list[int] = []
         self.read_bare = set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
-        self.mark, self.apart = mark, apart
-        self.whole = whole
+        self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
         self.blocks: list[int] = []
         self.ending: list[ActivityUse] = []
         self.unmoved: dict[str, Tensor] = {}
@@ -92,6 +89,7 @@ class ModelWatch(TorchFunctionMode):
         self.beside: list[Tensor] = []  # and what they were given besides, which must not follow from the model
         self.recording: Recording | None = None
         self._level, self._parameters = levels.level(), parameters
+        self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
         self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
         if self.whole and isinstance(evaluation, Explicit) and len(self.directions):
@@ -124,7 +122,10 @@ class ModelWatch(TorchFunctionMode):
         if self.reading.path is not None and self.path_taken != self.reading.path:
             raise OtherPath(self.path_taken)
         read = self._read(loss)
-        self._fit([tensor.shape for tensor in read] or [loss.shape])
+        if self.reading.path is not None and not self.reading.fits(
+            [tensor.shape for tensor in read] or [loss.shape], [entered.shape for entered in self.entered]
+        ):  # rows of a place that cannot be those of the examples, as where a mask leaves another number of them
+            raise OtherPath(self.path)
         for index, entered in enumerate(self.entered):
             if isinstance(entered, ActivityUse) and entered.exact:
                 entered.read_at = next((place for place, tensor in enumerate(read) if self._had(tensor) is entered), None)
@@ -135,11 +136,6 @@ class ModelWatch(TorchFunctionMode):
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
-
-    def _fit(self, read: list[torch.Size]) -> None:
-        """Raise OtherPath where the rows of a place cannot be those of the examples, as where a mask leaves another number of them."""
-        if self.reading.path is not None and not self.reading.fits(read, [entered.shape for entered in self.entered]):
-            raise OtherPath(self.path)
 
     def _read(self, loss: Any) -> list[Tensor]:
         """The tensors that the loss is read at."""
@@ -187,6 +183,8 @@ class ModelWatch(TorchFunctionMode):
             self._calls.begin(func, args, kwargs)
         if levels.level() != self._level:
             return self._inside(func, args, kwargs)
+        if func is F.linear_cross_entropy and (result := self._in_parts(args, kwargs)) is not NotImplemented:
+            return result
         if self.recording is None and self.reading.since is not None and self._calls.count > self.reading.since:
             self.recording = Recording()
         known = self.sums.before(args) if self.sums else []  # before the call, which may write to its arguments
@@ -199,16 +197,26 @@ class ModelWatch(TorchFunctionMode):
             self.recording.add(func, args, kwargs, result)
         return result
 
+    def _in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A read-out and its loss as the calls that they are made of. All parts of the batch see the weight move along one direction."""
+        if self._parted is not None or not self.perturbation.parted:
+            return NotImplemented
+        self._parted = []
+        with self:
+            result = composed.linear_cross_entropy(*args, **kwargs)
+        self._parted = None
+        return result
+
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The order counts. A ReLU behind a layer is asked first whether the layer's place moves behind it: as any other function it would
-        # make the output move in front of it, where half of the units cannot matter. A loss comes before the layers, since its input may
-        # stay unmoved. What is left is a function without a rule: all that it is given starts to move here, so nothing trained is missed.
+        # The order counts. A ReLU behind a layer is asked first whether the layer's place moves behind it: else it would in front of it,
+        # where half of the units cannot matter. A loss comes before the layers, since its input may stay unmoved. What is left is a
+        # function without a rule: all that it is given starts to move here, so nothing trained is missed.
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
         other = self._waits(args[1]) if len(args) == 2 and func not in INTO_FIRST else None
         if other is not None and other.lets_pass(func, args[::-1], kwargs):  # a sum, either way round
             return self._pass(other, func, args[::-1], kwargs)
-        if (found := losses.bind(func, args, kwargs)) is not None:
+        if self._parted is None and (found := losses.bind(func, args, kwargs)) is not None:  # which would keep the scores of every part
             return self._loss(found, func, args, kwargs)
         if (kind := LAYERS.get(func)) is not None and (layer := kind.bind(func, args, kwargs, self._names)) is not None:
             self.last_layer = self._calls.count
@@ -247,8 +255,8 @@ class ModelWatch(TorchFunctionMode):
                 if self.recording is not None and self.exact_output:  # whose error will be found
                     return self._settle(tensor, point)
                 return self._move(tensor, point)
-            # What moves for this layer was put behind its ReLU, and now somebody reads what stands in front of it (a residual connection).
-            # That should have moved, too, and it is too late for it: the evaluation is made again, with this place not put off.
+            # What moves was put behind the layer's ReLU, and somebody reads what stands in front of it (a residual connection), which
+            # should have moved, too. It is too late for that: the evaluation is made again, with this place not put off.
             if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
                 raise UsedAgain(self.entered.index(passed))
             return value
@@ -282,6 +290,9 @@ class ModelWatch(TorchFunctionMode):
 
     def _sow(self, entered: Sown, out: Tensor) -> Tensor:
         self._enter(entered, out)
+        return self._moved(entered, out)
+
+    def _moved(self, entered: Sown, out: Tensor) -> Tensor:
         if self.mark is not None:
             return self.mark(len(self.entered) - 1, entered, out)
         return self._evaluation.inject(out, entered) if len(self.directions) and entered.moves else out
@@ -296,10 +307,14 @@ class ModelWatch(TorchFunctionMode):
         if (rows := self.reading.place(len(self.entered)).rows) is not None:
             layer.along = rows.dim
         out, x = layer.run(given, self._call)
+        if self._parted:
+            return self._moved(self._parted[0].once_more(layer, self._evaluation.primal(x), self._evaluation.primal(out)), out)
         entered = self.perturbation.enter(layer, self._evaluation.primal(x), self._evaluation.primal(out), self.directions)
         if entered is None:
             return self._whole(layer, given, x)
         if isinstance(entered, Sown):
+            if self._parted is not None:
+                self._parted.append(entered)
             return self._sow(entered, out)
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
@@ -317,8 +332,7 @@ class ModelWatch(TorchFunctionMode):
         call = {key: self._standing(value) if key in layer.names else value for key, value in layer.call.items()}
         if isinstance(layer, Norm):  # not normalised again: that would count the batch twice in running statistics
             return layer.scaled(x, call.get("weight"), call.get("bias"), self._call)
-        out: Tensor = self._call(layer.function, **call, input=given)
-        return out
+        return layer.made({**call, "input": given}, self._call)
 
     def _pass(self, point: ActivityUse, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         before = args[0]

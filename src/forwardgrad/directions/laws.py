@@ -74,6 +74,10 @@ class Law(ABC):
 
         return drawn(make, once)
 
+    def add_part_(self, to: Tensor, scale: float, generator: Generator, seed: int) -> None:
+        """to += scale · `part` in place, where a law can without ever having all of it. It is for eager code: no plan knows of it."""
+        to.add_(self.part(to, generator, lambda: seed, None), alpha=scale)
+
     @abstractmethod
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         """Fill the parts of one tangent in place."""
@@ -142,6 +146,12 @@ class Gaussian(Law):
             return super().part(like, generator, seed, once)
         return _grown(drawn(lambda: torch.tensor([seed()], device=like.device), once), like, once)[0]
 
+    def add_part_(self, to: Tensor, scale: float, generator: Generator, seed: int) -> None:
+        if _streamed(to, generator) and to.is_contiguous():
+            streams.add_(to.view(-1), seed, scale)
+        else:
+            super().add_part_(to, scale, generator, seed)
+
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
             _normal_(part, generator)
@@ -161,6 +171,14 @@ class Rademacher(Law):
         """As `Law.part`. Drawn are the bits alone; what uses them makes signs of them, a compiler wherever it needs them."""
         words = drawn(lambda: _words(like.numel(), generator.manual_seed(seed())).to(like.device), once)
         return (_shifted if torch.compiler.is_compiling() else _looked_up)(words, like.numel(), like.dtype).view(like.shape)
+
+    def add_part_(self, to: Tensor, scale: float, generator: Generator, seed: int) -> None:
+        if not to.is_contiguous():
+            super().add_part_(to, scale, generator, seed)
+            return
+        words = _words(to.numel(), generator.manual_seed(seed)).to(to.device)
+        for place, some in zip(to.view(-1).split(_BLOCK), words.split(_BLOCK // _WORD), strict=True):
+            place.add_(_looked_up(some, place.numel(), place.dtype), alpha=scale)
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:

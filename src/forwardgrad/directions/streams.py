@@ -77,23 +77,50 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return value
 
 
+def add_(numbers: Float[Tensor, " n"], seed: int, scale: float) -> None:
+    """numbers += scale · the first n normal numbers of a stream, in place, a block at a time: no more are there at once."""
+    start, gamma = torch.tensor([_begun(seed)], device=numbers.device).T.unsqueeze(2)
+    wide = numbers.dtype == torch.float64
+    first, second = numbers.view(1, -1).tensor_split([-(-numbers.numel() // 2)], 1)
+    blocks = _Blocks(1, first.shape[1], start, gamma, wide)
+    made = torch.empty((2, 1, blocks.size), dtype=torch.float64 if wide else torch.float32, device=numbers.device)
+    for done in range(0, first.shape[1], blocks.size):
+        places = first[:, done : done + blocks.size], second[:, done : done + blocks.size]
+        parts = [part[:, : place.shape[1]] for part, place in zip(made, places, strict=True)]
+        blocks.fill_(done, *parts)
+        for place, part in zip(places, parts, strict=True):
+            place.add_(part.to(place.dtype), alpha=scale)
+
+
 def _fill_(numbers: Float[Tensor, "k count"], start: Tensor, gamma: Tensor) -> None:
     """As many normal numbers as there are, in blocks and in place: without a compiler, memory is what takes the time."""
-    wide = numbers.dtype == torch.float64
     first, second = numbers.tensor_split([-(-numbers.shape[1] // 2)], 1)
     streams, pairs = first.shape
-    block = max(1, min(pairs, _BLOCK // streams))
-    steps = torch.arange(1, block + 1, device=start.device) * gamma + start
-    whole = torch.empty((2, streams, block), dtype=torch.int64, device=start.device)
-    real = torch.empty((2, streams, block), dtype=numbers.dtype, device=start.device)
-    for done in range(0, pairs, block):
-        one, other = first[:, done : done + block], second[:, done : done + block]
-        size = one.shape[1]
-        words, scratch, length, angle = (*whole[:, :, :size], *real[:, :, :size]) if size < block else (*whole, *real)
-        _mix_(torch.add(steps[:, :size], gamma * done, out=words), scratch)
+    blocks = _Blocks(streams, pairs, start, gamma, numbers.dtype == torch.float64)
+    for done in range(0, pairs, blocks.size):
+        blocks.fill_(done, first[:, done : done + blocks.size], second[:, done : done + blocks.size])
+
+
+class _Blocks:
+    """Blocks of `size` pairs of some streams, made in the same scratch memory one after the other."""
+
+    def __init__(self, streams: int, pairs: int, start: Tensor, gamma: Tensor, wide: bool) -> None:
+        self.size = max(1, min(pairs, _BLOCK // streams))
+        self._pairs, self._gamma, self._wide = pairs, gamma, wide
+        self._steps = torch.arange(1, self.size + 1, device=start.device) * gamma + start
+        self._whole = torch.empty((2, streams, self.size), dtype=torch.int64, device=start.device)
+        real = torch.float64 if wide else torch.float32
+        self._real = torch.empty((2, streams, self.size), dtype=real, device=start.device)
+
+    def fill_(self, done: int, one: Tensor, other: Tensor) -> None:
+        """The pairs that come behind so many, the first numbers of each and the second ones, of which there may be fewer."""
+        size, wide, gamma = one.shape[1], self._wide, self._gamma
+        whole, real = self._whole, self._real
+        words, scratch, length, angle = (*whole[:, :, :size], *real[:, :, :size]) if size < self.size else (*whole, *real)
+        _mix_(torch.add(self._steps[:, :size], gamma * done, out=words), scratch)
         if wide:
             length.copy_(words)
-            angle.copy_(_mix_(torch.add(steps[:, :size], gamma * (pairs + done), out=words), scratch))
+            angle.copy_(_mix_(torch.add(self._steps[:, :size], gamma * (self._pairs + done), out=words), scratch))
         else:
             angle.copy_(words.int())
             length.copy_(torch.bitwise_right_shift(words, 32, out=scratch).int())

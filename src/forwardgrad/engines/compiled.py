@@ -100,6 +100,8 @@ class Compiled(Engine):
         self._began = monotonic()
         if getattr(self.step.estimator, "checkpoint", False):
             raise Untraceable("checkpoint=True computes activations twice on purpose, and a compiler would see to it that it does not")
+        if getattr(self.step.estimator, "in_place", False):
+            raise Untraceable("in_place=True moves the parameters a block at a time, which no graph does")
         eager, numbers, device = self.step, plan.again(), survey.tensors[0].device
         rates = self._rates.written(self._next, device) if moves and self._goes_by_rates() and self._next is not None else None
         step = _TracedStep(eager, survey, batch, rates, moves)

@@ -15,6 +15,7 @@ from forwardgrad.calls import Folding, beside, side_by_side
 from forwardgrad.directions import Law, drawn
 from forwardgrad.estimators.moved import Moved, UsedInside
 from forwardgrad.estimators.same_draws import SameDraws
+from forwardgrad.factored import Gradient, InBlocks
 from forwardgrad.forward_mode import Alike
 from forwardgrad.objective import Objective
 
@@ -128,7 +129,7 @@ class WholeWeights:
                 moved[module.padding_idx] = self.live[name][module.padding_idx]
         return moved
 
-    def combine(self, name: str, weights: Tensor) -> Tensor:
+    def combine(self, name: str, weights: Tensor) -> Gradient:
         """Σₖ weights[k]·v[k] of one parameter, the parts drawn again one after the other."""
         total = self.part(0, name)
         total.mul_(weights[0].to(total.dtype))
@@ -136,6 +137,85 @@ class WholeWeights:
             part = self.part(tangent, name)
             total.add_(part.mul_(weights[tangent].to(part.dtype)))
         return total
+
+
+class WeightsInPlace(WholeWeights):
+    """As `WholeWeights`, for which the live parameters themselves are moved, and moved back: nothing of their size is ever made.
+
+    They come back up to rounding. Where the loss raises they do, too; where the process is interrupted while they move, some stay a step
+    away.
+    """
+
+    def __init__(self, objective: Objective, law: Law, count: int, generator: Generator) -> None:
+        super().__init__(objective, law, count, generator)
+        modules = list(objective.at.modules()) if isinstance(objective.at, nn.Module) else []
+        padded = [(m.weight, m.padding_idx) for m in modules if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+        names = {id(p): name for name, p in objective.parameters.items()}
+        self._held = {(names[id(w)], row): w.detach()[row].clone() for w, row in padded if id(w) in names}
+
+    @torch.no_grad()
+    def along(self, part: range, steps: tuple[float, ...]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        losses, buffers = list[Tensor](), list[dict[str, Tensor]]()
+        for tangent in part:
+            at, each = 0.0, list[tuple[Tensor, dict[str, Tensor]]]()
+            try:
+                for step in steps:
+                    self._go(tangent, step - at)
+                    at = step
+                    each.append(self._here())
+            finally:
+                self._go(tangent, -at)
+            losses.append(torch.stack([loss for loss, _ in each]))
+            buffers = [left for _, left in each]
+        return torch.stack(losses, 1), buffers
+
+    def _go(self, tangent: int, by: float) -> None:
+        if not by:
+            return
+        for name, p in self.live.items():
+            self.law.add_part_(p, by, self.generator, self.seeds[tangent][self.places[name]])
+        for (name, row), kept in self._held.items():
+            self.live[name][row] = kept
+
+    def _here(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss where the parameters are, and the buffers it leaves."""
+        try:
+            with self.draws.begun(), _Noting(self.objective, set(self._held)) as mode:
+                loss, buffers = self.objective.with_(self.objective.parameters)
+            self.used |= mode.used
+        except UsedInside:
+            with self.draws.begun():
+                loss, buffers = self.objective.with_(self.objective.parameters)
+            self.used.update(self.live)
+        return loss.detach(), buffers
+
+    def combine(self, name: str, weights: Tensor) -> Gradient:
+        """As `WholeWeights.combine`, a block at a time when it is asked for."""
+
+        def add(weight: Tensor, scale: float) -> None:
+            for tangent, number in enumerate(weights.tolist()):
+                self.law.add_part_(weight, number * scale, self.generator, self.seeds[tangent][self.places[name]])
+
+        return InBlocks(self.live[name], add)
+
+
+class _Noting(Moved):
+    """Notes which parameters are used, and leaves them as they are."""
+
+    def __init__(self, objective: Objective, held: set[tuple[str, int]]) -> None:
+        super().__init__(objective, self._itself, self._itself, 0.0)
+        self._held = held
+
+    def _itself(self, name: str) -> Tensor:
+        return self.live[name]
+
+    def _hold_padding(self, row: int, made: dict[str, Tensor]) -> None:
+        for name in made:
+            if (name, row % len(self.live[name])) not in self._held:
+                raise ValueError(
+                    f"in_place=True cannot hold the padding row of {name.removeprefix('model.')} still, as no nn.Embedding names it: "
+                    "give the row to nn.Embedding(padding_idx=...), or leave in_place out"
+                )
 
 
 def seeds_of_weights(generator: Generator, tangents: int, parameters: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from forwardgrad.estimators.base import UNLOGGABLE, UNREPLAYABLE, Estimate, Esti
 from forwardgrad.estimators.moved import check_outputs, check_spacing
 from forwardgrad.estimators.same_draws import SameDraws
 from forwardgrad.estimators.subspace import counted, kept_seeds, period_of
-from forwardgrad.estimators.whole_weights import WholeWeights, seeds_of_weights
+from forwardgrad.estimators.whole_weights import WeightsInPlace, WholeWeights, seeds_of_weights
 from forwardgrad.factored import Gradient
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Informed, LowRank, Perturbation, Sparse, SplitWeights
@@ -77,6 +77,11 @@ class ZerothOrder(Estimator):
             Dense so many copies of a layer. The result is the same up to rounding. Where vmap cannot follow the loss, one warning says
             so, and points come one after the other.
         normalize: divide by the standard deviation of the K losses; K ≥ 2. FZOO has sides="one" and law=Rademacher() besides.
+        in_place: move the live parameters themselves, and back again, as MeZO does: with Dense() alone, one point after the other. A step
+            then has the memory of inference whatever the size of a layer, as directions are made a block at a time (Gaussian ones with a
+            generator of the CPU, and Rademacher ones), in plain SGD's update, too. It takes four draws of each direction in place of
+            three. Parameters come back up to rounding, which moves each by about its last bit a step; so a step cannot be taken again
+            from a log, and no other thread may look at them. Compiled and captured steps fall back to eager ones.
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
     Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
@@ -100,6 +105,7 @@ class ZerothOrder(Estimator):
     chunk_size: int | None = 1
     normalize: bool = False
     maximize: bool = False
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         check_number("epsilon", self.epsilon, 0)
@@ -113,9 +119,11 @@ class ZerothOrder(Estimator):
             raise ValueError(f"sides must be 'two' or 'one', not {self.sides!r}")
         if self.chunk_size is not None:
             check_count("chunk_size", self.chunk_size)
-        for what, value in (("normalize", self.normalize), ("maximize", self.maximize)):
+        for what, value in (("normalize", self.normalize), ("maximize", self.maximize), ("in_place", self.in_place)):
             if not isinstance(value, bool):
                 raise ValueError(f"{what} must be True or False, not {value!r}")
+        if self.in_place and (type(self.perturb) is not Dense or self.chunk_size != 1):
+            raise ValueError("in_place=True moves whole weights, one point after the other: it goes with perturb=Dense() and chunk_size=1")
         if self.normalize and self.tangents < 2:
             raise ValueError("normalize=True divides by the spread of the losses of several directions: give tangents of at least 2")
 
@@ -157,6 +165,8 @@ class ZerothOrder(Estimator):
 
     @property
     def loggable(self) -> bool:
+        if self.in_place:  # rounding leaves parameters elsewhere, which a log does not tell
+            return False
         return isinstance(self.perturb, Dense) or (type(self.perturb) is LowRank and period_of(self.perturb) == 1)
 
     def measured(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]) -> tuple[Estimate, Measured]:
@@ -221,8 +231,13 @@ class ZerothOrder(Estimator):
         check_spacing(objective, self.epsilon)
         masked_ = None if self.perturb.unbiased else self.perturb.masked_
         ranks, stencil = self._ranks(objective), self._stencil
+        if self.in_place and ranks.directions > 1:
+            raise ValueError("ranks cannot divide the directions with in_place=True, as each would round its parameters in its own way")
         mine, masked_ = ranks.part(self.tangents), None if self.perturb.unbiased else self.perturb.masked_
-        weights = WholeWeights(objective, self.law, self.tangents, generator, masked_)
+        if self.in_place:
+            weights: WholeWeights = WeightsInPlace(objective, self.law, self.tangents, generator)
+        else:
+            weights = WholeWeights(objective, self.law, self.tangents, generator, masked_)
         base, size = None if stencil.two_sided else weights.at_theta(), self.chunk_size or len(mine)
         slopes, losses = list[Tensor](), list[Tensor]()
         for start in range(mine.start, mine.stop, size):

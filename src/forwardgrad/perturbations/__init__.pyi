@@ -19,15 +19,15 @@ from forwardgrad.perturbations.examples import Rows as Rows
 from forwardgrad.perturbations.examples import codes as codes
 from forwardgrad.perturbations.examples import halves as halves
 from forwardgrad.perturbations.informed import Informed as Informed
+from forwardgrad.perturbations.kinds import LAYERS as LAYERS
 from forwardgrad.perturbations.kinds import PERTURBATIONS as PERTURBATIONS
-from forwardgrad.perturbations.layers import LAYERS as LAYERS
 from forwardgrad.perturbations.layers import Caller as Caller
 from forwardgrad.perturbations.layers import Layer as Layer
-from forwardgrad.perturbations.layers import Norm as Norm
 from forwardgrad.perturbations.low_rank import LowRank as LowRank
 from forwardgrad.perturbations.low_rank import LowRankUse as LowRankUse
 from forwardgrad.perturbations.low_rank import low_rank_factors as low_rank_factors
 from forwardgrad.perturbations.low_rank import low_rank_sum as low_rank_sum
+from forwardgrad.perturbations.norms import Norm as Norm
 from forwardgrad.perturbations.per_example import PerExample as PerExample
 from forwardgrad.perturbations.sparse import Sparse as Sparse
 from forwardgrad.perturbations.split import SplitLayer as SplitLayer

@@ -14,8 +14,8 @@ from torch import Tensor
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick
-from forwardgrad.perturbations.layers import BatchNorm, Caller, Embedding, Layer, Norm
-from forwardgrad.perturbations.norms import PerExampleNorm
+from forwardgrad.perturbations.layers import Caller, Embedding, Layer
+from forwardgrad.perturbations.norms import BatchNorm, Norm, PerExampleNorm
 from forwardgrad.perturbations.stages import POOLING, POOLS, RECTIFIERS, RETURN_INDICES, SUMS, Normalised, Pooled
 
 
@@ -31,7 +31,8 @@ class Activity(Perturbation):
     with the units of the model, not with its weights. Dense layers have far fewer units than weights; early convolutions have more.
     Limits: as `PerExample`.
     Cost: q random numbers an example; the inputs of the layers are kept; one more product a layer for the gradient.
-    Layers: Linear, convolutions, Embedding. Gains and biases of norms, being few, move themselves, once an example; all else is dense.
+    Layers: Linear and addmm, convolutions, Embedding. Gains and biases of norms, being few, move themselves, once an example; all else
+    is dense.
 
     Args:
         masked: whether to leave out units that cannot matter.

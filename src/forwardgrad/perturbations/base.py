@@ -86,6 +86,10 @@ class Sown(Entered):
 
     moves: bool = True
 
+    def once_more(self, layer: Layer, x: Tensor, out: Tensor) -> Sown:
+        """The same use, its directions too, in a call for other rows of the batch; only where the perturbation is `parted`."""
+        raise NotImplementedError(f"{type(self).__name__} has no `once_more`, which a layer that is called for a few rows at a time needs")
+
     def inner(self, other: dict[str, Tensor]) -> Float[Tensor, "k rows"]:
         """⟨direction k of row b, other⟩ with `other` given by parameter name: what a control variate needs, and nothing else."""
         raise NotImplementedError(f"{type(self).__name__} has no `inner`, which a control variate needs: let `weights` be False")
@@ -113,6 +117,11 @@ class Perturbation(ABC):
     def apart(self) -> bool:
         """Whether examples move on their own, so that it matters which of them a part of the loss belongs to."""
         return True
+
+    @property
+    def parted(self) -> bool:
+        """Whether a use of a layer can be made of calls for a few rows each, all of which move along the same directions (`once_more`)."""
+        return False
 
     @property
     def weights(self) -> bool:

@@ -14,7 +14,7 @@ from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Perturbation
 from forwardgrad.perturbations.layers import Convolution, Embedding, Layer
-from forwardgrad.perturbations.low_rank import LowRankUse, low_rank_sum
+from forwardgrad.perturbations.low_rank import LowRankUse
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Informed(Perturbation):
     `Activity` has less noise. Here they share the direction.
     Cost: as `LowRank`, and a decomposition of X a layer: about 4nN² + 20N³ operations (or with n and N exchanged where n is less), or
     14nNq with `keep`. The basis, s·n or q·n numbers, is kept until the gradient is made.
-    Layers: Linear; convolutions of one and two dimensions without groups, over the patches of their input; Embedding, where the tokens that
-    occur move alone. Convolutions with groups or three dimensions move as under `LowRank`; all else is dense.
+    Layers: Linear and addmm; convolutions of one and two dimensions without groups, over the patches of their input; Embedding, where the
+    tokens that occur move alone. Convolutions with groups or three dimensions move as under `LowRank`; all else is dense.
 
     Args:
         rank: r ≥ 1.
@@ -124,7 +124,7 @@ class InformedUse(LowRankUse):
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
         scale, rest = self.kept.get("scale"), self.kept.get("rest")
         left, right = self._factors(None if scale is None else _inverse(scale), None if rest is None else _inverse(rest))
-        return {self.layer.names[role]: part for role, part in low_rank_sum(left, right, weights.sum(1), self.layer.weight_shape).items()}
+        return self._summed(left, right, weights.sum(1))
 
     def gram(self) -> Tensor:
         raise NotImplementedError("what moves and what the derivative is given to are not the same")

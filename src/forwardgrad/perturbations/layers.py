@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Factored
@@ -27,10 +26,12 @@ class Layer(ABC):
     """One use of a layer. `names` gives the trainable parameters by role, `dims` the dimensions along which examples may lie, those that
     input and output share; `along` is the one along which they do, `rows` its size.
 
-    `matrix`: the weight is a matrix [fan_out, fan_in] that multiplies the input (after reshaping), so directions of rank r make sense.
+    `matrix`: the weight is a matrix [fan_out, fan_in] that multiplies the input (after reshaping), so directions of rank r make sense;
+    `turned`: it is kept as [fan_in, fan_out].
     """
 
     matrix: ClassVar[bool] = True
+    turned: ClassVar[bool] = False
     arguments: ClassVar[tuple[str, ...]]
     names: dict[str, str]
     weight_shape: torch.Size
@@ -58,8 +59,12 @@ class Layer(ABC):
 
     def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         """The output, by a function that makes the calls, and the input as the rules want to see it."""
-        out: Tensor = calls(self.function, **{**self.call, "input": x})
-        return out, x
+        return self.made({**self.call, "input": x}, calls), x
+
+    def made(self, call: Mapping[str, Any], calls: Caller) -> Tensor:
+        """The output of the call with these arguments."""
+        out: Tensor = calls(self.function, **call)
+        return out
 
     def lie(self, x: Tensor, dims: int) -> None:
         """Let examples lie along one of the first `dims` dimensions of the input."""
@@ -73,6 +78,14 @@ class Layer(ABC):
     @property
     def fan_in(self) -> int:
         return math.prod(self.weight_shape[1:])
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [fan_out, fan_in]."""
+        return weight.T if self.turned else weight.reshape(self.fan_out, self.fan_in)
+
+    def factored(self, left: Tensor, right: Tensor) -> Factored:
+        """The gradient left [fan_out, r] @ right.T [r, fan_in] in the shape of the weight."""
+        return Factored(right, left, self.weight_shape) if self.turned else Factored(left, right, self.weight_shape)
 
     @property
     def like(self) -> Tensor:
@@ -136,7 +149,31 @@ class Linear(Layer):
 
     def local(self, x: Tensor, error: Tensor) -> Mapping[str, Tensor | Factored]:
         flat = error.reshape(-1, self.fan_out)
-        return {"weight": Factored(flat.T, x.reshape(-1, self.fan_in).T, self.weight_shape), "bias": flat.sum(0)}
+        return {"weight": self.factored(flat.T, x.reshape(-1, self.fan_in).T), "bias": flat.sum(0)}
+
+
+class Product(Linear):
+    """y = b + x W of matrices, by `addmm`: a linear layer whose weight is kept as [fan_in, fan_out], as GPT-2 of transformers has it."""
+
+    turned = True
+    arguments = ("bias", "input", "weight")
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        plain = call.keys() == {"bias", "input", "weight"}  # no factors, and nothing by name: `input` is another one there
+        return plain and call["bias"].dim() == 1 and call["bias"].shape[0] == call["weight"].shape[-1]
+
+    def made(self, call: Mapping[str, Any], calls: Caller) -> Tensor:
+        out: Tensor = calls(self.function, call["bias"], call["input"], call["weight"])
+        return out
+
+    @property
+    def fan_out(self) -> int:
+        return self.call["weight"].shape[1]  # type: ignore[no-any-return]
+
+    @property
+    def fan_in(self) -> int:
+        return self.call["weight"].shape[0]  # type: ignore[no-any-return]
 
 
 class Convolution(Layer):
@@ -272,117 +309,8 @@ class Embedding(Layer):
         return {"weight": weight.index_add_(0, x.reshape(-1), self.moving(x, error).reshape(-1, self.fan_in))}
 
 
-class Norm(Layer):
-    """The gain and bias behind a normalisation: y = γ x̂ + β, the rules seeing x̂."""
-
-    matrix = False
-    arguments: ClassVar[tuple[str, ...]] = ()
-
-    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
-        weight, bias = self.call.get("weight"), self.call.get("bias")
-        plain = {**self.call, "input": x, "weight": None}
-        if "bias" in self.arguments:
-            plain["bias"] = None
-        normal: Tensor = calls(self.function, **plain)
-        self.lie(x, self.outer(x))
-        self.inner = self.inside(x)
-        return self.scaled(normal, weight, bias, calls), normal
-
-    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Caller) -> Tensor:
-        """The output with this gain and bias, in the precision that the normalisation gives."""
-        out = normal if weight is None else calls(torch.mul, normal, calls(self._spread, weight))
-        out = out if bias is None else calls(torch.add, out, calls(self._spread, bias))
-        return out if out.dtype == normal.dtype else calls(Tensor.to, out, normal.dtype)
-
-    def inside(self, x: Tensor) -> list[int]:
-        """The shape that makes one gain for every channel broadcast against an example."""
-        return [-1, *[1] * (x.dim() - 2)]
-
-    def outer(self, x: Tensor) -> int:
-        """How many dimensions stand before those that are normalised together."""
-        return min(x.dim() - 1, 1)
-
-    def _spread(self, vector: Tensor) -> Tensor:
-        return vector.reshape(*vector.shape[: vector.dim() - len(self.weight_shape)], *self.inner)
-
-    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        raise NotImplementedError  # a vector has no rank
-
-    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def scale_each(self, x: Tensor, gain: Tensor) -> Tensor:
-        """The output's tangent along one gain [rows, *shape] for every example."""
-        return x * self.shift(x, gain)
-
-    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
-        inner = [size if size > 0 else bias.shape[-1] for size in self.inner]
-        return bias.reshape(self.rows, *[1] * (out.dim() - 1 - len(inner)), *inner)
-
-    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
-        return {"weight": self._gather(error * x), "bias": self._gather(error)}
-
-    def _gather(self, full: Tensor) -> Tensor:
-        kept = [i for i, size in enumerate(self.inner, full.dim() - len(self.inner)) if size != 1]
-        return full.sum([i for i in range(full.dim()) if i not in kept]).reshape(self.weight_shape)
-
-
-class LayerNorm(Norm):
-    """Normalised over the last dimensions, one gain for every place there."""
-
-    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "bias", "eps")
-
-    def inside(self, x: Tensor) -> list[int]:
-        return list(self.weight_shape)
-
-    def outer(self, x: Tensor) -> int:
-        return x.dim() - len(self.weight_shape)
-
-    def _gather(self, full: Tensor) -> Tensor:
-        return full.reshape(-1, *self.weight_shape).sum(0)
-
-    @staticmethod
-    def holds(call: Mapping[str, Any]) -> bool:
-        return isinstance(call.get("weight"), Tensor) and call["input"].dim() > call["weight"].dim()
-
-
-class RMSNorm(LayerNorm):
-    """As LayerNorm, without a mean or a bias."""
-
-    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "eps")
-
-
-class GroupNorm(Norm):
-    """Normalised over groups of channels, one gain a channel."""
-
-    arguments: ClassVar[tuple[str, ...]] = ("input", "num_groups", "weight", "bias", "eps")
-
-    @staticmethod
-    def holds(call: Mapping[str, Any]) -> bool:
-        return isinstance(call.get("weight"), Tensor)
-
-
-class BatchNorm(GroupNorm):
-    """Normalised over the batch in training, by running statistics otherwise; one gain a channel."""
-
-    arguments: ClassVar[tuple[str, ...]] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
-
 _MANY_CHANNELS = 16  # from here on all taps in one product are faster than a convolution to one channel
 
 
 def _each(value: Any, count: int) -> list[int]:
     return [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)] * count
-
-
-LAYERS: dict[Callable[..., Any], type[Layer]] = {
-    F.linear: Linear,
-    torch.conv1d: Convolution,
-    torch.conv2d: Convolution,
-    torch.conv3d: Convolution,
-    F.embedding: Embedding,
-    F.layer_norm: LayerNorm,
-    F.rms_norm: RMSNorm,
-    F.group_norm: GroupNorm,
-    F.batch_norm: BatchNorm,
-}

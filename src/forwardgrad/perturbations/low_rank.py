@@ -28,7 +28,8 @@ class LowRank(Perturbation):
     entries, mn for Rademacher ones. So rank 1 with random signs has exactly the dense factor mn. Across layers d sums over all of them,
     as with dense tangents: a model of n weights has n (signs, rank 1).
     Cost: r(m + n) random numbers a layer and tangent, an output tangent of r(m + n) products an example, an update of rank r.
-    Layers: Linear, convolutions (a filter bank as a matrix of channels × patches), Embedding; all else is dense.
+    Layers: Linear and addmm, convolutions (a filter bank as a matrix of channels × patches), Embedding; all else is dense. In
+    F.linear_cross_entropy the read-out is a Linear, all of whose parts move along one direction.
 
     With a period ν > 1, B stays the same for ν steps and A is drawn at each: the estimates of a period lie in one subspace, and given B
     their mean is E[ĝ | B] = G B Bᵀ/r, the gradient seen from it. Averaged over B it is G. The estimator then needs `state`.
@@ -59,6 +60,10 @@ class LowRank(Perturbation):
     @property
     def apart(self) -> bool:
         return False
+
+    @property
+    def parted(self) -> bool:
+        return True
 
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> LowRankUse | None:
         return LowRankUse(layer, x, out, directions, self.rank) if layer.matrix else None
@@ -92,6 +97,11 @@ class LowRankUse(Sown):
         if directions.kept is not None:
             directions.kept.next_place = self._number_kept
         other._plan(directions)
+        return other
+
+    def once_more(self, layer: Layer, x: Tensor, out: Tensor) -> LowRankUse:
+        other = copy(self)
+        other.layer, other.x, other.out = layer, x, out
         return other
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -146,8 +156,11 @@ class LowRankUse(Sown):
         return found
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
-        left, right = self.factors()
-        return {self.layer.names[role]: part for role, part in low_rank_sum(left, right, weights.sum(1), self.layer.weight_shape).items()}
+        return self._summed(*self.factors(), weights.sum(1))
+
+    def _summed(self, left: Tensor, right: Tensor, weights: Tensor) -> Mapping[str, Gradient]:
+        found = low_rank_sum(left, right, weights, self.layer.weight_shape, self.layer.turned)
+        return {self.layer.names[role]: part for role, part in found.items()}
 
     @property
     def names(self) -> list[str]:
@@ -167,7 +180,7 @@ class LowRankUse(Sown):
         left, right, bias = self.separate()
         total: Tensor | float = 0.0
         if left is not None and right is not None:
-            matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)
+            matrix = self.layer.as_matrix(other[self.layer.names["weight"]])
             total = (left * (matrix @ right)).sum((1, 2))
         if bias is not None:
             total = total + bias @ other[self.layer.names["bias"]]
@@ -182,13 +195,14 @@ def low_rank_factors(numbers: Tensor, fan_out: int, rank: int, shifts: bool) -> 
     return left, right if rank < 2 else right / rank**0.5
 
 
-def low_rank_sum(left: Tensor, right: Tensor, weights: Tensor, shape: torch.Size) -> dict[str, Gradient]:
-    """Σₖ weights[k] · direction k by role, of directions as `low_rank_factors` gives them; `shape` is that of the weight."""
+def low_rank_sum(left: Tensor, right: Tensor, weights: Tensor, shape: torch.Size, turned: bool = False) -> dict[str, Gradient]:
+    """Σₖ weights[k] · direction k by role, of directions as `low_rank_factors` gives them; `shape` is that of the weight, which may be
+    `turned`."""
     rank, found = right.shape[2], dict[str, Gradient]()
     left = left * weights.to(left.dtype)[:, None, None]
     if rank:
         each = [t[0] if len(t) == 1 else t.transpose(0, 1).flatten(1) for t in (left[:, :, :rank], right)]
-        found["weight"] = Factored(each[0], each[1], shape)
+        found["weight"] = Factored(*((each[1], each[0]) if turned else (each[0], each[1])), shape)
     if left.shape[2] > rank:
         found["bias"] = left[0, :, -1] if len(left) == 1 else left[:, :, -1].sum(0)
     return found

@@ -1,15 +1,112 @@
-"""How the gain and bias of a normalisation move: each example has a direction of its own, since they are few numbers."""
+"""Layers with a gain and bias behind a normalisation, and how these move: each example has a direction of its own, since they are few."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from forwardgrad.directions import Directions
 from forwardgrad.perturbations.base import Pick, Sown
-from forwardgrad.perturbations.layers import Norm
+from forwardgrad.perturbations.layers import Caller, Layer
+
+
+class Norm(Layer):
+    """The gain and bias behind a normalisation: y = γ x̂ + β, the rules seeing x̂."""
+
+    matrix = False
+    arguments: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
+        weight, bias = self.call.get("weight"), self.call.get("bias")
+        plain = {**self.call, "input": x, "weight": None}
+        if "bias" in self.arguments:
+            plain["bias"] = None
+        normal: Tensor = calls(self.function, **plain)
+        self.lie(x, self.outer(x))
+        self.inner = self.inside(x)
+        return self.scaled(normal, weight, bias, calls), normal
+
+    def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Caller) -> Tensor:
+        """The output with this gain and bias, in the precision that the normalisation gives."""
+        out = normal if weight is None else calls(torch.mul, normal, calls(self._spread, weight))
+        out = out if bias is None else calls(torch.add, out, calls(self._spread, bias))
+        return out if out.dtype == normal.dtype else calls(Tensor.to, out, normal.dtype)
+
+    def inside(self, x: Tensor) -> list[int]:
+        """The shape that makes one gain for every channel broadcast against an example."""
+        return [-1, *[1] * (x.dim() - 2)]
+
+    def outer(self, x: Tensor) -> int:
+        """How many dimensions stand before those that are normalised together."""
+        return min(x.dim() - 1, 1)
+
+    def _spread(self, vector: Tensor) -> Tensor:
+        return vector.reshape(*vector.shape[: vector.dim() - len(self.weight_shape)], *self.inner)
+
+    def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError  # a vector has no rank
+
+    def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def scale_each(self, x: Tensor, gain: Tensor) -> Tensor:
+        """The output's tangent along one gain [rows, *shape] for every example."""
+        return x * self.shift(x, gain)
+
+    def shift(self, out: Tensor, bias: Tensor) -> Tensor:
+        inner = [size if size > 0 else bias.shape[-1] for size in self.inner]
+        return bias.reshape(self.rows, *[1] * (out.dim() - 1 - len(inner)), *inner)
+
+    def local(self, x: Tensor, error: Tensor) -> dict[str, Tensor]:
+        return {"weight": self._gather(error * x), "bias": self._gather(error)}
+
+    def _gather(self, full: Tensor) -> Tensor:
+        kept = [i for i, size in enumerate(self.inner, full.dim() - len(self.inner)) if size != 1]
+        return full.sum([i for i in range(full.dim()) if i not in kept]).reshape(self.weight_shape)
+
+
+class LayerNorm(Norm):
+    """Normalised over the last dimensions, one gain for every place there."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "bias", "eps")
+
+    def inside(self, x: Tensor) -> list[int]:
+        return list(self.weight_shape)
+
+    def outer(self, x: Tensor) -> int:
+        return x.dim() - len(self.weight_shape)
+
+    def _gather(self, full: Tensor) -> Tensor:
+        return full.reshape(-1, *self.weight_shape).sum(0)
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return isinstance(call.get("weight"), Tensor) and call["input"].dim() > call["weight"].dim()
+
+
+class RMSNorm(LayerNorm):
+    """As LayerNorm, without a mean or a bias."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "normalized_shape", "weight", "eps")
+
+
+class GroupNorm(Norm):
+    """Normalised over groups of channels, one gain a channel."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "num_groups", "weight", "bias", "eps")
+
+    @staticmethod
+    def holds(call: Mapping[str, Any]) -> bool:
+        return isinstance(call.get("weight"), Tensor)
+
+
+class BatchNorm(GroupNorm):
+    """Normalised over the batch in training, by running statistics otherwise; one gain a channel."""
+
+    arguments: ClassVar[tuple[str, ...]] = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 class PerExampleNorm(Sown):

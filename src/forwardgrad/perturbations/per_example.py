@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from forwardgrad.directions import Directions
-from forwardgrad.factored import Factored, Gradient
+from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.activity import Activity
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick, Sown
-from forwardgrad.perturbations.layers import Embedding, Layer, Norm
-from forwardgrad.perturbations.norms import PerExampleNorm
+from forwardgrad.perturbations.layers import Embedding, Layer
+from forwardgrad.perturbations.norms import Norm, PerExampleNorm
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class PerExample(Perturbation):
     Limits: where examples meet (batch norm in training, attention over the batch), or the loss cannot be told apart by example, every
     example is scored by the whole loss: still unbiased, with the batch's noise added. Where they lie is found out: see `survey`.
     Cost: (m + n) random numbers an example and layer; the forward pass gains one product x_b · b_b an example; N(m + n) numbers are kept.
-    Layers: Linear, convolutions, gains and biases of norms; Embedding has its output perturbed (see `Activity`); all else is dense.
+    Layers: Linear and addmm, convolutions, gains and biases of norms; Embedding has its output perturbed (see `Activity`); all else
+    is dense.
     Source: independent weight perturbation of Ren et al. (2023), Table 1, who hold that it cannot be batched; directions of rank one can.
     """
 
@@ -76,7 +77,7 @@ class PerExampleUse(Sown):
         names = self.layer.names
         if self.left is not None and self.right is not None:
             scaled = self.left * weights.to(self.left.dtype).unsqueeze(2)
-            found[names["weight"]] = Factored(scaled.flatten(0, 1).T, self.right.flatten(0, 1).T, self.layer.weight_shape)
+            found[names["weight"]] = self.layer.factored(scaled.flatten(0, 1).T, self.right.flatten(0, 1).T)
         if self.bias is not None:
             found[names["bias"]] = torch.einsum("kb,kbm->m", weights.to(self.bias.dtype), self.bias)
         return found
@@ -98,7 +99,7 @@ class PerExampleUse(Sown):
         """With the part of `other` that is each row's: one over the number of rows."""
         total: Tensor | float = 0.0
         if self.left is not None and self.right is not None:
-            matrix = other[self.layer.names["weight"]].reshape(self.layer.fan_out, self.layer.fan_in)
+            matrix = self.layer.as_matrix(other[self.layer.names["weight"]])
             total = ((self.left @ matrix) * self.right).sum(2)
         if self.bias is not None:
             total = total + self.bias @ other[self.layer.names["bias"]]

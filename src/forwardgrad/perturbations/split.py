@@ -161,6 +161,10 @@ class _Turns(Perturbation):
         return False
 
     @property
+    def parted(self) -> bool:
+        return self.inner.parted
+
+    @property
     def weights(self) -> bool:
         return False
 
@@ -200,6 +204,11 @@ class SplitUse(Sown):
         self.use = use if which else None
         self.kept = use.kept if which else {}
         self.kind = use.kind  # type: ignore[misc]
+
+    def once_more(self, layer: Layer, x: Tensor, out: Tensor) -> SplitUse:
+        other = copy(self)
+        other.use = self.use and self.use.once_more(layer, x, out)
+        return other
 
     @property
     def mine(self) -> slice:
@@ -243,6 +252,9 @@ class SplitLayer(Sown):
         self.uses, self.moves = uses, any(use.moves for use in uses)
         self.kept = next((use.kept for use in uses if use.kept), self.kept)  # a bias alone keeps nothing
         self.kind = uses[0].kind  # type: ignore[misc]
+
+    def once_more(self, layer: Layer, x: Tensor, out: Tensor) -> SplitLayer:
+        return SplitLayer([use.once_more(layer, x, out) for use in self.uses])
 
     @property
     def moving(self) -> list[SplitUse]:

@@ -14,7 +14,7 @@ from tests.support.command import run
 from tests.support.stored import ENVIRONMENT, reported, row
 
 from forwardgrad.lab.bench import joules, measuring, process_peak, roofline, timing
-from forwardgrad.lab.bench.arms import NAMED, TABLE_1, chosen_arms
+from forwardgrad.lab.bench.arms import NAMED, TABLE_1, BenchArm, chosen_arms
 from forwardgrad.lab.bench.cases import BenchCase, build_case
 from forwardgrad.lab.energy import EnergyCounter, EnergyMeter
 from forwardgrad.lab.errors import UserError
@@ -169,6 +169,43 @@ def test_the_tally_of_tensors_is_the_peak_of_a_process(name: str) -> None:
     found = process_peak.process_peak(BenchCase("mlp-4x1024", 512, "contiguous"), NAMED[name])
     assert found["tally"] > 8_000_000
     assert process_peak.within_tolerance(found["tally"], found["process"]), found
+
+
+def test_memory_alone_is_printed_stored_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {"plain": 100_000_000, "backprop": 400_000_000, "low-rank": 210_000_000}
+
+    def told(case: BenchCase, arm: BenchArm, asked_by: str, *, few_steps: bool) -> dict[str, int]:
+        if arm.name not in peaks:
+            raise UserError(f"{asked_by}: the process failed")
+        return {"tally": peaks[arm.name], "process": peaks[arm.name] + 1_000_000}
+
+    monkeypatch.setattr(process_peak, "process_peak", told)
+    asked = ("bench", "--models", "gpt-2x64", "--batch-size", 4, "--sequence", 16, "--memory-only", "--out", tmp_path)
+    for loss in ("parts", "whole", "parts"):
+        status, out, _ = run(monkeypatch, capsys, *asked, "--loss", loss, "--arms", "low-rank,zeroth-order,feedback")
+        assert status == 0
+    assert "GPT of 2 blocks, width 64 · batch 4 of 16 tokens · 3,382,080 parameters" in out  # the embedding is the read-out's, counted once
+    assert "loss in parts" in out
+    assert "rank 1                        210 MB       2.10         0.525       211 MB" in out
+    assert "zeroth order: --memory-only: the process failed" in out
+    assert "learned feedback: it keeps numbers for each of 50,257 outputs" in out
+    cases = json.loads((tmp_path / "memory.json").read_text())["cases"]
+    assert [case["loss"] for case in cases] == ["whole", "parts"]  # the third took the place of the first
+    assert [arm.get("peak_bytes") for arm in cases[0]["arms"]] == [*peaks.values(), None, None]
+    page = (tmp_path / "report.md").read_text()
+    assert "## The memory of one step" in page
+    assert "times the peak of inference, a step holds backpropagation, plain torch 4.00; rank 1 2.10." in page
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has no loss in parts: install torch 2.13")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc, which is Linux's")
+def test_a_step_with_its_loss_in_parts_holds_no_scores_of_the_whole() -> None:
+    """64 places, whose scores of 50,257 words would be 12.9 MB, and their tangents as much."""
+    found = process_peak.process_peak(BenchCase("gpt-2x64", 4, "contiguous", sequence=16, loss="parts"), NAMED["low-rank"], few_steps=True)
+    assert 500_000 < found["tally"] < 64 * 50_257 * 4 / 4
 
 
 def test_the_tolerance_is_no_more_than_it_says() -> None:

@@ -235,9 +235,46 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
-    """In parts (`options`) torch's forward mode drops the tangent in silence: the whole of it is made instead."""
-    return NotImplemented if options is None else F.linear_cross_entropy(*args, **kwargs)
+def linear_cross_entropy(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Any:
+    """Products and losses of a few rows at a time where `options` are given, else of all: no more scores are there at once.
+
+    In parts torch's own forward mode drops the tangent in silence.
+    """
+    if min(x.dim(), linear_weight.dim()) < 2 or linear_weight.dim() > 2 or reduction not in ("none", "mean", "sum") or not len(x):
+        return NotImplemented
+    ignored = -100 if ignore_index is None else ignore_index
+    how: dict[str, Any] = {"weight": weight, "ignore_index": ignored, "label_smoothing": label_smoothing, "reduction": reduction}
+    if options is None:
+        return F.cross_entropy(F.linear(x, linear_weight, linear_bias), target, **how)
+    size = options.batch_chunk_size or -(-x.numel() // len(linear_weight))  # scores of as many numbers as the input has
+    how["reduction"] = "none" if reduction == "none" else "sum"
+    each = [
+        F.cross_entropy(F.linear(x[start : start + size], linear_weight, linear_bias), target[start : start + size], **how)
+        for start in range(0, len(x), size)
+    ]
+    if reduction == "none":
+        return torch.cat(each)
+    total = sum(each[1:], start=each[0])
+    return total if reduction == "sum" else total / _labelled(target, weight, ignored)
+
+
+def _labelled(target: Tensor, weight: Tensor | None, ignored: int) -> Any:
+    """How many labels there are, or the sum of the weights of their classes: what a mean divides by."""
+    if target.is_floating_point():
+        return len(target)
+    used = target != ignored
+    return used.sum() if weight is None else (weight[torch.where(used, target, 0)] * used).sum()
 
 
 def _at_one(function: Callable[..., Any]) -> Composition:
@@ -268,7 +305,7 @@ COMPOSED: dict[Any, Composition] = {
     torch.conv_tbc: _conv_tbc,
     **dict.fromkeys((F.rrelu, torch.rrelu), _rrelu(False)),
     torch.rrelu_: _rrelu(True),
-    F.linear_cross_entropy: _linear_cross_entropy,
+    F.linear_cross_entropy: linear_cross_entropy,
     F.multi_margin_loss: _multi_margin_loss,
     F.multilabel_margin_loss: _multilabel_margin_loss,
     **{

@@ -53,6 +53,17 @@ def _linear(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str,
     return e.attach(out, moved, stack, fresh=True)
 
 
+def _product(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, Any]) -> Any:
+    """b + x W of matrices: a linear layer with its weight turned around."""
+    if len(args) != 3 or kwargs or args[0].dim() != 1 or args[0].shape[0] != args[2].shape[1]:
+        return NotImplemented
+    bias, x, weight = args
+    turned, v = weight.mT, e.tangents(weight)
+    if v is not None:
+        e.attach(turned, v.mT)
+    return _linear(e, F.linear, (x, turned, bias), {})
+
+
 _WORTH_STACKING = 4  # copying this many times the weight's numbers costs more than reading it twice; in low precision a bias belongs inside
 
 
@@ -188,6 +199,7 @@ def _loss(e: Tracking, func: Callable[..., Any], args: Args, kwargs: dict[str, A
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _linear,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _product),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, *_RELUS_IN_PLACE), _relu),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool2d_with_indices), _max_pool),

@@ -1,8 +1,10 @@
+from forwardgrad.lab.bench.arms import FOR_MEMORY as FOR_MEMORY
 from forwardgrad.lab.bench.arms import TABLE_1 as TABLE_1
 from forwardgrad.lab.bench.arms import chosen_arms as chosen_arms
 from forwardgrad.lab.bench.cases import BenchCase as BenchCase
 from forwardgrad.lab.bench.cases import chosen_cases as chosen_cases
 from forwardgrad.lab.bench.measuring import BenchOptions as BenchOptions
+from forwardgrad.lab.bench.measuring import measure_memory as measure_memory
 from forwardgrad.lab.bench.measuring import measure_steps as measure_steps
 from forwardgrad.lab.bench.measuring import timed_networks as timed_networks
 from forwardgrad.lab.bench.measuring import torch_threads as torch_threads

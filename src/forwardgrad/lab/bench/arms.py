@@ -22,7 +22,7 @@ from forwardgrad.estimators import (
     from_config,
     to_config,
 )
-from forwardgrad.lab.bench.cases import BuiltCase, loss
+from forwardgrad.lab.bench.cases import BuiltCase
 from forwardgrad.lab.bench.peers import PEERS
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import find_here, format_estimator, parse_estimator
@@ -64,6 +64,11 @@ class BenchArm:
     def tangents(self) -> int:
         """How many directions a step averages; 1 for an arm without directions."""
         return int(getattr(self.estimator, "tangents", 1))
+
+    @property
+    def learns_in_first_step(self) -> bool:
+        """Whether a first step does more than those behind it: finds out what is true of the model, or compiles."""
+        return self.engine != "eager" or (self.estimator is not None and self.peer is None and not self.estimator.reverse)
 
     @property
     def noise_estimator(self) -> Estimator | None:
@@ -119,6 +124,7 @@ BY_NAME: tuple[BenchArm, ...] = (  # each takes the compiler as long as many an 
     *(_by("graph", arm) for arm in (ZEROTH, FEEDBACK, FIXED)),
 )
 NAMED = {arm.name: arm for arm in (*ARMS, *ON_GPU, *BY_NAME)}
+FOR_MEMORY = "zeroth-order(in_place=true), zeroth-order, low-rank, backprop-checkpoint"  # beside inference and backpropagation
 TABLE_1 = (PLAIN, BACKPROP, FORWARD)  # what the report of the paper's Table I needs
 
 
@@ -199,9 +205,9 @@ class ArmStep:
                 self()
 
     def _made(self, arm: BenchArm) -> Callable[[], Tensor]:
-        built, batch = self._built, (self._built.inputs, self._built.labels)
+        built, batch, loss = self._built, (self._built.inputs, self._built.labels), self._built.loss
         if arm.peer is not None:
-            return PEERS[arm.peer](built.model, lambda call: loss(call, *batch), self._optimizer)  # type: ignore[arg-type]
+            return PEERS[arm.peer](built.model, lambda call: loss(call, *batch), self._optimizer)
         if arm.estimator is None:
             return torch.no_grad()(lambda: loss(built.model, *batch))
         step = self._training_step(arm, arm.estimator)
@@ -210,7 +216,7 @@ class ArmStep:
     def _training_step(self, arm: BenchArm, estimator: Estimator) -> TrainingStep:
         """A step of the library. Directions come from a generator of the step's own."""
         generator = torch.Generator(self._built.inputs.device).manual_seed(0)
-        pieces = loss, self._built.model, self._optimizer, estimator
+        pieces = self._built.loss, self._built.model, self._optimizer, estimator
         return TrainingStep(*pieces, generator=generator, state=self.state, engine=arm.engine)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.studies import FAMILIES, family_of, transformer_of
 
 Layout = Literal["fastest", "contiguous", "channels-last"]
+LossName = Literal["whole", "parts"]
 Sweep = Literal["depth", "convolutions", "width", "batch"]
 INPUTS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "logistic": ("mnist", (1, 28, 28)),
@@ -38,7 +39,7 @@ class BenchCase:
     """One network at one batch size.
 
     `layout` is the order in memory of images and convolutions, `optimizer` what takes every step, `sequence` the tokens of an example of a
-    transformer.
+    transformer. `loss` says whether the scores of all places are there at once, or those of a few: see `Gpt`.
     """
 
     model: str
@@ -46,8 +47,13 @@ class BenchCase:
     layout: Layout = "fastest"
     optimizer: OptimizerName = "sgd"
     sequence: int | None = None
+    loss: LossName = "whole"
 
     def __post_init__(self) -> None:
+        if self.loss == "parts" and not (self._gpt and hasattr(nn, "LinearCrossEntropyOptions")):
+            newer = "this torch has no loss in parts: install torch 2.13 or newer"
+            lacks = newer if self._gpt else f"{self.model} has few classes: use it with gpt-12x768 or another gpt-"
+            raise UserError(f"--loss parts is for the scores of a vocabulary; {lacks}")
         if (transformer := transformer_of(self.model)) is not None:
             most = models.LONGEST[transformer.kind]
             if self.sequence is None or not 1 <= self.sequence <= most:
@@ -77,12 +83,16 @@ class BenchCase:
         return self._input[1]
 
     @property
+    def _gpt(self) -> bool:
+        transformer = transformer_of(self.model)
+        return transformer is not None and transformer.kind == "gpt"
+
+    @property
     def too_wide(self) -> str | None:
         """Why methods that keep numbers for every output and unit are not measured: at a vocabulary they would fill any memory."""
-        transformer = transformer_of(self.model)
-        if transformer is None or transformer.kind != "gpt":
+        if not self._gpt:
             return None
-        return f"it keeps numbers for each of {models.WORDS[transformer.kind]:,} outputs and every unit, which no memory holds"
+        return f"it keeps numbers for each of {models.WORDS['gpt']:,} outputs and every unit, which no memory holds"
 
     @property
     def _input(self) -> tuple[str, tuple[int, int, int]]:
@@ -91,7 +101,13 @@ class BenchCase:
 
 
 def chosen_cases(
-    names: str | None, batches: str, sweep: Sweep | None, layout: Layout, optimizer: str = "sgd", sequence: int | None = None
+    names: str | None,
+    batches: str,
+    sweep: Sweep | None,
+    layout: Layout,
+    optimizer: str = "sgd",
+    sequence: int | None = None,
+    loss: LossName = "whole",
 ) -> list[BenchCase]:
     """The cases that a command asks for. A sweep takes the place of the option that it varies.
 
@@ -110,7 +126,7 @@ def chosen_cases(
     tokens = {network: sequence or SEQUENCE for network in chosen if transformer_of(network)}
     if sequence is not None and not tokens:
         raise UserError("--sequence is for transformers: name one with --models, such as gpt-12x768")
-    return [BenchCase(network, size, layout, step, tokens.get(network)) for network in chosen for size in sizes for step in steps]
+    return [BenchCase(network, size, layout, step, tokens.get(network), loss) for network in chosen for size in sizes for step in steps]
 
 
 def _words(text: str) -> list[str]:
@@ -138,6 +154,11 @@ class BuiltCase:
         if captured not in self._optimizers:
             self._optimizers[captured] = optimizers.made(self.case.optimizer, self.model.parameters(), captured=captured)
         return self._optimizers[captured]
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """The loss of a model, inputs and labels."""
+        return loss_in_parts if self.case.loss == "parts" else loss
 
     @property
     def parameters(self) -> int:
@@ -176,6 +197,12 @@ def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy, a mean over all predictions: one an example, or one a token."""
     scores = model(inputs)
     return F.cross_entropy(scores, labels) if labels.dim() == 1 else F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+def loss_in_parts(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """The same, as a network makes it that never has all scores at once."""
+    value: Tensor = model(inputs, labels)
+    return value
 
 
 def layouts(case: BenchCase, on: torch.device) -> Sequence[BenchCase]:

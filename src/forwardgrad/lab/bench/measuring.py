@@ -23,20 +23,30 @@ from forwardgrad.gradient import estimate_grad_
 from forwardgrad.lab import environment
 from forwardgrad.lab.bench import joules, optimizers, process_peak, random_numbers, roofline, timing, worth_of_a_step
 from forwardgrad.lab.bench.arms import BACKPROP, CAPTURED, COMPILED, PLAIN, TABLE_1, ArmStep, BenchArm
-from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case, layouts, loss
-from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, ValueWithInterval, Worth
+from forwardgrad.lab.bench.cases import BenchCase, BuiltCase, build_case, layouts
+from forwardgrad.lab.bench.records import ArmRecord, CaseRecord, MemoryRecord, PeakRecord, ValueWithInterval, Worth
 from forwardgrad.lab.energy import energy_meter
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA
 from forwardgrad.lab.training import allocation
 
-CaseKey = Literal["model", "batch", "layout", "accelerator", "optimizer", "sequence"]
-SAME_CASE: tuple[CaseKey, ...] = ("model", "batch", "layout", "accelerator", "optimizer", "sequence")  # what makes two cases the same
+CaseKey = Literal["model", "batch", "layout", "accelerator", "optimizer", "sequence", "loss"]
+SAME_CASE: tuple[CaseKey, ...] = (
+    "model",
+    "batch",
+    "layout",
+    "accelerator",
+    "optimizer",
+    "sequence",
+    "loss",
+)
+"""What makes two cases the same."""
 SGD = "sgd"  # the optimizer of what was stored without one
-OLDER = {"optimizer": SGD, "sequence": None}  # what cases were that were stored without saying so
+OLDER = {"optimizer": SGD, "sequence": None, "loss": "whole"}  # what cases were that were stored without saying so
 ONE_ROW_AN_OUTPUT = (FixedFeedback, LearnedFeedback, LocalLosses)  # estimators that keep numbers for every output and unit
 IN_A_ROW = {"cpu": 1, "cuda": 20}  # steps that are timed together: a GPU is asked for the next one while it is at work
+_STEPS, _MEMORY = "bench.json", "memory.json"
 TRIED = 5  # rounds of backpropagation in each order in memory
 
 
@@ -81,12 +91,49 @@ def measure_steps(
             chosen, tried = _laid_out(case, on)
             stepping = "" if chosen.optimizer == SGD else f", {chosen.optimizer}"
             tokens = f" of {chosen.sequence:,} tokens" if chosen.sequence else ""
-            say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}{tokens}, {chosen.layout}{stepping}")
+            parts = ", loss in parts" if chosen.loss == "parts" else ""
+            say(f"[{index}/{len(cases)}] {chosen.model}, batch {chosen.batch}{tokens}, {chosen.layout}{stepping}{parts}")
             new = _case_record(chosen, arms, options, limits, on, say)
         new["tried"] = tried
         _store(store, where, new)
         found.append(new)
     return found
+
+
+def measure_memory(store: Store, cases: Sequence[BenchCase], arms: Sequence[BenchArm], *, say: Callable[[str], None]) -> list[MemoryRecord]:
+    """Measure the most bytes that one step of each arm holds, each in a process of its own, one after the other; kept in OUT/memory.json.
+
+    Every arm is stored as soon as it is done, since a step may take minutes, beside the cases that were measured on the same machine.
+    """
+    where, found = environment.describe(torch.device("cpu")), []
+    for index, case in enumerate(cases, 1):
+        with torch.device("meta"):  # made there, not moved there, which would part tied weights
+            parameters = build_case(case, torch.device("meta")).parameters
+        new: MemoryRecord = {
+            **{key: getattr(case, key) for key in ("model", "data", "batch", "layout", "optimizer", "sequence", "loss")},  # type: ignore[typeddict-item]
+            "accelerator": "cpu",
+            "parameters": parameters,
+            "threads": torch.get_num_threads(),
+            "arms": [],
+            "command": environment.command(),
+        }
+        for arm in arms:
+            say(f"[{index}/{len(cases)}] {case.model}, batch {case.batch}: {arm.label}")
+            new["arms"].append(_peak_record(case, arm))
+            _store(store, where, new, _MEMORY)
+        found.append(new)
+    return found
+
+
+def _peak_record(case: BenchCase, arm: BenchArm) -> PeakRecord:
+    head: PeakRecord = {"name": arm.name, "label": arm.label, "kind": arm.kind, "spec": arm.estimator_text, "failed": None}
+    if case.too_wide and isinstance(arm.estimator, ONE_ROW_AN_OUTPUT):
+        return {**head, "failed": case.too_wide}
+    try:
+        peak = process_peak.process_peak(case, arm, "--memory-only", few_steps=True)
+    except UserError as error:
+        return {**head, "failed": str(error)}
+    return {**head, "peak_bytes": peak["tally"], "process_bytes": peak["process"]}
 
 
 @contextmanager
@@ -121,8 +168,8 @@ def _same_machine(stored: dict[str, Any], where: dict[str, Any]) -> bool:
     return all(stored["environment"].get(key) == where[key] for key in environment.SAME_MACHINE)
 
 
-def _stored(store: Store) -> dict[str, Any]:
-    path = store.root / "bench.json"
+def _stored(store: Store, file: str = _STEPS) -> dict[str, Any]:
+    path = store.root / file
     if (stored := read_json(path)) is None or stored.get("schema") != SCHEMA:
         return {"environment": {}, "cases": []}
     for case in check(path, stored, {"environment": dict, "cases": list})["cases"]:
@@ -130,13 +177,13 @@ def _stored(store: Store) -> dict[str, Any]:
     return stored
 
 
-def _store(store: Store, where: dict[str, Any], new: CaseRecord) -> None:
+def _store(store: Store, where: dict[str, Any], new: CaseRecord | MemoryRecord, file: str = _STEPS) -> None:
     """Store a case beside those that were measured on the same machine. It replaces an earlier measurement of itself."""
     with store.changing():
-        stored = _stored(store)
+        stored = _stored(store, file)
         others = [case for case in stored["cases"] if any({**OLDER, **case}[key] != new[key] for key in SAME_CASE)]
         kept = others if _same_machine(stored, where) else []
-        write_json(store.root / "bench.json", {"schema": SCHEMA, "environment": where, "cases": [*kept, new]}, depth=4)
+        write_json(store.root / file, {"schema": SCHEMA, "environment": where, "cases": [*kept, new]}, depth=4)
 
 
 def _laid_out(case: BenchCase, on: torch.device) -> tuple[BenchCase, dict[str, float]]:
@@ -185,6 +232,7 @@ def _case_record(
         "data": case.data,
         "batch": case.batch,
         "sequence": case.sequence,
+        "loss": case.loss,
         "accelerator": on.type,
         "optimizer": case.optimizer,
         "optimizer_bytes": optimizers.state_bytes(built.optimizer()),
@@ -300,7 +348,7 @@ def _add_worth(
     """Add to the records what a step of each arm is worth. Arms of equal noise share one measurement."""
 
     def of(model: torch.nn.Module) -> torch.Tensor:
-        return loss(model, built.inputs, built.labels)
+        return built.loss(model, built.inputs, built.labels)
 
     twin = copy.deepcopy(built.model)
     twin.zero_grad()

@@ -79,7 +79,8 @@ class CaseRecord(TypedDict):
 
     `tried` has the seconds of backpropagation in each order in memory, where a choice was made. `optimizer_bytes` is what the optimizer
     holds from step to step, which is in no arm's peak. Older files have neither of the optimizer's two fields: they took steps of SGD.
-    `sequence` is the tokens of an example, None where inputs are images; older files have none.
+    `sequence` is the tokens of an example, None where inputs are images; `loss`: whether all scores are there at once ("whole") or a few
+    ("parts"). Older files have neither.
     """
 
     layout: str
@@ -88,6 +89,7 @@ class CaseRecord(TypedDict):
     data: str
     batch: int
     sequence: int | None
+    loss: str
     accelerator: str
     optimizer: str
     optimizer_bytes: int
@@ -98,6 +100,40 @@ class CaseRecord(TypedDict):
     arms: list[ArmRecord]
     command: str
     ceilings: dict[str, float]
+
+
+class PeakHead(TypedDict):
+    """Which arm an entry of memory.json is about; `failed` says what kept it from its step."""
+
+    name: str
+    label: str
+    kind: str
+    spec: str | None
+    failed: str | None
+
+
+class PeakRecord(PeakHead, total=False):
+    """The most bytes above parameters and input during one step: what torch's allocator gave out, and the peak of the process."""
+
+    peak_bytes: int
+    process_bytes: int
+
+
+class MemoryRecord(TypedDict):
+    """One case of memory.json with all its arms; fields as in CaseRecord."""
+
+    model: str
+    data: str
+    batch: int
+    layout: str
+    optimizer: str
+    sequence: int | None
+    loss: str
+    accelerator: str
+    parameters: int
+    threads: int
+    arms: list[PeakRecord]
+    command: str
 
 
 class EstimateRecord(TypedDict):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from forwardgrad.lab.commands.options import OUT, Data, DataDir, Device, Model, Out, Seed, counts, estimator_of, numbers, write_report
+from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.execution import Place
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import parse_estimators
@@ -35,16 +36,32 @@ def bench(
     repeats: Annotated[int | None, typer.Option(help="Estimates for the noise of an arm; 0: none. [default: 20; in a sweep 0]")] = None,
     cosine: Annotated[str, typer.Option(help="Cosines with the gradient to be priced, separated by commas.")] = "0.1,0.5",
     verify_memory: Annotated[bool, typer.Option("--verify-memory", help="Check every peak against a process of its own.")] = False,
+    loss: Annotated[
+        Literal["whole", "parts"], typer.Option(help="Of gpt- networks: scores of all places at once, or of a few (parts).")
+    ] = "whole",
+    memory_only: Annotated[
+        bool, typer.Option("--memory-only", help="Measure the peak memory of one step alone, each arm in a process of its own.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch. [default: torch's own choice]")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     out: Out = OUT,
 ) -> None:
     """Measure one whole step of every arm, all in turn in one run: time, memory, random numbers, the roofline, and what it is worth."""
-    from forwardgrad.lab.bench import BenchOptions, chosen_arms, chosen_cases, measure_steps, torch_threads
-    from forwardgrad.lab.report.sections import bench_text
+    from forwardgrad.lab.bench import FOR_MEMORY, BenchOptions, chosen_arms, chosen_cases, measure_memory, measure_steps, torch_threads
+    from forwardgrad.lab.report.sections import bench_text, memory_text
 
-    cases = chosen_cases(models, batch_size, sweep, layout, optimizer, sequence)
+    cases = chosen_cases(models, batch_size, sweep, layout, optimizer, sequence, loss)
+    if memory_only:
+        if device != "cpu" or not sys.platform.startswith("linux"):
+            raise UserError("--memory-only reads the memory of processes, which Linux tells of the processor alone: leave it out")
+        store = Store(out)
+        store.check()
+        with torch_threads(threads):
+            peaks = measure_memory(store, cases, chosen_arms(arms or FOR_MEMORY, law), say=_say)
+        print("\n\n".join(memory_text(case) for case in peaks))
+        write_report(store)
+        return
     chosen = chosen_arms(arms, law, on_gpu=device.startswith("cuda"))
     repeats = (0 if sweep else 20) if repeats is None else repeats
     cosines = numbers(cosine, "--cosine")

@@ -95,7 +95,11 @@ class Bert(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Token ids [n, length] to the scores of the token behind each, [n, length, words]; the read-out is the embedding's own matrix."""
+    """Token ids [n, length] to the scores of the token behind each, [n, length, words]; the read-out is the embedding's own matrix.
+
+    With `behind` [n, length], the token that is behind each, it gives the mean cross-entropy instead. That is made a few places at a time,
+    as the scores of all places are more numbers than anything else in the network.
+    """
 
     def __init__(self, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -106,11 +110,15 @@ class Gpt(nn.Module):
         self.apply(_begin)
         self.readout.weight = self.words.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, behind: Tensor | None = None) -> Tensor:
         x = self.words(tokens) + self.positions(placed(tokens))
         for block in self.blocks:
             x = block(x)
-        return self.readout(self.norm(x))  # type: ignore[no-any-return]
+        x = self.norm(x)
+        if behind is None:
+            return self.readout(x)  # type: ignore[no-any-return]
+        parts = nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(x.flatten(0, 1), self.readout.weight, behind.flatten(), options=parts)
 
 
 def _begin(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from forwardgrad.lab.report.sections import (
     finetune_section,
     functions_section,
     layers_section,
+    memory_section,
     noise_section,
     passes_section,
     provenance_section,
@@ -36,6 +37,7 @@ TAKEN = (
     "provenance",
     "functions",
     "bench",
+    "memory",
     "cost",
     "quality",
     "layers",
@@ -48,6 +50,7 @@ ORDER = ("table1", "table1-retuned", "baydin", "beyond", "faster", "passes", "no
 MEASURED: dict[str, tuple[str, Callable[[dict[str, Any]], Section]]] = {
     "functions.json": ("descents on two functions", functions_section),
     "bench.json": ("cost of one step", bench_section),
+    "memory.json": ("memory of one step", memory_section),
     "cost.json": ("time of a step, as measured earlier", cost_section),
     "quality.json": ("quality of estimates", quality_section),
     "layers.json": ("layer by layer", layers_section),

@@ -2,6 +2,8 @@ from forwardgrad.lab.report.sections import comparison as comparison
 from forwardgrad.lab.report.sections.bench import bench_section as bench_section
 from forwardgrad.lab.report.sections.bench import bench_text as bench_text
 from forwardgrad.lab.report.sections.bench import cost_section as cost_section
+from forwardgrad.lab.report.sections.bench_goals import memory_section as memory_section
+from forwardgrad.lab.report.sections.bench_goals import memory_text as memory_text
 from forwardgrad.lab.report.sections.beyond import beyond_section as beyond_section
 from forwardgrad.lab.report.sections.faster import faster_section as faster_section
 from forwardgrad.lab.report.sections.finetune import finetune_section as finetune_section

@@ -1,10 +1,13 @@
-"""What a step was meant to cost, set before the measurement, and what it costs. Loads without torch."""
+"""What a step was meant to cost, set before the measurement, and what it costs; and the memory of a step alone. Loads without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from forwardgrad.lab.report.blocks import NONE, Cell, Section, Table, number, tables
+from forwardgrad.lab.report.sections.bench_figures import batch_of, network_of, update_of
 
 NN, CNN, CIFAR = ("nn", 64), ("cnn", 64), ("cifar-cnn", 64)
 DEEP, SHALLOW = ("mlp-64x1024", 256), ("mlp-8x1024", 256)
@@ -121,3 +124,62 @@ def _read(goal: StepGoal, cases: dict[NetworkAndBatch, Mapping[str, Any]]) -> tu
 def _arm(case: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     """What was measured of an arm, empty where it was not."""
     return next((arm for arm in case["arms"] if arm["name"] == name and not arm["failed"]), {}) if case else {}
+
+
+MEMORY_HEADS = ("arm", "peak memory", "/ inference", "/ backprop", "process")
+MEMORY_MEANING = (
+    (
+        "peak memory",
+        "most bytes that torch's allocator gave out at once during one step, above parameters and input: activations, gradients, "
+        "directions, and the scratch that operators ask it for",
+    ),
+    ("/ inference, / backprop", "the peak over that of a plain forward pass with its loss, and over that of backpropagation"),
+    ("process", "how far the resident memory of a process of its own rose in a step without the profile that counts them"),
+)
+INFERENCE, REVERSE = "plain", "backprop"
+
+
+def memory_section(stored: Mapping[str, Any]) -> Section:
+    """The section on every case of memory.json."""
+    groups = tuple((_memory_title(case), tuple(_memory_row(arm, case) for arm in case["arms"])) for case in stored["cases"])
+    verdict = " ".join(_memory_sentence(case) for case in stored["cases"])
+    table = Table(MEMORY_HEADS, groups, "The memory of one step", MEMORY_MEANING)
+    return Section("memory", "The memory of one step", verdict, (verdict, table))
+
+
+def memory_text(case: Mapping[str, Any]) -> str:
+    """The rows of one case, aligned, for a terminal."""
+    rows = [MEMORY_HEADS, *(tuple(cell.text for cell in _memory_row(arm, case)) for arm in case["arms"] if not arm["failed"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(MEMORY_HEADS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = [f"{arm['label']}: {arm['failed']}" for arm in case["arms"] if arm["failed"]]
+    return "\n".join([_memory_title(case), *lines, *failed])
+
+
+def _memory_title(case: Mapping[str, Any]) -> str:
+    loss = " · loss in parts" if case["loss"] == "parts" else ""
+    update = f" · {update_of(case)}" if update_of(case) else ""
+    return f"{network_of(case)} · {batch_of(case)} · {case['parameters']:,} parameters{update}{loss}"
+
+
+def _memory_row(arm: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[Cell, ...]:
+    if arm["failed"]:
+        return (Cell(arm["label"], f"not measured: {arm['failed']}", "warn"), *[NONE] * (len(MEMORY_HEADS) - 1))
+    shares = [_share(arm, case, other) for other in (INFERENCE, REVERSE)]
+    return (
+        Cell(arm["label"], arm["spec"] or "", arm["kind"]),
+        Cell(tables.size(arm["peak_bytes"])),
+        *(NONE if share is None else Cell(number(share)) for share in shares),
+        Cell(tables.size(arm["process_bytes"])),
+    )
+
+
+def _share(arm: Mapping[str, Any], case: Mapping[str, Any], other: str) -> float | None:
+    held = _arm(case, other).get("peak_bytes")
+    return arm["peak_bytes"] / held if held else None
+
+
+def _memory_sentence(case: Mapping[str, Any]) -> str:
+    told = [(arm, _share(arm, case, INFERENCE)) for arm in case["arms"] if not arm["failed"] and arm["name"] != INFERENCE]
+    words = [f"{arm['label']} {number(share)}" for arm, share in told if share is not None]
+    return f"{network_of(case)}, {batch_of(case)}: times the peak of inference, a step holds {'; '.join(words)}." if words else ""
