@@ -130,13 +130,18 @@ class WholeWeights:
         return moved
 
     def combine(self, name: str, weights: Tensor) -> Gradient:
-        """Σₖ weights[k]·v[k] of one parameter, the parts drawn again one after the other."""
-        total = self.part(0, name)
-        total.mul_(weights[0].to(total.dtype))
+        """Σₖ weights[k]·v[k] of one parameter, the parts drawn again one after the other.
+
+        The sum of several is made in float32 at least: in bfloat16 one of some hundreds no longer takes up what is added to it.
+        """
+        first = self.part(0, name)
+        if len(weights) == 1:
+            return first.mul_(weights[0].to(first.dtype))
+        wide = torch.promote_types(first.dtype, torch.float32)
+        total = first.to(wide).mul_(weights[0].to(wide))
         for tangent in range(1, len(weights)):
-            part = self.part(tangent, name)
-            total.add_(part.mul_(weights[tangent].to(part.dtype)))
-        return total
+            total.add_(self.part(tangent, name).to(wide).mul_(weights[tangent].to(wide)))
+        return total.to(first.dtype)
 
 
 class WeightsInPlace(WholeWeights):
