@@ -298,7 +298,8 @@ def _pass(seen: _Seen, stencil: Stencil, base: _Seen | None) -> tuple[Pass, Tens
         if watch.loss_of is not None:
             replay = watch.loss_of, {slot: kept[f"constant/{slot[0]}/{slot[1]}"] for slot in watch.constants}
         moved = tuple(t[k : k + 1] for t in numbered(slopes, "output"))
-        lines.append(Pass(loss[k], total[k : k + 1], [], reading, None, numbered(at, "output"), moved, watch.parts, replay))
+        entered = seen.watch.entered  # whose shapes may be what tells how many examples there are
+        lines.append(Pass(loss[k], total[k : k + 1], entered, reading, None, numbered(at, "output"), moved, watch.parts, replay))
     told = [line.rows for line in lines if line.rows is not None]
     whole = Pass(loss.mean(), total, seen.watch.entered, reading, terms, lines[0].read, (), watch.parts, replay)
     return replace(whole, told=torch.cat(told) if told else None), loss
