@@ -21,7 +21,7 @@ from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
 from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
-from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Unfollowed, levels
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels
 from forwardgrad.forward_mode.rules import losses
 from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
@@ -91,7 +91,7 @@ class ModelWatch(TorchFunctionMode):
         self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
         self.beside: list[Tensor] = []  # and what they were given besides, which must not follow from the model
         self.recording: Recording | None = None
-        self._level, self._parameters = levels.level(), parameters
+        self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
         self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
         if self.whole and isinstance(evaluation, Explicit) and len(self.directions):
@@ -200,6 +200,10 @@ class ModelWatch(TorchFunctionMode):
         return result
 
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (result := self._live.write(func, args, kwargs)) is not NotImplemented:
+            if self.recording is not None:
+                self.recording.flaw = "one of them writes to a parameter"
+            return result
         # The order counts. A ReLU behind a layer is asked first whether the layer's place moves behind it: as any other function it would
         # make the output move in front of it, where half of the units cannot matter. A loss comes before the layers, since its input may
         # stay unmoved. What is left is a function without a rule: all that it is given starts to move here, so nothing trained is missed.

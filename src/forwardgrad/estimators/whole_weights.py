@@ -15,7 +15,7 @@ from forwardgrad.calls import Folding, beside, side_by_side
 from forwardgrad.directions import Law, drawn
 from forwardgrad.estimators.moved import Moved, UsedInside
 from forwardgrad.estimators.same_draws import SameDraws
-from forwardgrad.forward_mode import Alike
+from forwardgrad.forward_mode import Alike, Unwritten
 from forwardgrad.objective import Objective
 
 
@@ -117,7 +117,9 @@ class WholeWeights:
             self.used |= mode.used
         except UsedInside:
             with self.draws.begun():
-                loss, buffers = self.objective.with_({name: self._still(name, moved(name)) for name in self.live}, cloned)
+                everything = {name: self._still(name, moved(name)) for name in self.live}
+                with Unwritten(everything):
+                    loss, buffers = self.objective.with_(everything, cloned)
             self.used.update(self.live)
         return loss.detach(), buffers
 
