@@ -80,7 +80,8 @@ class ZerothOrder(Estimator):
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
     Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
-    scripted; RuntimeError where the loss uses no trainable parameter.
+    scripted; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
+    lost at moved values. An embedding's `max_norm` is no such case: its rows are made short before they move.
 
     Source: Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation" (1992), eq. 2.2;
     the replayed directions: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (2023), algorithm 1; one side and

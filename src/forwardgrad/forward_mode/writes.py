@@ -51,7 +51,7 @@ class Live:
     """The memory of what is trained, by name, and writes to it: through a parameter, or through whatever shares its memory."""
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._names = {storage(p): name for name, p in parameters.items()}
+        self._names = {key: name for name, p in parameters.items() if (key := storage(p))}
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that writes to a parameter, with values alone: nothing that moves goes in or comes out. Else NotImplemented."""
@@ -118,7 +118,7 @@ class Unwritten(TorchFunctionMode):
 
     def add(self, name: str, tensor: Tensor) -> None:
         """The reference does not hold memory, and keeps its name from being given to other memory."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and storage(tensor):
             reference = StorageWeakRef(unwrapped(tensor).untyped_storage())
             self._standing[reference.cdata] = reference, name
 
