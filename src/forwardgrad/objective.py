@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from forwardgrad.ranks import ALONE, Ranks
 
@@ -91,7 +93,8 @@ class Objective:
 
     def as_it_is(self) -> Any:
         """As `live`, with whatever the loss function returned."""
-        return self._told(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
+        with _recomputed():
+            return self._told(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
 
     def of_values(self) -> Objective:
         """The same for whoever takes values of the loss alone: it may be a Python number, too, or a tensor of truths or whole numbers."""
@@ -126,7 +129,8 @@ class Objective:
             instead.setdefault(id(place.tensor), cloned(place.tensor))
         places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
-        loss, buffers = functional_call(self._module, state, (), tie_weights=False)
+        with _recomputed():
+            loss, buffers = functional_call(self._module, state, (), tie_weights=False)
         return self._told(loss), buffers
 
     def precise(self, loss: Any) -> Any:
@@ -142,6 +146,23 @@ class Objective:
                 place.module._buffers[place.key] = buffers[place.name]
             else:
                 place.tensor.copy_(buffers[place.name])
+
+
+@contextmanager
+def _recomputed() -> Iterator[None]:
+    """Inside, `torch.nn.utils.parametrize.cached()` around a step keeps what this evaluation computes, and nothing of others: of these the
+    weights have moved elsewhere."""
+    cache = getattr(parametrize, "_cache", None) if getattr(parametrize, "_cache_enabled", 0) else None
+    if cache is None:
+        yield
+        return
+    before = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        cache.update(before)
 
 
 def code_of(loss: Callable[..., Any]) -> Hashable:

@@ -124,3 +124,25 @@ def test_blocks_are_the_bits_of_the_part(law: fg.Law, dtype: torch.dtype) -> Non
     part = law.part(like, torch.Generator(), lambda: 7, None)
     law.add_part_(like, 1.0, torch.Generator(), 7)
     assert torch.equal(like, part)
+
+
+def test_rows_that_the_loss_shortens_where_they_stand_are_refused() -> None:
+    """They stand at moved values then, and would not come back."""
+    model = nn.Embedding(6, 4, max_norm=0.1).double()
+    begun = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="max_norm shortens rows where they stand"):
+        fg.estimate_grad_(lambda m: m(WORDS).square().sum(), model, fg.ZerothOrder(in_place=True), generator=seeded(0))
+    torch.testing.assert_close(model.weight, begun, rtol=0, atol=1e-15)
+
+
+def test_a_loss_that_writes_to_a_parameter_is_refused() -> None:
+    def clipped(model: nn.Linear) -> Tensor:
+        with torch.no_grad():
+            model.weight.clamp_(-0.01, 0.01)
+        return model(X).square().sum()
+
+    model = nn.Linear(257, 2).double()
+    begun = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="the loss writes to weight"):
+        fg.estimate_grad_(clipped, model, fg.ZerothOrder(in_place=True), generator=seeded(0))  # type: ignore[arg-type]
+    torch.testing.assert_close(model.weight, begun, rtol=0, atol=1e-15)

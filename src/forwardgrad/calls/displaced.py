@@ -24,7 +24,7 @@ from forwardgrad.calls.stencil import Stencil
 from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
 from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.directions import Directions, HeldDirections, Law, PartOfSeeds, Still, unplanned
-from forwardgrad.forward_mode import Alike, levels, one_by_one
+from forwardgrad.forward_mode import EMBEDDINGS, Alike, Unwritten, levels, one_by_one, renormed
 from forwardgrad.forward_mode.rules import dropout
 from forwardgrad.objective import Objective, loss_by_example
 from forwardgrad.perturbations import WHOLE, Entered, Perturbation, Pick, Reading, Sown, Step, WholeUse
@@ -74,6 +74,7 @@ class DisplacedWatch(ModelWatch):
     def open(self, evaluation: Any, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         self._uses: dict[str, WholeUse] = {}
         self._latest: tuple[Tensor, Tensor] | None = None
+        self._unwritten = Unwritten(parameters)
         return super().open(evaluation, parameters)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -82,6 +83,12 @@ class DisplacedWatch(ModelWatch):
                 return dropout.opened(func)(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
+    def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in EMBEDDINGS and kwargs.get("max_norm") is not None and id(args[1]) in self._names:
+            kwargs = renormed(func, args, kwargs, args[1])
+        self._unwritten.check(func, args, kwargs)
+        return super()._made(func, args, kwargs)
+
     def _dense(self, parameter: Tensor) -> Tensor:
         name = self._names[id(parameter)]
         if (use := self._uses.get(name)) is None:
@@ -89,6 +96,8 @@ class DisplacedWatch(ModelWatch):
             self._enter(use, parameter)
         moved = self._evaluation.inject(parameter, use) if len(self.directions) else parameter
         self._latest = moved, parameter
+        if moved is not parameter:
+            self._unwritten.add(name, moved)
         return moved
 
     def _moved(self, entered: Sown, out: Tensor) -> Tensor:
@@ -298,7 +307,8 @@ def _pass(seen: _Seen, stencil: Stencil, base: _Seen | None) -> tuple[Pass, Tens
         if watch.loss_of is not None:
             replay = watch.loss_of, {slot: kept[f"constant/{slot[0]}/{slot[1]}"] for slot in watch.constants}
         moved = tuple(t[k : k + 1] for t in numbered(slopes, "output"))
-        lines.append(Pass(loss[k], total[k : k + 1], [], reading, None, numbered(at, "output"), moved, watch.parts, replay))
+        entered = seen.watch.entered  # whose shapes may be what tells how many examples there are
+        lines.append(Pass(loss[k], total[k : k + 1], entered, reading, None, numbered(at, "output"), moved, watch.parts, replay))
     told = [line.rows for line in lines if line.rows is not None]
     whole = Pass(loss.mean(), total, seen.watch.entered, reading, terms, lines[0].read, (), watch.parts, replay)
     return replace(whole, told=torch.cat(told) if told else None), loss

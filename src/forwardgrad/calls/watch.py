@@ -21,7 +21,7 @@ from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
 from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
-from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Unfollowed, levels
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels
 from forwardgrad.forward_mode.rules import composed, losses
 from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
@@ -60,13 +60,11 @@ class ModelWatch(TorchFunctionMode):
         mark: Mark | None = None,
     ) -> None:
         super().__init__()
-        self.prefixes: list[int] = []
-        self.read_bare = set[str]()  # parameters whose values were read, without being a layer's
+        self.prefixes, self.read_bare = list[int](), set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
-        self.blocks: list[int] = []
-        self.ending: list[ActivityUse] = []
+        self.blocks, self.ending = list[int](), list[ActivityUse]()
         self.unmoved: dict[str, Tensor] = {}
         self.entered: list[Entered] = []
         self.parts: tuple[Scaled, ...] = ()
@@ -80,15 +78,14 @@ class ModelWatch(TorchFunctionMode):
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
         self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
-        self._ended: dict[str, Tensor] = {}
-        self._passed_on: list[tuple[Tensor, int]] = []  # values of blocks, and the versions of those
+        self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
         self.last_layer = 0  # the number of the call
         self.sums = Sums()
         self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
-        self.beside: list[Tensor] = []  # and what they were given besides, which must not follow from the model
+        self.beside: list[Tensor] = []  # and besides, which must not follow from the model
         self.recording: Recording | None = None
-        self._level, self._parameters = levels.level(), parameters
+        self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
         self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
         self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
@@ -208,9 +205,12 @@ class ModelWatch(TorchFunctionMode):
         return result
 
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # The order counts. A ReLU behind a layer is asked first whether the layer's place moves behind it: else it would in front of it,
-        # where half of the units cannot matter. A loss comes before the layers, since its input may stay unmoved. What is left is a
-        # function without a rule: all that it is given starts to move here, so nothing trained is missed.
+        if (result := self._live.write(func, args, kwargs)) is not NotImplemented:
+            if self.recording is not None:
+                self.recording.flaw = "one of them writes to a parameter"
+            return result
+        # The order counts. A ReLU behind a layer is asked first whether the place moves behind it: in front half of its units cannot count.
+        # A loss comes before the layers, since its input may stay unmoved. What is left has no rule: all that it is given moves from here.
         if args and (point := self._waits(args[0])) is not None and point.lets_pass(func, args, kwargs):
             return self._pass(point, func, args, kwargs)
         other = self._waits(args[1]) if len(args) == 2 and func not in INTO_FIRST else None

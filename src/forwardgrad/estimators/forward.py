@@ -59,7 +59,8 @@ class ForwardGradient(Estimator):
             PerExample; the estimator then needs `state`. None for no control variate.
 
     Raises ValueError where an argument is outside its limits, arguments exclude one another, no generator was given, or there are fewer
-    weights than Orthogonal tangents.
+    weights than Orthogonal tangents; RuntimeError where the loss writes to a parameter in place and every evaluation would change it
+    again. A write that is done once (clipping, normalising) has no derivative, as in backpropagation.
 
     Source: Baydin et al., "Gradients without Backpropagation" (2022), Definition 1; the clip is that of the paper re-examining it,
     section III; the projection is that of Flügel et al. (2025).

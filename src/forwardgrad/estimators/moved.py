@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from forwardgrad.calls import Lines
-from forwardgrad.forward_mode import Redo, levels
+from forwardgrad.forward_mode import EMBEDDINGS, Redo, Unwritten, levels, renormed
 from forwardgrad.objective import Objective
 
 _VALUES = {"data", "T", "mT", "H", "mH", "real", "imag"}  # properties of a tensor that hold its values; the others only describe it
@@ -51,7 +51,7 @@ class Moved(TorchFunctionMode):
         self.direction, self.step = direction, step
         self.names = {id(p): name for name, p in objective.parameters.items()}
         self.live = {name: p.detach() for name, p in objective.parameters.items()}
-        self.moved, self.used = moved, set[str]()
+        self.moved, self.used, self._unwritten = moved, set[str](), Unwritten(objective.parameters)
         self.level, self.storages = levels.level(), {levels.storage(p) for p in self.live.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,9 +63,14 @@ class Moved(TorchFunctionMode):
         elif func is F.linear and (name := self._shared(*args, **kwargs)) is not None:
             return self._linear(name, *args, **kwargs)
         elif not describes:
+            if func in EMBEDDINGS and kwargs.get("max_norm") is not None and (name := self.names.get(id(args[1]))) is not None:
+                kwargs = renormed(func, args, kwargs, self.live[name])
+            self._unwritten.check(func, args, kwargs)
             made: dict[str, Tensor] = {}  # a parameter handed over twice is still one tensor
             args, kwargs = self._exchange(args, made), self._exchange(kwargs, made)
             self.used |= made.keys()
+            for name, tensor in made.items():
+                self._unwritten.add(name, tensor)
             if func in (F.embedding, F.embedding_bag) and kwargs.get("padding_idx") is not None:
                 self._hold_padding(kwargs["padding_idx"], made)
         return func(*args, **kwargs)

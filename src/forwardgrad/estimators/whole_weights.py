@@ -16,7 +16,7 @@ from forwardgrad.directions import Law, drawn
 from forwardgrad.estimators.moved import Moved, UsedInside
 from forwardgrad.estimators.same_draws import SameDraws
 from forwardgrad.factored import Gradient, InBlocks
-from forwardgrad.forward_mode import Alike
+from forwardgrad.forward_mode import EMBEDDINGS, Alike, Unwritten
 from forwardgrad.objective import Objective
 
 
@@ -118,7 +118,9 @@ class WholeWeights:
             self.used |= mode.used
         except UsedInside:
             with self.draws.begun():
-                loss, buffers = self.objective.with_({name: self._still(name, moved(name)) for name in self.live}, cloned)
+                everything = {name: self._still(name, moved(name)) for name in self.live}
+                with Unwritten(everything):
+                    loss, buffers = self.objective.with_(everything, cloned)
             self.used.update(self.live)
         return loss.detach(), buffers
 
@@ -189,7 +191,7 @@ class WeightsInPlace(WholeWeights):
                 loss, buffers = self.objective.with_(self.objective.parameters)
             self.used |= mode.used
         except UsedInside:
-            with self.draws.begun():
+            with self.draws.begun(), Unwritten(self.objective.parameters):
                 loss, buffers = self.objective.with_(self.objective.parameters)
             self.used.update(self.live)
         return loss.detach(), buffers
@@ -210,6 +212,11 @@ class _Noting(Moved):
     def __init__(self, objective: Objective, held: set[tuple[str, int]]) -> None:
         super().__init__(objective, self._itself, self._itself, 0.0)
         self._held = held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in EMBEDDINGS and (kwargs or {}).get("max_norm") is not None:
+            raise ValueError(f"{func.__name__} with max_norm shortens rows where they stand, which are moved ones here: leave in_place out")
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _itself(self, name: str) -> Tensor:
         return self.live[name]

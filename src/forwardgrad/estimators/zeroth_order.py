@@ -44,7 +44,7 @@ class ZerothOrder(Estimator):
     best (on one side near √u). Where whole weights move in float16 and bfloat16, θ + εv is itself rounded to a grid, of spacing h (|θ|/256
     to |θ|/128 in bfloat16). With Gaussian v this makes the estimate along a weight 1 − 2exp(−2π²(ε/h)²) of what it would be: take ε ≥ h/2
     for the largest weights. A warning names parameters that stay put, and layers in half precision (under autocast, say) whose outputs do.
-    At low rank and by example the parts of K/chunk_size batches are added in the precision of the weights: let them be fewer than a hundred.
+    At low rank and by example the parts of K/chunk_size batches add up in the precision of the weights: let them be fewer than a hundred.
     Normalised, the direction of E[ĝ] stays and its length becomes c/ε: for Gaussian directions over whole weights and a linear loss
     c = a(K − 1)/K + b/K with a = E[s]/σ and b = E[σ/s] for K normal numbers of deviation σ, a = √(2/(K−1)) Γ(K/2)/Γ((K−1)/2),
     b = √((K−1)/2) Γ((K−2)/2)/Γ((K−1)/2); c tends to 1, and is infinite at K = 2. So the length of ∇f is lost, as in a normalised step.
@@ -86,7 +86,8 @@ class ZerothOrder(Estimator):
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
     Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
-    scripted; RuntimeError where the loss uses no trainable parameter.
+    scripted; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
+    lost at moved values. An embedding's `max_norm` is no such case: its rows are made short before they move.
 
     Source: Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation" (1992), eq. 2.2;
     the replayed directions: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes" (2023), algorithm 1; one side and

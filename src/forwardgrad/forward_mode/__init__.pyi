@@ -21,3 +21,7 @@ from forwardgrad.forward_mode.watching import Evaluation as Evaluation
 from forwardgrad.forward_mode.watching import derivatives_under as derivatives_under
 from forwardgrad.forward_mode.workarounds import RandomState as RandomState
 from forwardgrad.forward_mode.workarounds import one_by_one as one_by_one
+from forwardgrad.forward_mode.writes import EMBEDDINGS as EMBEDDINGS
+from forwardgrad.forward_mode.writes import Live as Live
+from forwardgrad.forward_mode.writes import Unwritten as Unwritten
+from forwardgrad.forward_mode.writes import renormed as renormed

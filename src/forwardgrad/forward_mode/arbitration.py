@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from forwardgrad.forward_mode.notes import Way, asked, outside
 from forwardgrad.forward_mode.quotients import are_asked, asked_of, lent
 from forwardgrad.forward_mode.refusals import place_of, refusal
 from forwardgrad.forward_mode.workarounds import RandomState, forward_mode
+from forwardgrad.forward_mode.writes import Repeated
 from forwardgrad.objective import Objective, code_of
 
 W = TypeVar("W")
@@ -119,10 +120,11 @@ def _with_differences(objective: Objective, plain: Callable[[], Outcome[W]]) -> 
 
 def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain: Callable[[], Outcome[W]], known: _Known) -> Outcome[W]:
     # Before every further evaluation the global generators go back: with other dropout masks the two ways would never agree.
-    random = RandomState(objective)
+    random, writes = RandomState(objective), Repeated()
     try:
         first = not known.paths
-        found = explicit(first)
+        with writes.noted() if first else nullcontext():
+            found = explicit(first)
         if found.path in known.paths:
             return found
         if not first:  # this path is new, and nobody guarded it: what passed by unseen would not even show in its calls
@@ -132,11 +134,15 @@ def _checked(objective: Objective, explicit: Callable[[bool], Outcome[W]], plain
         raise
     except Exception as error:  # the plain way decides whether something is wrong with the model, or only with following it
         random.restore()
-        other = plain()
+        writes.again()
+        with writes.noted():
+            other = plain()
         _give_up(known, objective, _why(error, objective))
         return other
     random.restore()
-    other = plain()
+    writes.again()
+    with writes.noted():
+        other = plain()
     known.paths.add(found.path)  # once a path: to compare at every step would cost more than the explicit way saves
     if (apart := _disagreement(found.derived, other.derived, found.low)) is None:
         return found

@@ -13,6 +13,7 @@ from torch.func import jvp, vmap
 from forwardgrad.forward_mode.arbitration import Derived, Outcome, either
 from forwardgrad.forward_mode.dual_numbers import Alike
 from forwardgrad.forward_mode.explicit import Explicit
+from forwardgrad.forward_mode.writes import Live
 from forwardgrad.objective import Objective, scalar
 
 DROPPED = (
@@ -32,9 +33,9 @@ def directional_derivatives(
     count = next(iter(tangents.values())).shape[0]
 
     def explicit(guarded: bool) -> Outcome[None]:
-        parameters = standing(objective)
+        parameters, live = standing(objective), Live(objective.parameters)
         moving = {id(p): tangents[name] for name, p in parameters.items()}
-        with Explicit(count, moving, guarding=parameters.values() if guarded else None) as evaluation:
+        with Explicit(count, moving, guarding=parameters.values() if guarded else None, live=live) as evaluation:
             loss, buffers = evaluated(objective, parameters)
             loss = scalar(objective.precise(loss))
             if not evaluation.carries(loss):
@@ -56,7 +57,7 @@ def directional_derivatives(
             result: tuple[Tensor, Tensor, dict[str, Tensor]] = jvp(evaluate, (primals,), (tangent,), has_aux=True)  # type: ignore[assignment]
             return result
 
-        primals, alike = {name: p.detach() for name, p in objective.parameters.items()}, Alike()
+        primals, alike = {name: p.detach() for name, p in objective.parameters.items()}, Alike(Live(objective.parameters))
         if count == 1:
             loss, derivative, buffers = along({name: v[0] for name, v in tangents.items()})
             derivatives = derivative.reshape(1)

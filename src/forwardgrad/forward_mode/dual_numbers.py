@@ -16,6 +16,7 @@ from forwardgrad.forward_mode.notes import Way, counter, name_of
 from forwardgrad.forward_mode.quotients import Call, Differenced, attempt
 from forwardgrad.forward_mode.rules import attention, composed, dropout
 from forwardgrad.forward_mode.structure import leaves
+from forwardgrad.forward_mode.writes import Live
 
 
 class Source(Protocol):
@@ -73,14 +74,20 @@ _OURS = {"_unpack_dual", "custom_function_call"}  # calls that are made here, no
 
 
 class Alike(TorchFunctionMode):
-    """Inside, dropout has the mask of an ordinary pass, and nothing asks for reverse mode; calls are noted if somebody asks."""
+    """Inside, dropout has the mask of an ordinary pass, and nothing asks for reverse mode; calls are noted if somebody asks.
 
-    def __init__(self) -> None:
+    `live`: what is trained; a write to it is one of values.
+    """
+
+    def __init__(self, live: Live | None = None) -> None:
         super().__init__()
         self.ways = counter()
+        self.live = live
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.live is not None and (result := self.live.write(func, args, kwargs)) is not NotImplemented:
+            return result
         if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():
             return args[0]  # a model prepares for checkpoints, and torch.func would refuse it; its own grad() is allowed to
         if func in dropout.OPENED:

@@ -17,7 +17,6 @@ from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
@@ -29,6 +28,7 @@ from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
 from forwardgrad.forward_mode.quotients import Call, attempt
 from forwardgrad.forward_mode.rules import ALL_RULES, Track, attention, composed, dropout
 from forwardgrad.forward_mode.structure import exchanged, leaves, named, rebuilt
+from forwardgrad.forward_mode.writes import Live, writes
 
 
 def _reads(name: str) -> Callable[..., Any]:
@@ -81,10 +81,19 @@ class Explicit(TorchFunctionMode):
     """One evaluation with `count` tangents; `moving` gives those of parameters, [K, *shape], by the id of the tensor that stands for it.
 
     `guarding`: what stands for the parameters, in a guarded evaluation; None in one that is trusted.
+    `live`: what is trained; a write to it is one of values.
     """
 
-    def __init__(self, count: int, moving: Mapping[int, Tensor] | None = None, *, guarding: Iterable[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        moving: Mapping[int, Tensor] | None = None,
+        *,
+        guarding: Iterable[Tensor] | None = None,
+        live: Live | None = None,
+    ) -> None:
         super().__init__()
+        self._live = live
         self._guard = None if guarding is None else Guard(guarding)
         self.count = count
         self.moving = dict(moving or {})
@@ -209,6 +218,8 @@ class Explicit(TorchFunctionMode):
         """The result of a call, moving as its arguments make it."""
         if self._guard is not None:
             self._guard.look(self, (*args, *kwargs.values()))
+        if self._live is not None and (result := self._live.write(func, args, kwargs)) is not NotImplemented:
+            return result
         # a transform of the loss's own wraps what it is given: a rule would move the wrapper, and the transform not know of it
         if level() != self._outside and any(self.track(unwrapped(leaf)) is not None for leaf in leaves((args, kwargs))):
             raise Unfollowed("a transform of torch.func was handed something that moves")
@@ -293,7 +304,7 @@ class Explicit(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "tolist"):
             raise Unfollowed(f"{name} hands numbers to other code")
-        if (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or _asked_to_write(func, args, kwargs):
+        if writes(func, args, kwargs):
             raise Unfollowed(f"{name} writes in place into a tensor that a view or another name may look at")
         if any(kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta", "value")):  # under a guard torch crashes on it (2.13)
             raise Unfollowed(f"{name} scales its arguments")
@@ -364,15 +375,6 @@ class Explicit(TorchFunctionMode):
         if isinstance(value, dict):
             return {key: self._taken(item, seen) for key, item in value.items()}
         return value
-
-
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
-_IN_PLACE |= {"__setitem__", "__set__"}
-
-
-def _asked_to_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call is to write into what it was given; two functions are asked to by their modules in their last argument."""
-    return kwargs.get("out") is not None or bool(kwargs.get("inplace")) or (func in (F.threshold, F.rrelu) and args[-1] is True)
 
 
 class _Within(TorchFunctionMode):
