@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -219,12 +219,23 @@ def test_asking_for_the_form_of_a_parameter_does_not_draw_it(watched: Watched) -
     assert watched.most == []
 
 
+class Pair(NamedTuple):
+    one: Tensor
+    other: Tensor
+
+
+class Several(list[Tensor]):
+    pass
+
+
 WAYS: list[tuple[str, Any]] = [
     ("transposed", lambda m: (X @ m.weight.T).sin().sum()),
     ("data", lambda m: (X @ m.weight.data.t()).sin().sum() + m.bias.detach().sum()),
     ("slice", lambda m: m.weight[0].sin().sum() + m.bias[1:].sum()),
     ("view", lambda m: m.weight.view(-1).sin().sum()),
     ("list", lambda m: torch.cat([m.weight, m.bias[:, None]], dim=1).sin().sum()),
+    ("named tuple", lambda m: torch.stack(Pair(m.bias, m.bias)).cos().sum()),
+    ("own list", lambda m: torch.cat(Several([m.bias, m.bias])).cos().sum()),
     ("keyword", lambda m: F.linear(X, weight=m.weight, bias=m.bias).sin().sum()),
     ("numbers", lambda m: torch.tensor(math.sin(float(m.weight.data[0, 0]) + m.bias.tolist()[0]), dtype=torch.float64)),
     ("operators", lambda m: (1 + m.weight * 2 - m.weight**3).sum()),
