@@ -54,7 +54,8 @@ def check_reach(objective: Objective, around: AbstractContextManager[Any], *, li
     if below and (scripted := _scripted(objective)) is not None:
         raise Said(f"the parameters of the scripted module {scripted!r} cannot be exchanged from outside", _INSTEAD)
     parameters = objective.parameters if live else {name: p.detach() for name, p in objective.parameters.items()}
-    copies, beneath, random = _Copies(parameters), _Beneath(objective.parameters, parameters), RandomState(objective)
+    copies, random = _Copies(parameters), RandomState(objective)
+    beneath = _Beneath(copies, objective.parameters, parameters)
     seen.add(key)
     try:
         with warnings.catch_warnings(), around, torch.no_grad(), one_by_one(), copies, beneath:
@@ -80,9 +81,10 @@ class _Copies(TorchFunctionMode):
         self._names = {id(p): name for name, p in parameters.items()}
         self._parameters = parameters
         self.used, self.addressed = set[str](), set[str]()
+        self.inside = False  # whether the last call came from inside a transform of torch.func, which makes views of its own
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, self.inside = kwargs or {}, levels.level() > 0
         found = {self._names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names}
         if func in _ADDRESSES:
             self.addressed |= found
@@ -104,9 +106,10 @@ class _Beneath(TorchDispatchMode):
     as another tensor, of which reverse mode would know what it is a part of.
     """
 
-    def __init__(self, live: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, copies: _Copies, live: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.hidden, self.aliased = set[str](), set[str]()
+        self.copies = copies
         self._own = {id(p) for p in parameters.values()}
         self._spans = sorted((span, name) for name, p in live.items() if (span := _span(p)) is not None)
         self._starts = [start for (start, _), _ in self._spans]
@@ -121,7 +124,7 @@ class _Beneath(TorchDispatchMode):
         unseen = torch._C._len_torch_function_stack() >= self._full
         with torch._C.DisableTorchFunction():
             for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor) and not levels.level():
+                if isinstance(tensor, Tensor) and not self.copies.inside:
                     self._look(tensor, unseen)
         return func(*args, **(kwargs or {}))
 
