@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -212,11 +212,20 @@ def test_asking_for_the_form_of_a_parameter_does_not_draw_it(watched: Watched) -
         assert (w.shape, w.size(0), w.dim(), w.ndim, len(w), w.numel(), torch.numel(w)) == ((2, 4), 2, 2, 2, 2, 8, 8)
         assert (w.dtype, w.device, w.requires_grad, w.is_leaf, w.grad) == (torch.float64, torch.device("cpu"), True, True, None)
         assert (w.is_contiguous(), w.is_floating_point(), torch.is_floating_point(w), w.stride()) == (True, True, True, (4, 1))
-        return w.new_zeros(()) + torch.zeros_like(w).sum() + w.data_ptr() * 0
+        return w.new_zeros(()) + torch.zeros_like(w).sum()
 
     with pytest.raises(RuntimeError, match="does not depend on any trainable parameter"):
         step(loss, model, fg.ZerothOrder(law=watched))
     assert watched.most == []
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    other: Tensor
+
+
+class Several(list[Tensor]):
+    pass
 
 
 WAYS: list[tuple[str, Any]] = [
@@ -225,6 +234,8 @@ WAYS: list[tuple[str, Any]] = [
     ("slice", lambda m: m.weight[0].sin().sum() + m.bias[1:].sum()),
     ("view", lambda m: m.weight.view(-1).sin().sum()),
     ("list", lambda m: torch.cat([m.weight, m.bias[:, None]], dim=1).sin().sum()),
+    ("named tuple", lambda m: torch.stack(Pair(m.bias, m.bias)).cos().sum()),
+    ("own list", lambda m: torch.cat(Several([m.bias, m.bias])).cos().sum()),
     ("keyword", lambda m: F.linear(X, weight=m.weight, bias=m.bias).sin().sum()),
     ("numbers", lambda m: torch.tensor(math.sin(float(m.weight.data[0, 0]) + m.bias.tolist()[0]), dtype=torch.float64)),
     ("operators", lambda m: (1 + m.weight * 2 - m.weight**3).sum()),

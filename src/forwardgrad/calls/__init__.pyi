@@ -4,6 +4,7 @@ from forwardgrad.calls.displaced import Unmoved as Unmoved
 from forwardgrad.calls.folding import Folding as Folding
 from forwardgrad.calls.folding import beside as beside
 from forwardgrad.calls.folding import side_by_side as side_by_side
+from forwardgrad.calls.kept import check_uses as check_uses
 from forwardgrad.calls.passes import Pass as Pass
 from forwardgrad.calls.passes import gathered as gathered
 from forwardgrad.calls.passes import perturbed_pass as perturbed_pass

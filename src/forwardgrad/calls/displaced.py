@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from forwardgrad.calls.folding import IN_ONE, Folding, beside, side_by_side
+from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.passes import Pass, numbered
 from forwardgrad.calls.retakes import OtherPath, Transformed, UsedAgain
 from forwardgrad.calls.stencil import Stencil
@@ -161,6 +162,7 @@ class Lines:
         kept: Sequence[int] | None = None,
     ) -> None:
         perturbation.check(law)
+        check_uses(objective)
         self._objective, self._perturbation, self._law, self._device = objective, perturbation, law, device
         self._seeds, self._kept, self._begun = seeds, kept, begun
         self._surveyed = Surveyed.of(objective, perturbation, exact_output=False, who=f"perturb={perturbation!r}")

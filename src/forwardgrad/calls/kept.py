@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from forwardgrad.forward_mode import check_reach
+from forwardgrad.objective import Objective
 
 _DEEP, _MANY = 4, 10_000
 _LARGE = 2**24  # numbers: a tensor that is larger is data, not what a loss keeps
@@ -40,6 +44,11 @@ def kept(*roots: Any) -> Iterator[None]:
                 tensor.detach().copy_(value)
 
 
+def check_uses(objective: Objective, *, live: bool = False, below: bool = True) -> None:
+    """`forward_mode.check_reach`, of which nothing is left behind."""
+    check_reach(objective, kept(objective.loss, objective.at), live=live, below=below)
+
+
 def _holders(value: Any, deep: int, seen: dict[int, Any]) -> Iterator[Any]:
     """The dictionaries and lists that hold tensors, as far as they can be reached."""
     if deep < 0 or id(value) in seen or len(seen) > _MANY or isinstance(value, (Tensor, type, str, bytes, int, float, bool, type(None))):
@@ -60,6 +69,8 @@ def _holders(value: Any, deep: int, seen: dict[int, Any]) -> Iterator[Any]:
         inner = cells + [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
     elif isinstance(value, nn.Module):
         for module in value.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # whose state lies outside of Python
+                continue
             yield from (module.__dict__, module._buffers)
             seen[id(module)] = module
             inner += [part for key, part in module.__dict__.items() if not key.startswith("_")]

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forwardgrad.calls.ahead import Ahead, AtEnd
+from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.replay import Slot, errors
 from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled
@@ -156,6 +157,7 @@ def perturbed_pass(
     kept: Sequence[int] | None = None,
     first: int = 0,
     total: int | None = None,
+    below: bool = True,
 ) -> Pass:
     """Evaluate the loss once with one tangent for every seed, sharing the primal pass; with no seed, an ordinary pass that only watches.
 
@@ -169,8 +171,11 @@ def perturbed_pass(
     it does may change the parameters of that block: nothing uses them any more. No value of a block is then held after it.
 
     `first`, `total`: the tangents are those from number `first` on, of so many in all.
+
+    `below`: whether a parameter that is used below torch's functions, where it gets no gradient, is refused.
     """
     perturbation.check(law)
+    check_uses(objective, below=below)
     perturbation = perturbation.among(objective.parameters, first, len(seeds) if total is None else total)
     surveyed = Surveyed.of(objective, perturbation, exact_output=exact_output, who=who)
     random, early = RandomState(objective), _Early(objective, at_end)

@@ -90,7 +90,7 @@ class Readout(Estimator):
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         device = next(iter(objective.parameters.values())).device
-        found = perturbed_pass(objective, Activity(), Rademacher(), [], device, exact_output=True)
+        found = perturbed_pass(objective, Activity(), Rademacher(), [], device, exact_output=True, below=False)
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         if not found.exact:
             raise ValueError(

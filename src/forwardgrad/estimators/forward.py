@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from forwardgrad.calls import Pass, perturbed_pass
+from forwardgrad.calls import Pass, check_uses, perturbed_pass
 from forwardgrad.directions import Directions, Gaussian, Law, PartOfSeeds, fork
 from forwardgrad.estimators.assembly import add, add_exact, add_parts, exact_parts_of, parts_of
 from forwardgrad.estimators.base import UNLOGGABLE, UNREPLAYABLE, Estimate, Estimator, check_count, check_number, needed
@@ -241,6 +241,7 @@ class ForwardGradient(Estimator):
         size = min(self.chunk_size or self.tangents, ranks.share(self.tangents)) * ranks.directions
         counts = [min(size, self.tangents - start) for start in range(0, self.tangents, size)]
         if isinstance(self.perturb, Dense):
+            check_uses(objective, below=False)
             for index, tangents in enumerate(self.law.chunks(objective.parameters, self.tangents, size, generator), 1):
                 tangents = {name: self._moving(v, objective.parameters[name]) for name, v in tangents.items()}
                 mine = ranks.part(count := counts[index - 1])

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from forwardgrad.calls import check_uses
 from forwardgrad.directions import Gaussian, Law
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
 from forwardgrad.forward_mode import directional_derivatives
@@ -133,6 +134,7 @@ class Guess(Estimator):
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         self.check_divided(objective.ranks.directions)
+        check_uses(objective, below=False)
         directions = self._directions(objective, needed(generator), state)
         gradients = {name: torch.zeros_like(p) for name, p in objective.parameters.items()}
         size = self.chunk_size or len(directions)

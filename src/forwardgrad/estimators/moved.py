@@ -107,9 +107,12 @@ class Moved(TorchFunctionMode):
             if name not in made:
                 made[name] = self.moved(name)
             return made[name]
-        if type(value) in (tuple, list):
-            return type(value)(self._exchange(item, made) for item in value)
-        if type(value) is dict:
+        if isinstance(value, (tuple, list)):
+            items = [self._exchange(item, made) for item in value]
+            if all(item is before for item, before in zip(items, value, strict=True)):  # such as a torch.Size
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
             return {key: self._exchange(item, made) for key, item in value.items()}
         return value
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from forwardgrad.calls import Lines, Pass, Stencil
+from forwardgrad.calls import Lines, Pass, Stencil, check_uses
 from forwardgrad.directions import Gaussian, Law, fork
 from forwardgrad.estimators.assembly import add, parts_of
 from forwardgrad.estimators.base import UNLOGGABLE, UNREPLAYABLE, Estimate, Estimator, check_count, check_number, needed
@@ -231,6 +231,7 @@ class ZerothOrder(Estimator):
         """What the step found out, along which directions, and what each of them is multiplied by."""
         assert isinstance(self.perturb, Dense)
         check_spacing(objective, self.epsilon)
+        check_uses(objective, live=True)
         masked_ = None if self.perturb.unbiased else self.perturb.masked_
         ranks, stencil = self._ranks(objective), self._stencil
         if self.in_place and ranks.directions > 1:

@@ -1,0 +1,176 @@
+"""Parameters that a loss uses where no estimator sees them: they are followed, or refused by name, and never left out in silence."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.support.cases import classify, rows, seeded, trained, true_gradient
+from torch import Tensor, nn
+
+import forwardgrad as fg
+
+X, LOSS = rows(6, 5), classify(rows(6, 5))
+BLIND = [
+    fg.ZerothOrder(),
+    fg.ZerothOrder(tangents=2, chunk_size=None),
+    fg.ZerothOrder(perturb=fg.Sparse(0.5)),
+    fg.ZerothOrder(perturb=fg.LowRank()),
+    fg.ZerothOrder(perturb=fg.PerExample()),
+    fg.ForwardGradient(perturb=fg.LowRank()),
+    fg.ForwardGradient(perturb=fg.Activity()),
+    fg.ForwardGradient(perturb=fg.PerExample()),
+    fg.ForwardGradient(perturb=fg.Informed()),
+    fg.ForwardGradient(2, perturb=fg.SplitWeights(2)),
+    fg.LearnedFeedback(),
+    fg.LocalLosses(),
+    fg.FixedFeedback(),
+]
+"""What knows a parameter only where a torch function is handed it."""
+DENSE = [fg.ForwardGradient(), fg.ForwardGradient(perturb=fg.Sparse(0.5)), fg.Guess()]
+
+
+def scripted(of: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(of)
+
+
+@functools.cache
+def fused() -> Any:
+    return scripted(_fused)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(torch.matmul(x, weight.t()) + bias)
+
+
+class Model(nn.Module):
+    def __init__(self, first: Callable[[Model, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+        self.half = self.first.weight[:2]
+        self.constant = self.first.weight.detach()[:2]
+        self.spare = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        self.fused = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.fused(self, x))
+        return out
+
+
+def below() -> Model:
+    return Model(lambda m, x: fused()(x, m.first.weight, m.first.bias))
+
+
+def partly() -> Model:
+    """A parameter that is used in the open, too."""
+    return Model(lambda m, x: fused()(x, m.first.weight, m.first.bias) + m.first(x))
+
+
+def address() -> Model:
+    def read(m: Model, x: Tensor) -> Tensor:
+        memory = (ctypes.c_double * 20).from_address(m.first.weight.data_ptr())
+        return x @ torch.from_numpy(np.ctypeslib.as_array(memory).reshape(4, 5).copy()).t() + m.first.bias
+
+    return Model(read)
+
+
+def view() -> Model:
+    return Model(lambda m, x: torch.cat([F.linear(x, m.half), F.linear(x, m.first.weight[2:])], 1) + m.first.bias)
+
+
+@pytest.fixture(autouse=True)
+def alike() -> None:
+    torch.manual_seed(0)
+
+
+def estimated(model: nn.Module, method: fg.Estimator, loss: Any = LOSS) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    fg.estimate_grad_(loss, model, method, generator=seeded(), state={})
+    return {name: p.grad for name, p in trained(model).items()}
+
+
+@pytest.mark.parametrize("method", BLIND, ids=repr)
+def test_what_runs_below_torch_functions_is_refused_by_name_and_again(method: fg.Estimator) -> None:
+    for make, name in ((below, "first.bias, first.weight"), (partly, "first.bias, first.weight"), (address, "first.weight")):
+        model = make()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"uses the trained {name}.*below torch's functions"):
+                estimated(model, method)
+
+
+@pytest.mark.parametrize("method", [*BLIND, *DENSE], ids=repr)
+def test_a_view_that_was_made_earlier_is_refused_by_name(method: fg.Estimator) -> None:
+    with pytest.raises(RuntimeError, match=r"uses the trained first\.weight as another tensor that shares its memory"):
+        estimated(view(), method)
+
+
+@pytest.mark.parametrize("method", [method for method in BLIND if not isinstance(method, fg.ZerothOrder)], ids=repr)
+def test_trained_parameters_of_a_scripted_module_are_refused(method: fg.Estimator) -> None:
+    with pytest.raises(RuntimeError, match="parameters of the scripted module '0' cannot be exchanged"):
+        estimated(nn.Sequential(scripted(nn.Linear(5, 4).double()), nn.Linear(4, 3).double()), method)
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
+@pytest.mark.parametrize("perturb", [fg.LowRank(), fg.Informed()], ids=repr)
+def test_frozen_parameters_of_a_scripted_module_are_not(perturb: fg.Perturbation) -> None:
+    part = scripted(nn.Linear(5, 4).double())
+    for p in part.parameters():
+        p.requires_grad_(False)
+    model = nn.Sequential(part, nn.Linear(4, 4).double(), nn.Tanh(), nn.Linear(4, 3).double())
+    found = estimated(model, fg.ForwardGradient(perturb=perturb))
+    assert all(g is not None for g in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Model")
+def test_dense_forward_gradients_follow_scripted_functions_as_backpropagation_does() -> None:
+    for make in (below, partly):
+        model = make()
+        model.spare.requires_grad_(False)
+        exact = true_gradient(model, LOSS)
+        count = sum(p.numel() for p in trained(model).values())
+        found = estimated(model, fg.ForwardGradient(count, law=fg.Orthogonal()))
+        for name, g in exact.items():
+            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [*BLIND, *DENSE], ids=repr)
+def test_what_is_not_used_or_is_a_constant_for_backpropagation_stays_silent(method: fg.Estimator) -> None:
+    """A spare parameter, a detached part of a parameter, and an address that is asked for of a parameter in the open."""
+
+    def first(m: Model, x: Tensor) -> Tensor:
+        if isinstance(method, fg.ZerothOrder):  # forward mode has none
+            assert m.first.weight.data_ptr() != m.last.weight.data_ptr()
+        return m.first(x).tanh() + F.pad(F.linear(x, m.constant), (0, 2))
+
+    model, random = Model(first), torch.get_rng_state()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = estimated(model, method)
+    assert found["last.weight"] is not None
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_look_is_made_once_and_leaves_buffers_and_random_numbers_as_one_pass_does() -> None:
+    model, calls = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)).double(), []
+
+    def loss(m: nn.Module) -> Tensor:
+        calls.append(torch.get_rng_state())
+        return F.cross_entropy(m(X), torch.arange(6) % 3)
+
+    for _ in range(2):
+        estimated(model, fg.ZerothOrder(), loss)
+    assert len(calls) == 1 + 2 * 2
+    assert torch.equal(calls[0], calls[1])
+    assert torch.equal(calls[1], calls[2])
+    assert int(model[1].num_batches_tracked) == 2
