@@ -196,7 +196,7 @@ def test_memory_alone_is_printed_stored_and_reported(
     assert [arm.get("peak_bytes") for arm in cases[0]["arms"]] == [*peaks.values(), None, None]
     page = (tmp_path / "report.md").read_text()
     assert "## The memory of one step" in page
-    assert "times the peak of inference, a step holds backpropagation, plain torch 4.00; rank 1 2.10." in page
+    assert "in peaks of inference, a step holds 4.00 (backpropagation, plain torch), 2.10 (rank 1)." in page
 
 
 @pytest.mark.full

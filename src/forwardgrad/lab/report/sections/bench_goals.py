@@ -181,5 +181,6 @@ def _share(arm: Mapping[str, Any], case: Mapping[str, Any], other: str) -> float
 
 def _memory_sentence(case: Mapping[str, Any]) -> str:
     told = [(arm, _share(arm, case, INFERENCE)) for arm in case["arms"] if not arm["failed"] and arm["name"] != INFERENCE]
-    words = [f"{arm['label']} {number(share)}" for arm, share in told if share is not None]
-    return f"{network_of(case)}, {batch_of(case)}: times the peak of inference, a step holds {'; '.join(words)}." if words else ""
+    words = [f"{number(share)} ({arm['label']})" for arm, share in told if share is not None]
+    what = f"{network_of(case)}, {batch_of(case)}{', loss in parts' if case['loss'] == 'parts' else ''}"
+    return f"{what}: in peaks of inference, a step holds {', '.join(words)}." if words else ""
