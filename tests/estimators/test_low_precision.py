@@ -185,7 +185,7 @@ def test_a_step_of_some_spacings_shortens_the_estimate_by_its_formula(share: flo
     with pytest.warns(UserWarning, match="leaves most numbers of tensor 0 where they are") if share < 0.5 else nullcontext():
         record = fg.estimate_grad_(total, weights, fg.ZerothOrder(epsilon), generator=seeded())
     assert weights.grad is not None
-    products = (seen[0] - seen[1]) / (2 * epsilon) * weights.grad.double() / record.derivatives
+    products = (seen[-2] - seen[-1]) / (2 * epsilon) * weights.grad.double() / record.derivatives
     steps = torch.arange(-40, 40) + 0.5
     factor = float(torch.exp(-((steps / share) ** 2) / 2).sum()) / share / math.sqrt(2 * math.pi)
     assert factor == pytest.approx(1 - 2 * math.exp(-2 * (math.pi * share) ** 2), abs=2 * math.exp(-8 * (math.pi * share) ** 2) + 1e-6)

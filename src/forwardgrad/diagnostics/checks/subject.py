@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Subject:
         if start is not None:
             self.generator.set_state(start)
         state = copied(self.state)
-        with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
+        with torch.inference_mode(False), torch.no_grad(), self._apart():
             if seed is not None:
                 self._seed(seed)
             if watched:
@@ -114,14 +114,14 @@ class Subject:
     def again(self) -> tuple[Estimate, Gradients]:
         """The next of many estimates, each on a copy of the memory, with nothing noted."""
         state = copied(self.state)
-        with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
+        with torch.inference_mode(False), torch.no_grad(), self._apart():
             return self.estimator.estimate(self.objective, self.generator, state)
 
     def parts(self, start: Tensor) -> dict[str, Tensor]:
         """The sum of the parts in which `TrainingStep` takes an estimate, from this state of the generator."""
         self.generator.set_state(start)
         sums: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
+        with torch.inference_mode(False), torch.no_grad(), self._apart():
             _, parts = self.estimator.parts(self.objective, self.generator, copied(self.state))
             for name, part in parts:
                 sums[name] = sums[name] + dense(part) if name in sums else dense(part).clone()
@@ -130,8 +130,14 @@ class Subject:
     def learn(self, steps: int) -> None:
         """Let a stateful estimator learn, the weights held still."""
         for _ in range(steps):
-            with torch.inference_mode(False), torch.no_grad(), unchanged(self.objective):
+            with torch.inference_mode(False), torch.no_grad(), self._apart():
                 self.estimator.estimate(self.objective, self.generator, self.state)
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Inside, an estimate leaves no buffers; nor the last bits of parameters that it moves in place, which come back up to rounding."""
+        with unchanged(self.objective), held(self.objective) if getattr(self.estimator, "in_place", False) else nullcontext():
+            yield
 
     def _left(self, loss: Tensor) -> Left:
         random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in self._gpus)]
