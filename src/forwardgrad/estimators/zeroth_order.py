@@ -236,7 +236,7 @@ class ZerothOrder(Estimator):
         ranks, stencil = self._ranks(objective), self._stencil
         if self.in_place and ranks.directions > 1:
             raise ValueError("ranks cannot divide the directions with in_place=True, as each would round its parameters in its own way")
-        mine, masked_ = ranks.part(self.tangents), None if self.perturb.unbiased else self.perturb.masked_
+        mine = ranks.part(self.tangents)
         if self.in_place:
             weights: WholeWeights = WeightsInPlace(objective, self.law, self.tangents, generator)
         else:
