@@ -63,12 +63,14 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("reproduce", "noise", "--retune"), "noise has the paper's hyperparameters, times a factor; leave --retune out"),
     (
         ("reproduce", "noise", "--budget", "small"),
-        "belongs to `reproduce all` (small, paper) and to `reproduce faster`, `finetune` and `passes` (small, full)",
+        "belongs to `reproduce all` (small, paper), to `reproduce faster` and `passes` (small, full), and to",
     ),
     (
         ("reproduce", "faster", "--budget", "paper"),
-        "belongs to `reproduce all` (small, paper) and to `reproduce faster`, `finetune` and `passes` (small, full)",
+        "belongs to `reproduce all` (small, paper), to `reproduce faster` and `passes` (small, full), and to",
     ),
+    (("reproduce", "passes", "--budget", "medium"), "and to `reproduce finetune` (small, medium, full): shorten others with --epochs"),
+    (("reproduce", "all", "--budget", "medium"), "the budgets of `reproduce all` are small and paper"),
     (("reproduce", "all", "--budget", "full"), "the budgets of `reproduce all` are small and paper"),
     (("reproduce", "faster", "--rows", "nn-local"), "no row 'nn-local' against the clock: choose from nn, cnn, cifar-cnn"),
     (("reproduce", "faster", "--rows", "cnn", "--budget", "small"), "against the clock (--budget small has no other): choose from nn"),

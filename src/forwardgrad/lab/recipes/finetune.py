@@ -15,8 +15,8 @@ from forwardgrad.lab.recipes.paper import BACKPROP
 from forwardgrad.lab.studies import Arm, DataName, Length, ModelName, Optimizer, OptimizerName, Run, Study
 
 BATCH = 16
-EVERY = 20  # steps between two evaluations
 Setting = Literal["movies", "few", "drugs"]
+Size = Literal["small", "medium", "full"]
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,22 @@ WAYS: dict[str, WayToTune] = {
 }
 USUAL = tuple(WAYS)
 SHORT = ("backprop", "readout", "mezo", "low-rank", "activity", "local")  # of the small budget
+SOME = ("backprop", "readout", "mezo", "fzoo", "low-rank", "feedback", "local")  # of the medium one
 
 
 @dataclass(frozen=True)
 class TunedText:
-    """A set of texts, and the title of its comparison."""
+    """A set of texts, the title of its comparison, and the steps between two evaluations: few where 500 texts are read each time."""
 
     title: str
     data: DataName
+    every: int
 
 
 TEXTS: dict[Setting, TunedText] = {
-    "movies": TunedText("MiniLM · film reviews", "movie-reviews"),
-    "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16"),
-    "drugs": TunedText("MiniLM · drug reviews", "drug-reviews"),
+    "movies": TunedText("MiniLM · film reviews", "movie-reviews", 60),
+    "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16", 20),
+    "drugs": TunedText("MiniLM · drug reviews", "drug-reviews", 20),
 }
 
 
@@ -94,13 +96,19 @@ class Spent:
     ways: tuple[str, ...]
 
 
-FULL = Spent(tuning=60, training=300, trials=None, seeds=3, settings=("movies", "few"), ways=USUAL)
-SMALL = Spent(tuning=10, training=30, trials=2, seeds=1, settings=("movies",), ways=SHORT)
+SPENT: dict[Size, Spent] = {
+    "small": Spent(tuning=10, training=30, trials=2, seeds=1, settings=("movies",), ways=SHORT),
+    "medium": Spent(tuning=30, training=90, trials=None, seeds=3, settings=("movies",), ways=SOME),
+    "full": Spent(tuning=60, training=300, trials=None, seeds=3, settings=("movies", "few"), ways=USUAL),
+}
 
 
-def finetune(rows: list[str] | None = None, seeds: int | None = None, *, small: bool = False) -> Study:
-    """The arms of all texts, or those named: a text stands for its usual arms, a full name for itself. `small` takes some minutes."""
-    spent = SMALL if small else FULL
+def finetune(rows: list[str] | None = None, seeds: int | None = None, size: Size = "full") -> Study:
+    """The arms of all texts, or those named: a text stands for its usual arms, a full name for itself.
+
+    On one core `small` takes some minutes, `medium` more than an hour, and `full` a night.
+    """
+    spent = SPENT[size]
     arms = tuple(_arm(setting, way) for setting, way in _chosen(rows, spent))
     return Study(
         "finetune",
@@ -139,6 +147,6 @@ def _arm(setting: Setting, name: str) -> Arm:
         estimator=way.estimator,
         optimizer=Optimizer(way.optimizer, way.rates[0], anneal=True),
         batch_size=BATCH,
-        evaluate_every=EVERY,
+        evaluate_every=text.every,
     )
     return Arm(f"{setting}-{name}", text.title, way.kind, way.label, run, {"lr": way.rates})

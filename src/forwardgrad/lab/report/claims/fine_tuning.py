@@ -94,7 +94,8 @@ def _verdict(title: str, arms: Sequence[ArmResult]) -> list[str]:
 
 def _seeds(arm: ArmResult) -> str:
     seconds = (arm.record.get("training") or {}).get("seconds")
-    short = f"; shortened: {seconds:g} of {finetune.FULL.training:g} seconds" if seconds and seconds < finetune.FULL.training else ""
+    full = finetune.SPENT["full"].training
+    short = f"; shortened: {seconds:g} of {full:g} seconds" if seconds and seconds < full else ""
     seeds = "one seed, which says nothing of another" if len(arm.done) == 1 else f"mean of {len(arm.done)} seeds"
     return f" ({seeds}{short})"
 
