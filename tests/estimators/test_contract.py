@@ -151,19 +151,19 @@ def promised(request: pytest.FixtureRequest) -> PromiseEvidence:
 
 pytestmark = pytest.mark.filterwarnings("ignore:directions are evaluated one after another under this loss:UserWarning")
 
-EACH, IN_ALL = 2, 10
-"""How many pairs each method and each case is met in by `make test`, and by `make test-all`. All 1,200 would take a sixth of its time."""
+EACH, MORE, IN_ALL = 2, 4, 10
+"""How many pairs each method and each case is met in by `make test`, by that and `make test-full`, and by `make test-all`."""
 
 
 def marked(pairs: list[tuple[fg.Estimator, Case]]) -> list[Any]:
-    """The pairs up to IN_ALL, those beyond EACH marked `full`: whole pairs, as the tests of a pair share its estimates."""
+    """The pairs up to IN_ALL, marked by how many came before them: whole pairs, as the tests of a pair share its estimates."""
     met: Counter[str] = Counter()
     marks: dict[str, Any] = {}
     for name in sorted(named(pairs), key=lambda name: hashlib.sha256(name.encode()).digest()):
         case, _, method = name.partition("-")
         fewest = min(met[case], met[method])
         if fewest < IN_ALL:
-            marks[name] = () if fewest < EACH else pytest.mark.full
+            marks[name] = () if fewest < EACH else pytest.mark.full if fewest < MORE else pytest.mark.rest
         met.update([case, method])
     return [pytest.param(pair, id=name, marks=marks[name]) for pair, name in zip(pairs, named(pairs), strict=True) if name in marks]
 
