@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from forwardgrad.calls import Lines, Pass, Stencil, check_uses
 from forwardgrad.directions import Gaussian, Law, fork
@@ -19,6 +19,7 @@ from forwardgrad.estimators.same_draws import SameDraws
 from forwardgrad.estimators.subspace import counted, kept_seeds, period_of
 from forwardgrad.estimators.whole_weights import WeightsInPlace, WholeWeights, seeds_of_weights
 from forwardgrad.factored import Gradient
+from forwardgrad.forward_mode import trained_script
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Informed, LowRank, Perturbation, Sparse, SplitWeights
 from forwardgrad.ranks import ALONE, Ranks, share_of
@@ -85,8 +86,8 @@ class ZerothOrder(Estimator):
             from a log, and no other thread may look at them. Compiled and captured steps fall back to eager ones.
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
-    Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
-    scripted; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
+    Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a scripted module has trained
+    parameters; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
     lost at moved values. An embedding's `max_norm` is no such case: its rows are made short before they move.
 
     Source: Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation" (1992), eq. 2.2;
@@ -214,9 +215,10 @@ class ZerothOrder(Estimator):
         return Recipe(self.law, generator.device, tuple(place.sown(seeds, found.weights) for seeds, place in each))
 
     def _check(self, objective: Objective) -> None:
-        if isinstance(objective.at, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in objective.at.modules()):
+        if (scripted := trained_script(objective)) is not None:
             raise ValueError(
-                "the parameters of a scripted module cannot be exchanged from outside: estimate at the module it was made from"
+                f"the parameters of the scripted module {scripted!r} cannot be exchanged from outside: estimate at the module it was made "
+                "from, or freeze them with requires_grad_(False)"
             )
 
     @property
