@@ -252,3 +252,19 @@ def test_the_look_is_made_once_and_leaves_buffers_and_random_numbers_as_one_pass
     assert torch.equal(calls[0], calls[1])
     assert torch.equal(calls[1], calls[2])
     assert int(model[1].num_batches_tracked) == 2
+
+
+def test_a_loss_that_takes_its_batch_from_an_iterator_is_named_once() -> None:
+    """Each evaluation would see another batch: the difference of two losses is no derivative."""
+    model, batches = nn.Linear(5, 3).double(), iter([rows(6, 5) for _ in range(20)])
+
+    def loss(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(next(batches)), torch.arange(6) % 3)
+
+    with pytest.warns(UserWarning, match=r"calls next\(\) and batches is an iterator.*Take the batch ahead of the step"):
+        estimated(model, fg.ZerothOrder(), loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimated(model, fg.ZerothOrder(), loss)
+        taken = next(batches)
+        estimated(model, fg.ZerothOrder(), lambda m: F.cross_entropy(m(taken), torch.arange(6) % 3))

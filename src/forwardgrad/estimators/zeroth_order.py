@@ -62,9 +62,10 @@ class ZerothOrder(Estimator):
     The loss may be anything that can be evaluated and gives a number: a tensor of any kind, or a Python number such as an accuracy. No
     derivative rule is needed, and what was detached counts like the rest; at low rank and by example all but parameters that were
     detached themselves. It has to give the same value for the same parameters and global random state, though: noise σ in it becomes noise
-    σ/ε in dₖ. The loss reported is that at θ on one side, else the mean of the pairs, f + (ε²/2) vᵀHv; buffers are those of the evaluation
-    at θ, or the mean of what the last pair leaves (whole numbers: the second's), O(ε²) from one ordinary pass. Parameters that the loss
-    never uses get no gradient.
+    σ/ε in dₖ. A batch that it draws itself, by `next(...)`, is such noise. The loss reported is that at θ on one side, else the mean of the
+    pairs, f + (ε²/2) vᵀHv; buffers are those of the evaluation at θ, or the mean of what the last pair leaves (whole numbers: the
+    second's), O(ε²) from one ordinary pass. What `forward` writes elsewhere, to frozen parameters or to attributes, is written once an
+    evaluation, and not once a step: keep a running average in a buffer. Parameters that the loss never uses get no gradient.
 
     Args:
         epsilon: ε > 0, the step in units of the parameters.

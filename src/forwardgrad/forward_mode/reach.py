@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from io import IOBase
+from itertools import repeat
+from types import CellType, CodeType
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from forwardgrad.forward_mode import levels
 from forwardgrad.forward_mode.explicit import READS
+from forwardgrad.forward_mode.notes import outside
 from forwardgrad.forward_mode.refusals import Said
 from forwardgrad.forward_mode.structure import exchanged
 from forwardgrad.forward_mode.workarounds import RandomState, one_by_one
@@ -54,6 +58,12 @@ def check_reach(objective: Objective, around: Callable[[], AbstractContextManage
         return
     if below and (scripted := trained_script(objective)) is not None:
         raise Said(f"the parameters of the scripted module {scripted!r} cannot be exchanged from outside", _INSTEAD)
+    if drawn := _iterators(objective.loss):
+        warnings.warn(
+            f"the loss calls next() and {' and '.join(drawn)} is an iterator: a step evaluates the loss several times, each time on "
+            "another batch, so its differences are not those of one loss. Take the batch ahead of the step, and let the loss use that",
+            stacklevel=outside(),
+        )
     parameters = objective.parameters if live else {name: p.detach() for name, p in objective.parameters.items()}
     copies, random = _Copies(parameters), RandomState(objective)
     beneath = _Beneath(copies, objective.parameters, parameters)
@@ -81,6 +91,17 @@ def check_reach(objective: Objective, around: Callable[[], AbstractContextManage
 def runs_below(objective: Objective, code: Hashable) -> bool:
     """Whether a look at this loss found operations that no torch function was called for: what they use is not seen by a watch."""
     return code in _below.get(_subject(objective), ())
+
+
+def _iterators(loss: Any) -> list[str]:
+    """The names of iterators that a loss function can take its batch from."""
+    loss = getattr(loss, "of_code", loss)
+    code, closed = getattr(loss, "__code__", None), getattr(loss, "__closure__", None) or ()
+    if not isinstance(code, CodeType) or "next" not in code.co_names:
+        return []
+    held = {name: cell.cell_contents for name, cell in zip(code.co_freevars, closed, strict=False) if cell != CellType()}
+    held |= {name: loss.__globals__[name] for name in code.co_names if name in getattr(loss, "__globals__", {})}
+    return [name for name, value in held.items() if isinstance(value, Iterator) and not isinstance(value, (IOBase, repeat))]
 
 
 def _subject(objective: Objective) -> nn.Module | Tensor:
