@@ -13,11 +13,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from forwardgrad.calls import ATTEMPTS, UNSTEADY, ModelWatch, OtherPath, Pass, Surveyed, UsedAgain, gathered
+from forwardgrad.calls import ATTEMPTS, UNSTEADY, ModelWatch, OtherPath, Pass, Surveyed, UsedAgain, check_uses, gathered
 from forwardgrad.directions import Directions, Law, fork
 from forwardgrad.estimators import Backprop, Estimate, Estimator, ForwardGradient, add, add_exact, add_parts, check_count, needed
 from forwardgrad.forward_mode import derivatives_under, directional_derivatives, plainly
-from forwardgrad.objective import Objective, code_of
+from forwardgrad.objective import Objective, as_written
 from forwardgrad.perturbations import Dense, DenseUse, SplitWeights
 
 Loss = Callable[..., Tensor]
@@ -102,6 +102,7 @@ class Ensemble:
         for start in range(0, len(self), self.chunk_size):
             replicas = slice(start, min(start + self.chunk_size, len(self)))
             program = _Program(self, replicas, loss, [t[replicas] for t in batch])
+            program.look(estimator)
             if isinstance(estimator, ForwardGradient):
                 yield ReplicasEstimate(replicas, *program.forward(estimator, own[replicas]))
             else:
@@ -151,7 +152,8 @@ class _Replica(Objective):
             if tensor is not None
         }
         assert self._module is not None
-        result: tuple[object, Named] = functional_call(self._module, state, (), tie_weights=False)
+        with as_written():
+            result: tuple[object, Named] = functional_call(self._module, state, (), tie_weights=False)
         return result
 
     def commit(self, buffers: Mapping[str, Tensor]) -> None:
@@ -329,12 +331,23 @@ class _Program:
             drawn.pop(shaped, None)
         raise RuntimeError(UNSTEADY)
 
+    def look(self, estimator: Estimator) -> None:
+        """Refuse, in the first step, what would be taken for a constant: it is found out with the first replica alone."""
+        follows = isinstance(estimator, Backprop) or (isinstance(estimator, ForwardGradient) and isinstance(estimator.perturb, Dense))
+        check_uses(self._first(), below=not follows)
+
     def _surveyed(self, estimator: ForwardGradient) -> Surveyed:
         """Where examples lie is found out with the first replica alone, and holds for all."""
+        return Surveyed.of(self._first(), estimator.perturb, exact_output=estimator.exact_output, who=f"perturb={estimator.perturb!r}")
+
+    def _first(self) -> Objective:
         first = [t[0] for t in self.batch]
-        objective = Objective(lambda model: self.loss(model, *first), self.model)
-        options: dict[str, Any] = {"who": f"perturb={estimator.perturb!r}", "code": code_of(self.loss)}
-        return Surveyed.of(objective, estimator.perturb, exact_output=estimator.exact_output, **options)
+
+        def loss(model: nn.Module) -> Tensor:
+            return self.loss(model, *first)
+
+        loss.of_code = self.loss  # type: ignore[attr-defined]
+        return Objective(loss, self.model)
 
     def _each(self, one: Callable[..., Any], given: dict[str, Any]) -> Any:
         """`one` for every replica, as one program."""

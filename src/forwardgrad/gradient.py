@@ -33,7 +33,7 @@ def estimate_grad_(
 
     Args:
         loss: a function of `at` that returns a tensor of one element: `lambda model: loss_fn(model(x), y)` for a module, `f(t)` for a
-            tensor, `f(a, b)` for a sequence of two.
+            tensor, `f(a, b)` for a sequence of two. A step evaluates it several times: take the batch ahead of it.
         at: what is trained: a module, a leaf tensor, or a sequence of leaf tensors. Tensors with `requires_grad=False` are left alone.
         estimator: the method; `ForwardGradient()` if left out.
         generator: where directions are drawn from; the global generator is never used for them. Backprop needs none.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -89,10 +92,14 @@ class Objective:
 
     def live(self) -> Tensor:
         """The loss of the live tensors: an ordinary forward pass, recorded for reverse mode if the caller's context says so."""
-        return scalar(self.precise(self.as_it_is()))
+        return scalar(self.precise(self._evaluated()))
 
     def as_it_is(self) -> Any:
-        """As `live`, with whatever the loss function returned."""
+        """As `live`, with whatever the loss function returned, and nothing of it compiled."""
+        with as_written():
+            return self._evaluated()
+
+    def _evaluated(self) -> Any:
         with _recomputed():
             return self._told(self.loss(self.at) if self._module else self.loss(*self._tensors.values()))
 
@@ -123,13 +130,14 @@ class Objective:
     def raw(self, parameters: Mapping[str, Tensor], cloned: Callable[[Tensor], Tensor] = Tensor.clone) -> tuple[Any, dict[str, Tensor]]:
         """As `with_`, with whatever the loss function returned."""
         if self._module is None:
-            return self._told(self.loss(*(parameters.get(name, t) for name, t in self._tensors.items()))), {}
+            with as_written():
+                return self._told(self.loss(*(parameters.get(name, t) for name, t in self._tensors.items()))), {}
         instead = {id(p): parameters[name] for name, p in self.parameters.items()}  # tied weights: one tensor in several places
         for place in _places(self._module, "_buffers"):
             instead.setdefault(id(place.tensor), cloned(place.tensor))
         places = [*_places(self._module, "_parameters"), *_places(self._module, "_buffers")]
         state = {place.name: instead[id(place.tensor)] for place in places if id(place.tensor) in instead}
-        with _recomputed():
+        with _recomputed(), as_written():
             loss, buffers = functional_call(self._module, state, (), tie_weights=False)
         return self._told(loss), buffers
 
@@ -165,11 +173,55 @@ def _recomputed() -> Iterator[None]:
         cache.update(before)
 
 
+_running, _count, _stance = threading.Lock(), 0, None
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Inside, what `torch.compile` made of parts of a model or a loss runs as it was written.
+
+    An estimator sees and moves tensors by function modes, of which a compiler would make a graph for every step, or none. The compiler's
+    stance belongs to the process: the first thread that comes here changes it, and the last one puts it back.
+    """
+    global _count, _stance
+    if "torch._dynamo" not in sys.modules or _inside_a_compiled_frame():  # nothing is compiled, or whoever calls is
+        yield
+        return
+    frames: Any = sys.modules["torch._dynamo.eval_frame"]
+    with _running:
+        if not _count:
+            _stance = frames._set_stance(frames.DynamoStance("force_eager"))
+        _count += 1
+    try:
+        yield
+    finally:
+        with _running:
+            _count -= 1
+            if not _count:
+                frames._set_stance(_stance)
+
+
+def _inside_a_compiled_frame() -> bool:
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
 def code_of(loss: Callable[..., Any]) -> Hashable:
-    """What stands for a loss function in all that is remembered of a model: its code, since a lambda is another object at every step."""
-    kind: Any = type(loss)
-    found: Hashable = getattr(loss, "__code__", kind)
-    return found
+    """What stands for a loss function in all that is remembered of a model: its code, since a lambda is another object at every step.
+
+    That of a partial function is the code of the function inside it; a loss bound to its batch names its own (`of_code`).
+    """
+    inner: Any = loss
+    while (found := _inside(inner)) is not None:
+        inner = found
+    kind: Any = type(inner)
+    code: Hashable = getattr(inner, "__code__", kind)
+    return code
+
+
+def _inside(loss: Any) -> Any:
+    if isinstance(loss, functools.partial):
+        return loss.func
+    return getattr(loss, "of_code", None)
 
 
 def _named(at: object) -> dict[str, Tensor]:

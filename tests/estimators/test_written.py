@@ -152,3 +152,26 @@ def test_the_rows_of_an_embedding_are_made_short_before_they_move(method: fg.Est
     fg.estimate_grad_(looked_up, model, method, generator=seeded())
     torch.testing.assert_close(model.weight.grad, truth, rtol=1e-6, atol=0)
     torch.testing.assert_close(model.weight, other.weight, rtol=0, atol=0)
+
+
+class Counting(nn.Linear):
+    """Counts its calls in a buffer and in a frozen parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, dtype=torch.float64)
+        self.register_buffer("once", torch.zeros((), dtype=torch.float64))
+        self.each = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.once += 1
+        self.each.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("sides", "passes"), [("two", 4), ("one", 3)])
+def test_buffers_are_written_once_a_step_and_frozen_parameters_at_every_evaluation(sides: Any, passes: int) -> None:
+    model = Counting()
+    for _ in range(3):
+        fg.estimate_grad_(loss, model, fg.ZerothOrder(1e-5, tangents=2, law=LAW, sides=sides), generator=seeded())
+    assert float(model.once) == 3
+    assert float(model.each) == 3 * passes + 1  # and the look ahead of the first step

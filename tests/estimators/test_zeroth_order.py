@@ -361,5 +361,5 @@ def test_trains_as_far_as_the_forward_gradient_with_as_many_directions() -> None
 def test_a_scripted_part_is_refused() -> None:
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         scripted = torch.jit.script(nn.Linear(4, 3))
-    with pytest.raises(ValueError, match="parameters of a scripted module cannot be exchanged"):
+    with pytest.raises(ValueError, match="parameters of the scripted module '0' cannot be exchanged"):
         step(lambda m: m(X.float()).mean(), nn.Sequential(scripted, nn.Linear(3, 1)), fg.ZerothOrder())

@@ -119,15 +119,93 @@ def test_trained_parameters_of_a_scripted_module_are_refused(method: fg.Estimato
         estimated(nn.Sequential(scripted(nn.Linear(5, 4).double()), nn.Linear(4, 3).double()), method)
 
 
-@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
-@pytest.mark.parametrize("perturb", [fg.LowRank(), fg.Informed()], ids=repr)
-def test_frozen_parameters_of_a_scripted_module_are_not(perturb: fg.Perturbation) -> None:
-    part = scripted(nn.Linear(5, 4).double())
+def with_frozen(part: nn.Module, *, first: bool) -> nn.Module:
     for p in part.parameters():
         p.requires_grad_(False)
-    model = nn.Sequential(part, nn.Linear(4, 4).double(), nn.Tanh(), nn.Linear(4, 3).double())
-    found = estimated(model, fg.ForwardGradient(perturb=perturb))
-    assert all(g is not None for g in found.values())
+    before = [] if first else [nn.Linear(5, 5).double()]
+    return nn.Sequential(*before, part, nn.Linear(4, 4).double(), nn.Tanh(), nn.Linear(4, 3).double())
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
+@pytest.mark.parametrize("method", BLIND, ids=repr)
+def test_frozen_parameters_of_a_scripted_module_are_not(method: fg.Estimator) -> None:
+    torch.manual_seed(1)
+    plain = nn.Linear(5, 4).double()
+    model, other = (with_frozen(part, first=True) for part in (scripted(plain), plain))
+    other.load_state_dict(model.state_dict())
+    found, expected = estimated(model, method), estimated(other, method)
+    for (name, g), one in zip(found.items(), expected.values(), strict=True):
+        torch.testing.assert_close(g, one, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
+@pytest.mark.parametrize(
+    "method", [fg.ZerothOrder(1e-5), fg.ZerothOrder(1e-5, perturb=fg.LowRank()), fg.ForwardGradient(perturb=fg.LowRank())]
+)
+def test_derivatives_go_through_a_frozen_scripted_module(method: fg.Estimator) -> None:
+    """One direction: ĝ·∇f = d², whatever it is. Buffers of a scripted module are written once a step."""
+    part = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()).double()
+    model = with_frozen(scripted(part), first=False)
+    exact = true_gradient(model, LOSS)
+    record = fg.estimate_grad_(LOSS, model, method, generator=seeded())
+    along = sum(float((p.grad * exact[name]).sum()) for name, p in trained(model).items())
+    assert along == pytest.approx(float(record.derivatives) ** 2, rel=1e-5)
+    assert int(dict(model.named_buffers())["1.1.num_batches_tracked"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
+def test_what_moves_inside_and_meets_a_scripted_module_is_refused_by_name() -> None:
+    model = with_frozen(scripted(nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()), first=False)
+    with pytest.raises(RuntimeError, match=r"scripted module '1' are others at every evaluation.*perturb=LowRank\(\) or Dense\(\)"):
+        estimated(model, fg.ForwardGradient(perturb=fg.Activity()))
+
+
+def computed() -> Model:
+    """What was computed of a parameter before the step is a constant in the step, and not for backpropagation."""
+    model = Model(lambda m, x: m.first(x) * m.half)
+    model.half = model.first.bias.exp()
+    return model
+
+
+@pytest.mark.parametrize("method", [*BLIND, *DENSE], ids=repr)
+def test_what_was_computed_of_a_parameter_earlier_is_refused_by_name(method: fg.Estimator) -> None:
+    with pytest.raises(RuntimeError, match=r"uses the trained first\.bias as another tensor that shares its memory or was computed of it"):
+        estimated(computed(), method)
+
+
+@pytest.mark.parametrize("method", [*BLIND, *DENSE], ids=repr)
+def test_a_view_that_is_looked_at_alone_is_not_refused(method: fg.Estimator) -> None:
+    def first(m: Model, x: Tensor) -> Tensor:
+        m.norm = m.half.detach().norm() + m.half.sum()  # for a log
+        return m.first(x)
+
+    model, other = Model(first), Model(lambda m, x: m.first(x))
+    other.load_state_dict(model.state_dict())
+    found, expected = estimated(model, method), estimated(other, method)
+    torch.testing.assert_close([g for g in found.values() if g is not None], [g for g in expected.values() if g is not None])
+
+
+@pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(), fg.Activity(), fg.PerExample()], ids=repr)
+def test_replicas_of_an_ensemble_are_looked_at_as_well(perturb: fg.Perturbation) -> None:
+    def loss(m: nn.Module, x: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), torch.arange(6) % 3)
+
+    for make in (below, address, view) if not isinstance(perturb, fg.Dense) else (view, computed):
+        ensemble = fg.Ensemble([make(), make()])
+        with pytest.raises(RuntimeError, match="the loss uses the trained first"):
+            fg.estimate_grads_(
+                loss, ensemble, (torch.stack([X, X]),), fg.ForwardGradient(perturb=perturb), generators=[seeded(1), seeded(2)]
+            )
+
+
+@pytest.mark.parametrize("method", [fg.ForwardGradient(perturb=fg.LowRank()), fg.ZerothOrder()], ids=repr)
+def test_the_first_step_of_a_compiled_training_is_looked_at_as_well(method: fg.Estimator) -> None:
+    for make in (below, address, view):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = fg.TrainingStep(lambda m: LOSS(m), model, optimizer, method, generator=seeded(), engine="compile")
+        with pytest.raises(RuntimeError, match="the loss uses the trained first"):
+            step()
 
 
 @pytest.mark.filterwarnings("ignore:derivatives of Model")
@@ -174,3 +252,19 @@ def test_the_look_is_made_once_and_leaves_buffers_and_random_numbers_as_one_pass
     assert torch.equal(calls[0], calls[1])
     assert torch.equal(calls[1], calls[2])
     assert int(model[1].num_batches_tracked) == 2
+
+
+def test_a_loss_that_takes_its_batch_from_an_iterator_is_named_once() -> None:
+    """Each evaluation would see another batch: the difference of two losses is no derivative."""
+    model, batches = nn.Linear(5, 3).double(), iter([rows(6, 5) for _ in range(20)])
+
+    def loss(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(next(batches)), torch.arange(6) % 3)
+
+    with pytest.warns(UserWarning, match=r"calls next\(\) and batches is an iterator.*Take the batch ahead of the step"):
+        estimated(model, fg.ZerothOrder(), loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimated(model, fg.ZerothOrder(), loss)
+        taken = next(batches)
+        estimated(model, fg.ZerothOrder(), lambda m: F.cross_entropy(m(taken), torch.arange(6) % 3))

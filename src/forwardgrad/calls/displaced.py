@@ -22,7 +22,7 @@ from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.passes import Pass, numbered
 from forwardgrad.calls.retakes import OtherPath, Transformed, UsedAgain
 from forwardgrad.calls.stencil import Stencil
-from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
+from forwardgrad.calls.surveyed import ATTEMPTS, Surveyed, unsteady
 from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.directions import Directions, HeldDirections, Law, PartOfSeeds, Still, unplanned
 from forwardgrad.forward_mode import EMBEDDINGS, Alike, Unwritten, levels, one_by_one, renormed
@@ -287,7 +287,7 @@ class Lines:
             else:
                 self._surveyed.took(watch.path_taken)
                 return found, watch
-        raise RuntimeError(UNSTEADY)
+        raise unsteady(self._objective)
 
 
 def _pass(seen: _Seen, stencil: Stencil, base: _Seen | None) -> tuple[Pass, Tensor]:

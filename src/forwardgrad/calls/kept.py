@@ -46,7 +46,7 @@ def kept(*roots: Any) -> Iterator[None]:
 
 def check_uses(objective: Objective, *, live: bool = False, below: bool = True) -> None:
     """`forward_mode.check_reach`, of which nothing is left behind."""
-    check_reach(objective, kept(objective.loss, objective.at), live=live, below=below)
+    check_reach(objective, functools.partial(kept, objective.loss, objective.at), live=live, below=below)
 
 
 def _holders(value: Any, deep: int, seen: dict[int, Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.replay import Slot, errors
 from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled
-from forwardgrad.calls.surveyed import ATTEMPTS, UNSTEADY, Surveyed
+from forwardgrad.calls.surveyed import ATTEMPTS, Surveyed, unsteady
 from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.directions import Directions, Law
 from forwardgrad.forward_mode import RandomState, derivatives_under, notes
@@ -227,7 +227,7 @@ def perturbed_pass(
             surveyed.strayed()
         random.restore()
         ahead = None  # what was learned stays learned, and the rest follows when the loss is there
-    raise RuntimeError(UNSTEADY)
+    raise unsteady(objective)
 
 
 class _Early:

@@ -6,6 +6,9 @@ from collections.abc import Hashable
 
 from forwardgrad.forward_mode import Redo
 
+BELOW = -1
+"""Stands among the numbers of places for calls that no watch sees, which may use the output of any layer."""
+
 
 class UsedAgain(Redo):
     """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""

@@ -13,21 +13,36 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.kept import kept
+from forwardgrad.calls.retakes import BELOW
 from forwardgrad.calls.sums import Scaled
 from forwardgrad.calls.survey import Survey
 from forwardgrad.calls.watch import ModelWatch
-from forwardgrad.forward_mode import notes
+from forwardgrad.forward_mode import notes, runs_below
 from forwardgrad.objective import Objective, code_of
 from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading
 
 ATTEMPTS = 64  # evaluations of one step that may have to be made again while a model is still being learned
+_TURNS = 3  # in one step, of a model whose calls are partly unseen
 UNSTEADY = "the model takes other calls at every evaluation, although it is given the same random numbers: it cannot be followed"
+_SCRIPTED = (
+    "the calls of the scripted module {!r} are others at every evaluation, so what moves inside the model cannot be followed through it: "
+    "put in the module that it was made from, or move whole layers, with perturb=LowRank() or Dense()"
+)
 
 _memories: Any = WeakIdKeyDictionary()
 
 
 class Unsurveyed(RuntimeError):
     """A path of calls is new in a place where nothing can be tried."""
+
+
+def unsteady(objective: Objective) -> RuntimeError:
+    """The error of a model that was never seen to take the same calls twice."""
+    modules = objective.at.named_modules() if isinstance(objective.at, torch.nn.Module) else ()
+    for name, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            return RuntimeError(_SCRIPTED.format(name or type(module).__name__))
+    return RuntimeError(UNSTEADY)
 
 
 class Surveyed:
@@ -37,20 +52,20 @@ class Surveyed:
         self, memory: Memory, key: Hashable, objective: Objective, perturbation: Perturbation, exact_output: bool, who: str
     ) -> None:
         self.memory, self.key, self.who = memory, key, who
-        self._objective, self._perturbation, self._exact = objective, perturbation, exact_output
+        self._objective, self._perturbation, self._exact, self._turns = objective, perturbation, exact_output, 0
 
     @classmethod
-    def of(
-        cls, objective: Objective, perturbation: Perturbation, *, exact_output: bool, who: str, code: Hashable | None = None
-    ) -> Surveyed:
-        """`code` stands for the loss function, and is found by itself if left out."""
-        code = code_of(objective.loss) if code is None else code
+    def of(cls, objective: Objective, perturbation: Perturbation, *, exact_output: bool, who: str) -> Surveyed:
+        code = code_of(objective.loss)
         key = code, repr(perturbation), exact_output
         at = objective.at if isinstance(objective.at, torch.nn.Module) else next(iter(objective.parameters.values()))
         memories = _memories.get(at)
         if memories is None:
             memories = _memories[at] = {}
-        return cls(memories.setdefault(key, Memory()), key, objective, perturbation, exact_output, who)
+        memory = memories.setdefault(key, Memory())
+        if runs_below(objective, code):
+            memory.at_once |= {BELOW}
+        return cls(memory, key, objective, perturbation, exact_output, who)
 
     def reading(self) -> Reading:
         """What the next evaluation goes by."""
@@ -76,6 +91,9 @@ class Surveyed:
 
     def went(self, path: Hashable) -> None:
         """The model took another path than the reading is for."""
+        self._turns += 1
+        if self._turns > _TURNS and (BELOW in self.memory.at_once):
+            raise unsteady(self._objective)
         known = self.memory.readings.get(path)
         if known is not None and known is not self.memory.last:
             self.memory.last = known

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from forwardgrad.calls import paths
 from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
-from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
+from forwardgrad.calls.retakes import BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
 from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels
@@ -33,7 +33,7 @@ class ModelWatch(TorchFunctionMode):
 
     `reading`: what was learned of this path of calls; another path ends in `OtherPath`, unless it is WHOLE.
     `exact_output`: leave a last layer unmoved where the error at its output is known.
-    `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`.
+    `at_once`: numbers of the layers whose place cannot be put off, see `UsedAgain`. BELOW among them: unseen calls may use any output.
     `whole`: names of parameters that move as a whole from the start, see `Transformed`.
     `ends`: whether a block of the model ends at a place. What follows sees the values of the block and not its tangent, so that each
     block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
@@ -86,6 +86,7 @@ class ModelWatch(TorchFunctionMode):
         self.beside: list[Tensor] = []  # and besides, which must not follow from the model
         self.recording: Recording | None = None
         self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
+        self._below = bool(len(self.directions)) and BELOW in self.at_once
         self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
         self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
@@ -108,7 +109,9 @@ class ModelWatch(TorchFunctionMode):
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self._missed:
             raise Transformed(frozenset(self._missed), bool(self.prefixes))
-        for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it
+        for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it, or unseen
+            if self._below and (index := self.entered.index(point)) not in self.at_once:
+                raise UsedAgain(index)
             point.place_at(self._evaluation.primal(tensor))
             point.draw(self._evaluation.primal(tensor))
         self.path_taken = self.path
@@ -156,9 +159,7 @@ class ModelWatch(TorchFunctionMode):
         return []
 
     def _now(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor, moving."""
-        found = self._moving.get(id(tensor))
-        return tensor if found is None else found[1]
+        return self._moving.get(id(tensor), (tensor, tensor))[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed, self._passed_on = {}, {}, {}, []
@@ -270,8 +271,7 @@ class ModelWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else None
 
     def _waits(self, value: Any) -> ActivityUse | None:
-        found = self._waiting.get(id(value))
-        return found[1] if found is not None else None
+        return self._waiting.get(id(value), (None, None))[1]
 
     def _dense(self, parameter: Tensor) -> Tensor:
         name = self._names[id(parameter)]
@@ -319,7 +319,7 @@ class ModelWatch(TorchFunctionMode):
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
         self._waiting[id(out)] = (out, entered)
-        may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
+        may_wait = (self.exact_output or (entered.masked and not self._below)) and len(self.entered) - 1 not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
 
     def _wait(self, out: Tensor, point: ActivityUse) -> Tensor:

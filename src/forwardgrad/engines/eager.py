@@ -48,8 +48,13 @@ class EagerStep:
         return estimate_grad_(self._on(batch), self.model, self.estimator, **given)
 
     def _on(self, batch: Batch) -> Callable[[nn.Module], Tensor]:
-        """The loss on a batch: one function for all, since what is learned of a model is remembered by the code of its loss."""
-        return lambda model: self.loss(model, *batch.positional, **batch.named)
+        """The loss on a batch. What is learned of a model is remembered by the code of the loss itself, which is the same at every step."""
+
+        def on(model: nn.Module) -> Tensor:
+            return self.loss(model, *batch.positional, **batch.named)
+
+        on.of_code = self.loss  # type: ignore[attr-defined]
+        return on
 
     def eagerly(self, batch: Batch, gradient: Callable[[Batch], Estimate] | None = None) -> Estimate:
         """The eager step, or one whose gradient comes from elsewhere."""

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from forwardgrad.calls import Lines, Pass, Stencil, check_uses
 from forwardgrad.directions import Gaussian, Law, fork
@@ -19,6 +19,7 @@ from forwardgrad.estimators.same_draws import SameDraws
 from forwardgrad.estimators.subspace import counted, kept_seeds, period_of
 from forwardgrad.estimators.whole_weights import WeightsInPlace, WholeWeights, seeds_of_weights
 from forwardgrad.factored import Gradient
+from forwardgrad.forward_mode import trained_script
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Informed, LowRank, Perturbation, Sparse, SplitWeights
 from forwardgrad.ranks import ALONE, Ranks, share_of
@@ -61,9 +62,10 @@ class ZerothOrder(Estimator):
     The loss may be anything that can be evaluated and gives a number: a tensor of any kind, or a Python number such as an accuracy. No
     derivative rule is needed, and what was detached counts like the rest; at low rank and by example all but parameters that were
     detached themselves. It has to give the same value for the same parameters and global random state, though: noise σ in it becomes noise
-    σ/ε in dₖ. The loss reported is that at θ on one side, else the mean of the pairs, f + (ε²/2) vᵀHv; buffers are those of the evaluation
-    at θ, or the mean of what the last pair leaves (whole numbers: the second's), O(ε²) from one ordinary pass. Parameters that the loss
-    never uses get no gradient.
+    σ/ε in dₖ. A batch that it draws itself, by `next(...)`, is such noise. The loss reported is that at θ on one side, else the mean of the
+    pairs, f + (ε²/2) vᵀHv; buffers are those of the evaluation at θ, or the mean of what the last pair leaves (whole numbers: the
+    second's), O(ε²) from one ordinary pass. What `forward` writes elsewhere, to frozen parameters or to attributes, is written once an
+    evaluation, and not once a step: keep a running average in a buffer. Parameters that the loss never uses get no gradient.
 
     Args:
         epsilon: ε > 0, the step in units of the parameters.
@@ -85,8 +87,8 @@ class ZerothOrder(Estimator):
             from a log, and no other thread may look at them. Compiled and captured steps fall back to eager ones.
         maximize: climb what the function returns. The record has the score and its derivatives; leave the optimizer's `maximize` off.
 
-    Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a part of the model is
-    scripted; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
+    Raises ValueError where an argument is outside its limits, `estimate_grad_` was given no generator, or a scripted module has trained
+    parameters; RuntimeError where the loss uses no trainable parameter, or writes to one in place (clipping in `forward`), which would be
     lost at moved values. An embedding's `max_norm` is no such case: its rows are made short before they move.
 
     Source: Spall, "Multivariate Stochastic Approximation Using a Simultaneous Perturbation Gradient Approximation" (1992), eq. 2.2;
@@ -214,9 +216,10 @@ class ZerothOrder(Estimator):
         return Recipe(self.law, generator.device, tuple(place.sown(seeds, found.weights) for seeds, place in each))
 
     def _check(self, objective: Objective) -> None:
-        if isinstance(objective.at, nn.Module) and any(isinstance(m, torch.jit.ScriptModule) for m in objective.at.modules()):
+        if (scripted := trained_script(objective)) is not None:
             raise ValueError(
-                "the parameters of a scripted module cannot be exchanged from outside: estimate at the module it was made from"
+                f"the parameters of the scripted module {scripted!r} cannot be exchanged from outside: estimate at the module it was made "
+                "from, or freeze them with requires_grad_(False)"
             )
 
     @property

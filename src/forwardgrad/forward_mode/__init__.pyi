@@ -14,6 +14,8 @@ from forwardgrad.forward_mode.notes import Notes as Notes
 from forwardgrad.forward_mode.notes import asking as asking
 from forwardgrad.forward_mode.quotients import differences as differences
 from forwardgrad.forward_mode.reach import check_reach as check_reach
+from forwardgrad.forward_mode.reach import runs_below as runs_below
+from forwardgrad.forward_mode.reach import trained_script as trained_script
 from forwardgrad.forward_mode.refusals import Said as Said
 from forwardgrad.forward_mode.refusals import place_of as place_of
 from forwardgrad.forward_mode.refusals import refusal as refusal

@@ -70,6 +70,9 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         # At full height nobody handles a call, so this operation comes from code below torch's functions: a scripted module, a function
         # in C++, a custom autograd function. If it reads what moves, its result would stand still, and the derivative be wrong in silence.
-        if torch._C._len_torch_function_stack() >= self._full and any(self._shares(tensor) for tensor in leaves((args, kwargs or {}))):
-            raise Unfollowed(f"{func} was made unseen")
-        return func(*args, **(kwargs or {}))
+        if torch._C._len_torch_function_stack() < self._full:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # else the modes that passed it by would see what is done here
+            if any(self._shares(tensor) for tensor in leaves((args, kwargs or {}))):
+                raise Unfollowed(f"{func} was made unseen")
+            return func(*args, **(kwargs or {}))
