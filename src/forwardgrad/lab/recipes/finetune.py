@@ -31,8 +31,9 @@ class WayToTune:
     model: ModelName = "minilm"
 
 
-WHOLE = (1e-5, 3e-5, 1e-4, 3e-4)  # of Adam on all weights
+WHOLE = (1e-4, 3e-4, 1e-3, 3e-3)  # of Adam on all weights
 PART = (3e-4, 1e-3, 3e-3, 1e-2)  # of Adam on few
+HIGH = (1e-3, 3e-3, 1e-2, 3e-2)  # of Adam on the classifier, and along estimates that want larger steps
 MOVED: dict[str, Any] = {"name": "forward", "law": "rademacher"}
 LOCAL: dict[str, Any] = {"name": "local", "feedback": True, "ends": ["*outer.weight"]}
 
@@ -40,28 +41,28 @@ WAYS: dict[str, WayToTune] = {
     "backprop": WayToTune("backpropagation", "backprop", BACKPROP, WHOLE),
     "checkpoint": WayToTune("backpropagation, checkpoints", "checkpoint", {"name": "backprop", "checkpoint": True}, WHOLE),
     "lora": WayToTune("backpropagation, LoRA", "lora", BACKPROP, PART, model="minilm-lora"),
-    "readout": WayToTune("classifier alone", "readout", {"name": "readout"}, (1e-3, 3e-3, 1e-2, 3e-2), model="minilm-readout"),
-    "mezo": WayToTune("MeZO", "zeroth-order", {"name": "zeroth-order"}, (3e-6, 1e-5, 3e-5, 1e-4), "sgd"),
+    "readout": WayToTune("classifier alone", "readout", {"name": "readout"}, HIGH, model="minilm-readout"),
+    "mezo": WayToTune("MeZO", "zeroth-order", {"name": "zeroth-order"}, (3e-4, 1e-3, 3e-3, 1e-2), "sgd"),
     "mezo-lora": WayToTune("MeZO, LoRA", "mezo-lora", {"name": "zeroth-order"}, (3e-4, 1e-3, 3e-3, 1e-2), "sgd", "minilm-lora"),
     # Normalised, an estimate of FZOO is as long as 1/ε, so its rates are small; the mean over 64 directions has an eighth of one's noise.
     "fzoo": WayToTune(
         "FZOO, K = 8",
         "fzoo",
         {"name": "zeroth-order", "law": "rademacher", "sides": "one", "tangents": 8, "normalize": True},
-        (3e-8, 1e-7, 3e-7, 1e-6),
+        (3e-6, 1e-5, 3e-5, 1e-4),
         "sgd",
     ),
     "eggroll": WayToTune(
         "EGGROLL, K = 64",
         "eggroll",
         {"name": "zeroth-order", "perturb": "low-rank", "tangents": 64, "chunk_size": 8},
-        (3e-5, 1e-4, 3e-4, 1e-3),
+        (1e-3, 3e-3, 1e-2, 3e-2),
         "sgd",
     ),
-    "low-rank": WayToTune("rank one, K = 8", "low-rank", MOVED | {"perturb": "low-rank", "tangents": 8}, WHOLE),
+    "low-rank": WayToTune("rank one, K = 8", "low-rank", MOVED | {"perturb": "low-rank", "tangents": 8}, HIGH),
     "activity": WayToTune("activities moved", "activity", MOVED | {"perturb": "activity", "exact_output": True}, WHOLE),
     "feedback": WayToTune("learned feedback", "feedback", {"name": "feedback"}, WHOLE),
-    "local": WayToTune("local losses with learned feedback", "local", LOCAL, WHOLE),
+    "local": WayToTune("local losses with learned feedback", "local", LOCAL, HIGH),
 }
 USUAL = tuple(WAYS)
 SHORT = ("backprop", "readout", "mezo", "low-rank", "activity", "local")  # of the small budget
