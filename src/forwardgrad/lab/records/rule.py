@@ -30,6 +30,10 @@ def check_forward_only(run: Run, *, allow_code: bool) -> None:
         find_here(path, part)  # looked for in the current folder first
     if own and (found := signed(run).code) != run.code:
         raise UserError(f"the code of {', '.join(own.values())} is not that of the claim ({run.code}, here {found}): take its author's")
+    if run.start is not None:
+        raise UserError(
+            "the run starts from weights of another run, and how those came about cannot be seen: records begin with a named network"
+        )
     if builders.estimator(run).reverse:
         raise UserError(f"the estimator {run.estimator['name']!r} makes a backward pass (its `reverse` is True): records are forward-only")
 
@@ -50,7 +54,7 @@ def saved_in_first_steps(run: Run, data_dir: Path | None = None) -> int | None:
     dataset = builders.dataset(plain, on, data_dir)
     try:
         with torch.random.fork_rng([]):
-            training = Training.begin(plain, dataset, on)
+            training = Training.begin(plain, dataset, on, data_dir=data_dir)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 training.advance(min(STEPS, training.schedule.total))
     except (UserError, OSError):
