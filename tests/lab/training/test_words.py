@@ -74,7 +74,7 @@ def test_a_run_learns_and_tells_its_perplexity(tmp_path: Path) -> None:
     assert result["validation_perplexity"] == pytest.approx(math.exp(result["validation_loss"]), rel=1e-12)
     assert result["test"]["perplexity"] < 10 < SIZE  # a guess has 30; one of two letters follows, mostly the second
     assert result["test"]["balanced_accuracy"] is None
-    assert f"perplexity {result['test']['perplexity']:#.3g}, accuracy" in describe(result)
+    assert f"perplexity {result['test']['perplexity']:.4g}, accuracy" in describe(result)
     assert "last16" not in result["test"]
     dataset = builders.dataset(RUN, CPU)
     model = builders.initialised_model(RUN, dataset, CPU)

@@ -311,7 +311,7 @@ def describe(result: dict[str, Any]) -> str:
 
 def _perplexity(value: float | None) -> str:
     """Of runs that predict tokens."""
-    return "" if value is None else f", perplexity {number(value)}"
+    return "" if value is None else f", perplexity {value:.4g}"
 
 
 def _accuracy(value: float | None) -> str:

@@ -154,7 +154,8 @@ def keep_weights_of(folder: Path, data_dir: Path | str | None = None) -> str:
     if not (folder / WEIGHTS).exists():
         raise UserError(f"{folder} holds no {WEIGHTS}: name the folder of a run that was trained with --keep-weights")
     with checkpoint(folder / WEIGHTS) as content:
-        return models.keep_start(content["model"], data.folder(data_dir))
+        weights = content["model"]
+    return models.keep_start(weights, data.folder(data_dir))
 
 
 def _put_back(memory: dict[str, tuple[bool, Tensor]], on: torch.device) -> dict[str, Tensor]:
