@@ -12,7 +12,7 @@ import torch
 from forwardgrad.lab import models
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.models.starting import digest_of
-from forwardgrad.lab.records.rule import check_forward_only
+from forwardgrad.lab.records import record_task
 from forwardgrad.lab.store import Store
 from forwardgrad.lab.studies import Optimizer, Run, from_json, to_json
 from forwardgrad.lab.training import batched, builders, keep_weights_of, loop
@@ -96,7 +96,8 @@ def test_weights_that_are_missing_damaged_or_of_another_network_are_refused(tmp_
         keep_weights_of(tmp_path, data)
 
 
-def test_no_record_starts_from_another_run(tmp_path: Path) -> None:
-    run = dataclasses.replace(BASE, estimator={"name": "forward"}, start="a" * 64)
-    with pytest.raises(UserError, match="starts from weights of another run"):
-        check_forward_only(run, allow_code=False)
+def test_no_record_starts_from_another_run() -> None:
+    run = dataclasses.replace(BASE, model="mlp", estimator={"name": "forward"})
+    record_task("digits-mlp-accuracy").check(run)
+    with pytest.raises(UserError, match="the run starts from the weights of another run, and how those came about cannot be seen"):
+        record_task("digits-mlp-accuracy").check(dataclasses.replace(run, start="a" * 64))

@@ -30,10 +30,6 @@ def check_forward_only(run: Run, *, allow_code: bool) -> None:
         find_here(path, part)  # looked for in the current folder first
     if own and (found := signed(run).code) != run.code:
         raise UserError(f"the code of {', '.join(own.values())} is not that of the claim ({run.code}, here {found}): take its author's")
-    if run.start is not None:
-        raise UserError(
-            "the run starts from weights of another run, and how those came about cannot be seen: records begin with a named network"
-        )
     if builders.estimator(run).reverse:
         raise UserError(f"the estimator {run.estimator['name']!r} makes a backward pass (its `reverse` is True): records are forward-only")
 
