@@ -80,8 +80,8 @@ WRITTEN: dict[str, tuple[float, ...]] = {
     "backprop": (3e-4, 1e-3, 3e-3, 1e-2),
     "checkpoint": (3e-4, 1e-3, 3e-3, 1e-2),
     "mezo": (1e-4, 3e-4, 1e-3, 3e-3),
-    "fzoo": (3e-7, 1e-6, 3e-6, 1e-5),
-    "eggroll": (1e-3, 3e-3, 1e-2, 3e-2),
+    "fzoo": (1e-6, 3e-6, 1e-5, 3e-5),
+    "eggroll": (3e-3, 1e-2, 3e-2, 1e-1),
     "low-rank": (1e-4, 3e-4, 1e-3, 3e-3),
     "activity": (3e-5, 1e-4, 3e-4, 1e-3),
 }  # the ways that a loss of every token takes, and their rates for a network that is narrower than MiniLM
