@@ -42,6 +42,7 @@ for command in (
     reading.report,
     reading.watch,
     reading.pack,
+    reading.write,
     replaying.replay,
 ):
     app.command()(command)

@@ -8,8 +8,23 @@ import pytest
 
 from forwardgrad.estimators import from_config
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.recipes.finetune import SHORT, SOME, SPENT, TEXTS, USUAL, WAYS, Size, finetune
+from forwardgrad.lab.recipes.finetune import (
+    GPT,
+    PRETRAINING,
+    SHORT,
+    SOME,
+    SPENT,
+    TEXTS,
+    USUAL,
+    WAYS,
+    WORD_WAYS,
+    Size,
+    finetune,
+    pretraining,
+)
 from forwardgrad.lab.studies import Length, Pace
+
+STARTS = {PRETRAINING.identity: "a" * 64}
 
 
 def test_arms_have_equal_seconds_trials_and_batches() -> None:
@@ -47,8 +62,10 @@ def test_rows_name_texts_and_arms() -> None:
     assert [arm.name for arm in finetune(size="medium").arms] == [f"movies-{way}" for way in WAYS if way in SOME]
     assert len(finetune().arms) == 2 * len(USUAL)
     assert [arm.run.data for arm in finetune(["drugs-mezo", "few-mezo"]).arms] == ["movie-reviews-16", "drug-reviews"]
-    assert {arm.group for arm in finetune(list(TEXTS)).arms} == {text.title for text in TEXTS.values()}
-    with pytest.raises(UserError, match=r"no row 'mezo' of fine-tuning: choose from movies, few, drugs, or name an arm, such as movies-"):
+    assert {arm.group for arm in finetune(list(TEXTS), starts=STARTS).arms} == {text.title for text in TEXTS.values()}
+    with pytest.raises(
+        UserError, match=r"no row 'mezo' of fine-tuning: choose from movies, few, drugs, words, or name an arm, such as movies-"
+    ):
         finetune(["mezo"])
 
 
@@ -58,3 +75,23 @@ def test_trials_of_the_small_budget_differ_in_their_rate_alone() -> None:
     runs = [study.trial(arm, point, lambda run: Pace(1.0, 2)) for point in study.points(arm)]
     assert len({run.optimizer.lr for run in runs}) == 2
     assert {run.steps for run in runs} == {10}
+
+
+@pytest.mark.parametrize("way", WORD_WAYS)
+def test_arms_that_predict_words_start_from_the_same_weights(way: str) -> None:
+    (arm,) = finetune([f"words-{way}"], starts=STARTS).arms
+    assert (arm.run.data, arm.run.model, arm.run.start) == ("drug-words", GPT, "a" * 64)
+    assert arm.run.estimator == WAYS[way].estimator
+    rates = arm.space["lr"]
+    assert all(2.9 < b / a < 3.4 for a, b in pairwise(rates))  # type: ignore[arg-type]
+    assert len(rates) == 4  # type: ignore[arg-type]
+
+
+def test_what_rows_start_from_has_to_be_trained_first() -> None:
+    assert pretraining(["words-mezo", "movies"]) == [PRETRAINING]
+    assert pretraining() == pretraining(["drugs"]) == []
+    assert (PRETRAINING.data, PRETRAINING.model, PRETRAINING.start) == ("movie-words", GPT, None)
+    with pytest.raises(UserError, match=rf"the arms of words start from the weights of the run {PRETRAINING.identity}"):
+        finetune(["words"])
+    with pytest.raises(UserError, match="no row 'words-readout' of fine-tuning"):
+        pretraining(["words-readout"])

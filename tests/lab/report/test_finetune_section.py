@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.support.stored import put, reported, row, undrawn
 
-from forwardgrad.lab.recipes.finetune import finetune
+from forwardgrad.lab.recipes.finetune import PRETRAINING, finetune
 from forwardgrad.lab.report import figures
 from forwardgrad.lab.store.files import write_table
 from forwardgrad.lab.store.run_files import read_result, write_result
@@ -112,3 +112,47 @@ def test_without_forward_only_arms_nothing_is_compared(store: Store) -> None:
 def test_a_small_budget_is_said_to_be_short(store: Store) -> None:
     text = trained(store, USUAL, seeds=1, names=["movies-readout"], small=True)
     assert "70.00 % balanced test accuracy (one seed, which says nothing of another; shortened: 30 of 300 seconds)." in text
+
+
+WORDS = "GPT · the next word of drug reviews, after film critics"
+LOSSES = {"backprop": 4.0, "zeroth-order": 4.8, "forward": 4.5}  # of a token in the end
+
+
+def written(store: Store, losses: Mapping[str, float] = LOSSES, *, diverged: str = "") -> str:
+    """The arms that predict words: a loss falls evenly to its end from 5.5; two passes a step."""
+
+    def execute(runs: Sequence[Run]) -> dict[str, Any]:
+        for run in runs:
+            kind = run.estimator["name"]
+            end = losses[kind] + 0.001 * run.seed
+            put(store, run, end, steps=STEPS, accuracy=0.2, diverged="the loss is not finite" if run.test and kind == diverged else None)
+            folder = store.folder(run.identity)
+            rows = [[step, step / 10, step / 5, 5.5 - (5.5 - end) * step / STEPS, 0.2, ""] for step in range(20, STEPS + 1, 20)]
+            header = ["step", "epoch", "seconds", "validation_loss", "validation_accuracy", "validation_balanced_accuracy"]
+            write_table(folder / "evaluations.csv", header, rows)
+            write_result(folder, {**(read_result(folder) or {}), "peak_bytes": int(100 * MB * losses[kind]), "forward_passes": 2 * STEPS})
+        return {run.identity: store.result(run.identity) for run in runs}
+
+    study = finetune(["words-backprop", "words-mezo", "words-low-rank"], 3, starts={PRETRAINING.identity: "a" * 64})
+    run_study(study, store, execute, "forwardgrad reproduce finetune --rows words", pace=lambda run: Pace(0.6, 2))
+    return reported(store)
+
+
+def test_arms_that_predict_words_are_compared_by_loss_and_perplexity(store: Store) -> None:
+    text = written(store)
+    assert f"{WORDS}: the best arm without a backward pass is rank one, K = 8, perplexity 90.1 (mean of 3 seeds)." in text  # exp(4.501)
+    assert "That is 0.50 nats a token worse (95 % interval −0.50 to −0.50) than backpropagation." in text
+    assert "It is 0.30 nats a token better (95 % interval +0.30 to +0.30) than MeZO." in text
+    # MeZO ends at 4.80; rank one, whose loss falls by 0.2 every 20 steps, is there after 80 steps, of 2 passes each
+    assert "To the validation loss at which MeZO ends (4.80), rank one, K = 8 takes 160 forward passes, 0.800 times MeZO's 200." in text
+    assert "the best is from 400 MB backpropagation" not in text  # one arm on the front: nothing to choose
+    table = text[text.index(f"### {WORDS}: every arm") :]
+    head, _, first = table.split("\n\n")[1].splitlines()[:3]
+    assert [word.strip() for word in head.split("|")[3:8]] == ["learning rate", "perplexity", "token accuracy", "test loss", "gap"]
+    assert "balanced" not in table.split("\n\n")[1]
+    assert "54.7" in first  # exp(4.001), backpropagation's, which is the best
+
+
+def test_a_lost_run_that_predicts_words_is_no_best_arm(store: Store) -> None:
+    text = written(store, diverged="forward")
+    assert f"{WORDS}: the best arm without a backward pass is MeZO, perplexity 122" in text

@@ -21,6 +21,7 @@ from forwardgrad.lab.bench.records import EstimateRecord, SettingRecord
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.store import Store, check, read_json, write_json
 from forwardgrad.lab.studies import SCHEMA, find_here, format_estimator, stream
+from forwardgrad.lab.training import builders
 
 LR = 1e-3  # of the warm-up's Adam
 
@@ -117,7 +118,7 @@ def _measured(
     setting: QualitySetting, chosen: Sequence[MeasuredEstimator], dataset: data.Dataset, on: torch.device, say: Callable[[str], None]
 ) -> SettingRecord:
     torch.manual_seed(stream(setting.seed, "initialisation"))
-    model = models.build(setting.model, dataset.shape, dataset.classes).to(on)
+    model = models.build(setting.model, dataset.shape, dataset.classes, next_token=dataset.next_token).to(on)
     batches = _batches(setting, dataset)
     loss = next(batches)
     optimizer = torch.optim.Adam(model.parameters(), LR)
@@ -188,11 +189,11 @@ def _gradient(loss: Callable[[nn.Module], Tensor], model: nn.Module) -> dict[str
 
 def _batches(setting: QualitySetting, dataset: data.Dataset) -> Iterator[Callable[[nn.Module], Tensor]]:
     """Losses of batches of the training split, shuffled anew in every epoch; the first is the one of the measurement."""
-    epoch = 0
+    epoch, measure = 0, builders.token_cross_entropy if dataset.next_token else F.cross_entropy
     while True:
         shuffle = torch.Generator().manual_seed(stream(setting.seed, f"order of quality's epoch {epoch}"))
         order = torch.randperm(len(dataset.train), generator=shuffle).to(dataset.train.labels.device)
         for batch in order.split(setting.batch):
             inputs, labels = dataset.for_model(dataset.train.inputs[batch]), dataset.train.labels[batch]
-            yield lambda model, inputs=inputs, labels=labels: F.cross_entropy(model(inputs), labels)  # type: ignore[misc]
+            yield lambda model, inputs=inputs, labels=labels: measure(model(inputs), labels)  # type: ignore[misc]
         epoch += 1

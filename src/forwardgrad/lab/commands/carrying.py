@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,27 @@ def carry_out(studies: Sequence[Study], out: Path, place: Place) -> tuple[Store,
                     f"{campaign.study.name} is there with runs of another description: this one is stored as {campaign.record_name}"
                 )
     return store, campaigns
+
+
+def pretrained(run: Run, out: Path, place: Place) -> str:
+    """The digest of the weights that a run comes to, for others to start from. It is trained unless its weights are there.
+
+    Raises UserError where the run does not finish.
+    """
+    from forwardgrad.lab.execution import execute
+    from forwardgrad.lab.layers import train_again
+    from forwardgrad.lab.store import Progress
+    from forwardgrad.lab.training import keep_weights_of
+
+    check_place(place)
+    store, progress = Store(out), Progress({run.identity: f"{run.model} on {run.data}, to start from"})
+    store.check()
+    keeping = dataclasses.replace(place, keep_weights=True)
+    result = execute([run], store, keeping, progress)[run.identity]
+    if result["status"] != "finished":
+        raise UserError(f"the run {run.identity}, which others start from, {result['status']}: {result['reason']}")
+    train_again(store, [run], keeping, progress.say)  # where another command trained it, and kept no weights
+    return keep_weights_of(store.folder(run.identity), place.data_dir)
 
 
 def show_cost(study: Study, out: Path, place: Place) -> None:

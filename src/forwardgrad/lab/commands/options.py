@@ -39,6 +39,10 @@ TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write eve
 KeepWeights = Annotated[
     bool, typer.Option("--keep-weights", help="Keep the weights of final runs in their folders, as `forwardgrad layers` reads them.")
 ]
+StartFrom = Annotated[
+    Path | None,
+    typer.Option("--start-from", metavar="FOLDER", help="A run's folder, OUT/runs/NAME, whose kept weights this run starts from."),
+]
 Log = Annotated[
     bool, typer.Option("--log", help="Also write the numbers of each step, from which `forwardgrad replay` builds the model of any step.")
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from forwardgrad.lab.commands.options import write_report
-from forwardgrad.lab.store import Store, catalogue
+from forwardgrad.lab.commands.options import Seed, write_report
+from forwardgrad.lab.errors import UserError
+from forwardgrad.lab.store import Store, catalogue, results
 from forwardgrad.lab.store import pack as pack_runs
+from forwardgrad.lab.studies import NEXT_TOKEN
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="An output folder.")]
 Column = Literal[
@@ -96,6 +99,39 @@ def _show(shown: list[catalogue.RunRow]) -> None:
         cells = catalogue.cells(row)
         table.add_row(*(cells[place] for place in kept))
     console.print(table)
+
+
+def write(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run, OUT/runs/NAME, that kept its weights.")],
+    prompt: Annotated[str, typer.Option(help="How the text begins. [default: with nothing]")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, of which a word has one or several.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0, help="Tokens are drawn with softmax(scores/temperature); 0: the likeliest.")] = 0.8,
+    count: Annotated[int, typer.Option("--texts", min=1, help="Texts to write.")] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Have a network that predicts words, trained with --data movie-words or drug-words, write a text on from a prompt."""
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature takes a finite number, not {temperature}")
+    store = Store(folder.absolute().parent.parent, create=False)
+    if (stored := store.stored(folder.name)) is None:
+        raise UserError(f"{folder} is no folder of a run: name OUT/runs/NAME, with the names that `forwardgrad list OUT` shows")
+    run = results.described(store.folder(folder.name), stored)
+    if run.data not in NEXT_TOKEN:
+        raise UserError(f"the run {folder.name} learned from {run.data}, and predicts no words: name one of {' or '.join(NEXT_TOKEN)}")
+    import torch
+
+    from forwardgrad.lab.data import MARK, vocabulary
+    from forwardgrad.lab.models import written
+    from forwardgrad.lab.training import builders, read_weights
+
+    dataset = builders.dataset(run, torch.device("cpu"))
+    model = builders.model(run, dataset)
+    read_weights(folder, model)
+    words, generator = vocabulary(), torch.Generator().manual_seed(seed)
+    begun = words.encode(prompt)
+    how: dict[str, Any] = {"count": tokens, "places": dataset.shape[0], "stop": MARK, "temperature": temperature, "generator": generator}
+    for _ in range(count):
+        print(words.decode([*begun, *written(model, [MARK, *begun], **how)]))
 
 
 def watch(

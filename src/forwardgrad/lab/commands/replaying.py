@@ -31,7 +31,7 @@ def replay(
     check_code(run)
     on = torch.device("cpu")
     with torch.random.fork_rng([]):
-        training = Training.begin(run, builders.dataset(run, on, data_dir), on)
+        training = Training.begin(run, builders.dataset(run, on, data_dir), on, data_dir=data_dir)
         found = replay_run(training, path, step)
     whole = found.steps == training.schedule.total
     said = f"{found.steps:,} steps in {found.seconds:.1f} s"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from forwardgrad.lab import recipes
-from forwardgrad.lab.commands.carrying import carry_out, show_cost
+from forwardgrad.lab.commands.carrying import carry_out, pretrained, show_cost
 from forwardgrad.lab.commands.ending import end_of_studies
 from forwardgrad.lab.commands.execution_options import ExecutionOptions, takes_execution_options
 from forwardgrad.lab.commands.options import Precise, write_report
@@ -103,8 +103,9 @@ def reproduce(
     estimator on the paper's networks; `noise` shows the explosion on CIFAR-10 as a random walk, and what holds it back.
     `faster` clocks local losses with learned feedback against backpropagation, to the same accuracy: each arm chooses its learning rate,
     batch size and length from the same grid by the time to it. `passes` puts claims of newer papers on random directions to the test, every
-    arm with as many forward passes. `finetune` tunes a pretrained transformer on reviews of films, every arm for as many seconds. Runs of
-    these three have one thread each unless told otherwise.
+    arm with as many forward passes. `finetune` tunes a pretrained transformer on reviews of films, every arm for as many seconds; with
+    `--rows words` a small GPT goes on from film critics to reviews of drugs. Runs of these three have one thread each unless told
+    otherwise.
     """
     place, out = execution.place(), execution.out
     if recipe == "all":
@@ -133,10 +134,13 @@ def reproduce(
             option = "--epochs" if epochs is not None else "--tuning-epochs"
             raise UserError(f"{recipe} gives every arm as many {ALLOWED[recipe]}: leave {option} out, and shorten it with --budget small")
         if recipe == "finetune":
-            study = finetune.finetune(chosen, seeds, "full" if budget is None or budget == "paper" else budget)
+            size: finetune.Size = "full" if budget is None or budget == "paper" else budget
+            alone = _timed(recipe, place)
+            starts = {run.identity: pretrained(run, out, alone) for run in finetune.pretraining(chosen, size)}
+            made = finetune.finetune(chosen, seeds, size, starts)
         else:
-            study = passes.passes(chosen, seeds, small=budget == "small")
-        return _race([study.computed(precision, engine or "eager")], recipe, out, place)
+            made = passes.passes(chosen, seeds, small=budget == "small")
+        return _race([made.computed(precision, engine or "eager")], recipe, out, place)
     if recipe == "beyond":
         study = beyond.beyond(chosen, epochs, seeds, tuning_epochs)
     elif recipe == "noise":
@@ -169,13 +173,18 @@ def _reproduce_all(studies: list[Study], out: Path, place: Place) -> None:
 
 def _race(studies: list[Study], recipe: str, out: Path, place: Place) -> None:
     """Runs that are timed: each by itself, with as many threads as any other."""
+    store, campaigns = carry_out(studies, out, _timed(recipe, place))
+    write_report(store)
+    end_of_studies(store, campaigns)
+
+
+def _timed(recipe: str, place: Place) -> Place:
+    """Where runs that are timed are trained. UserError where they could not be told apart."""
     if place.batched:
         raise UserError(f"`reproduce {recipe}` times every run by itself: leave --batched out")
     if place.ranks > 1:
         raise UserError(f"`reproduce {recipe}` times every run in one process: leave --ranks out")
-    store, campaigns = carry_out(studies, out, dataclasses.replace(place, batched=False, threads=place.threads or 1))
-    write_report(store)
-    end_of_studies(store, campaigns)
+    return dataclasses.replace(place, batched=False, threads=place.threads or 1)
 
 
 def _time_steps(store: Store, networks: Collection[str], device: str) -> None:

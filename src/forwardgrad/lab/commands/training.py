@@ -41,6 +41,7 @@ from forwardgrad.lab.commands.options import (
     Seed,
     Seeds,
     Smoothing,
+    StartFrom,
     TensorBoard,
     WarmUp,
     estimator_of,
@@ -84,6 +85,7 @@ def train(
     directions: Directions = 1,
     lost_rank: LostRankOption = "end",
     log: Log = False,
+    start_from: StartFrom = None,
 ) -> None:
     """Train one network once and print its validation and test results.
 
@@ -102,6 +104,7 @@ def train(
         warm_up=warm_up,
     )
     how: dict[str, Any] = {"precision": precision, "engine": engine, "augment": augment, "label_smoothing": label_smoothing}
+    how["start"] = _start(start_from, data_dir)
     run = signed(Run(data, model, estimator_of(estimator), options, epochs, batch_size, seed, **how))
     where: dict[str, Any] = {"retry_failed": retry_failed, "tensorboard": tensorboard, "keep_weights": keep_weights, "log": log}
     where |= {"ranks": ranks, "directions": directions, "lost_rank": lost_rank}
@@ -123,6 +126,15 @@ def train(
     if log and result["status"] != "failed" and not (store.folder(run.identity) / STEPS_LOG).exists():
         progress.say("this run was finished before, and wrote no log: choose another --out to train it again for one")
     end_of_run(result, store.folder(run.identity))
+
+
+def _start(folder: Path | None, data_dir: Path | None) -> str | None:
+    """The digest of the weights of a run, which are kept where others find them."""
+    if folder is None:
+        return None
+    from forwardgrad.lab.training import keep_weights_of
+
+    return keep_weights_of(folder, data_dir)
 
 
 def _result(run: Run, out: Path, place: Place, progress: Progress) -> dict[str, Any] | None:

@@ -9,3 +9,6 @@ from forwardgrad.lab.data.packages import MINILM as MINILM
 from forwardgrad.lab.data.splits import Dataset as Dataset
 from forwardgrad.lab.data.splits import Split as Split
 from forwardgrad.lab.data.splits import divide as divide
+from forwardgrad.lab.data.words import IGNORED as IGNORED
+from forwardgrad.lab.data.words import MARK as MARK
+from forwardgrad.lab.data.words import vocabulary as vocabulary

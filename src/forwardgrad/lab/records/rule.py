@@ -50,7 +50,7 @@ def saved_in_first_steps(run: Run, data_dir: Path | None = None) -> int | None:
     dataset = builders.dataset(plain, on, data_dir)
     try:
         with torch.random.fork_rng([]):
-            training = Training.begin(plain, dataset, on)
+            training = Training.begin(plain, dataset, on, data_dir=data_dir)
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 training.advance(min(STEPS, training.schedule.total))
     except (UserError, OSError):

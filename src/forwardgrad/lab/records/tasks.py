@@ -46,6 +46,11 @@ class RecordTask:
         ]
         if wrong:
             raise UserError(f"the run does not match the task {self.name}: it has {', '.join(wrong)}; name the task of these runs")
+        if run.start is not None:
+            raise UserError(
+                f"the run starts from the weights of another run, and how those came about cannot be seen: a run of {self.name} "
+                "begins with the network of its name; train it without --start-from"
+            )
         if not run.test:
             raise UserError(
                 f"a run of the task {self.name} has to read the test split at its end: trials of a search do not, final runs do"

@@ -55,8 +55,9 @@ RESULT = (
     "validation_loss",
     "validation_accuracy",
     "validation_balanced_accuracy",
+    "validation_perplexity",
 )
-TEST = ("loss", "accuracy", "balanced_accuracy", "examples", "last16", "last16_low", "last16_high")
+TEST = ("loss", "accuracy", "balanced_accuracy", "perplexity", "examples", "last16", "last16_low", "last16_high")
 WHERE = ("commit", "torch", "device")
 STATUSES = ("finished", "diverged", "failed", "unfinished")
 

@@ -300,11 +300,18 @@ def describe(result: dict[str, Any]) -> str:
     outcome = status if status == "finished" else f"{status} at step {result['steps']}"
     line = outcome if status == "finished" else f"{outcome} ({result['reason']})"
     if status != "failed":
-        line += f", validation loss {number(result['validation_loss'])}{_accuracy(accuracy)}"
+        line += (
+            f", validation loss {number(result['validation_loss'])}{_perplexity(result.get('validation_perplexity'))}{_accuracy(accuracy)}"
+        )
     if test := result["test"]:
-        line += f"; test loss {number(test['loss'])}{_accuracy(test['accuracy'])}"
+        line += f"; test loss {number(test['loss'])}{_perplexity(test.get('perplexity'))}{_accuracy(test['accuracy'])}"
     used = "".join(f", {value:.4g} J {name}" for name, value in result.get("joules", {}).items())
     return f"{line}; {result['seconds']:.1f} s{used}"
+
+
+def _perplexity(value: float | None) -> str:
+    """Of runs that predict tokens."""
+    return "" if value is None else f", perplexity {value:.4g}"
 
 
 def _accuracy(value: float | None) -> str:

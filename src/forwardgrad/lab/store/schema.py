@@ -33,6 +33,7 @@ LATER = {
     "compile_seconds": NUMBER,
     "fallback": str,
     "validation_balanced_accuracy": MAYBE,
+    "validation_perplexity": MAYBE,
 }  # what not every run has
 TEST = {"loss": MAYBE, "accuracy": MAYBE, "examples": int}
 LATER_TEST = {
@@ -40,6 +41,7 @@ LATER_TEST = {
     "last16_low": MAYBE,
     "last16_high": MAYBE,
     "balanced_accuracy": MAYBE,
+    "perplexity": MAYBE,
 }  # what only losses of examples have, and what older runs did not count
 STUDY = {"name": str, "title": str, "arms": list}
 ARM = {

@@ -20,6 +20,7 @@ from forwardgrad.lab.studies.length import Length as Length
 from forwardgrad.lab.studies.length import Pace as Pace
 from forwardgrad.lab.studies.length import paced_alike as paced_alike
 from forwardgrad.lab.studies.length import unpaced as unpaced
+from forwardgrad.lab.studies.run import NEXT_TOKEN as NEXT_TOKEN
 from forwardgrad.lab.studies.run import SCHEMA as SCHEMA
 from forwardgrad.lab.studies.run import Augment as Augment
 from forwardgrad.lab.studies.run import DataName as DataName

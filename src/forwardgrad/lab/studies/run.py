@@ -33,12 +33,15 @@ LATER = (
     "label_smoothing",
     "warm_up",
     "evaluate_every",
+    "start",
 )  # fields that the first stored runs did not have
 
+DIGEST = re.compile("[0-9a-f]{64}")
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 OptimizerName = Literal["sgd", "nesterov", "adam"]
-DataName = Literal["digits", "mnist", "cifar10", "movie-reviews", "movie-reviews-16", "drug-reviews"]
+DataName = Literal["digits", "mnist", "cifar10", "movie-reviews", "movie-reviews-16", "drug-reviews", "movie-words", "drug-words"]
+NEXT_TOKEN = ("movie-words", "drug-words")  # data whose targets are the tokens behind every place
 ModelName = Literal["logistic", "mlp", "nn", "cnn", "cifar-cnn", "minilm", "minilm-lora", "minilm-readout"]
 Precision = Literal["float32", "bfloat16"]
 Engine = Literal["eager", "compile", "graph"]
@@ -154,6 +157,7 @@ class Run:
     `augment` "crop-flip" moves every training image by up to four pixels and mirrors half of them (`forwardgrad.lab.data.crop_flip`).
     `label_smoothing` s in [0, 1) trains on targets that give s/classes to every class (Szegedy et al., 2016). Evaluation has neither.
     `evaluate_every`, where given, is how many steps lie between two evaluations, in place of the usual ones (`training.schedule`).
+    `start`, where given, is the digest of the weights that the run starts from, in place of fresh ones (`models.keep_start`).
     `data`, `model`, `loss` (cross-entropy where it is None), the estimator's name, those of its components, as {"law": {"name": ...}}, and
     the optimizer's may be import paths of a user's own
     (`forwardgrad.lab.training.builders` says what each has to be); `code` is then the digest of their source.
@@ -175,6 +179,7 @@ class Run:
     augment: Augment | None = None
     label_smoothing: float = 0.0
     evaluate_every: int | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         check_part(self.data, DataName, "data set")
@@ -187,6 +192,8 @@ class Run:
             raise UserError(f"label_smoothing must lie in [0, 1), not {self.label_smoothing}")
         if self.label_smoothing and self.loss is not None:
             raise UserError("label_smoothing belongs to cross-entropy: leave it out, or the loss")
+        if self.start is not None and not DIGEST.fullmatch(str(self.start)):
+            raise UserError(f"start must be a digest of weights, 64 hexadecimal digits, not {self.start!r}")
         check_choice(self.precision, Precision, "precision")
         check_choice(self.engine, Engine, "engine")
         if not isinstance(self.estimator, dict) or not isinstance(self.estimator.get("name"), str):

@@ -12,6 +12,7 @@ from forwardgrad.lab.training.precision import computing as computing
 from forwardgrad.lab.training.schedule import Schedule as Schedule
 from forwardgrad.lab.training.state import WEIGHTS as WEIGHTS
 from forwardgrad.lab.training.state import as_bytes as as_bytes
+from forwardgrad.lab.training.state import keep_weights_of as keep_weights_of
 from forwardgrad.lab.training.state import read_weights as read_weights
 from forwardgrad.lab.training.step_logs import STEPS_LOG as STEPS_LOG
 from forwardgrad.lab.training.step_logs import buffers_of as buffers_of

@@ -155,7 +155,7 @@ class ManyRuns:
         self.step, self._told, self._order_epoch = 0, time.monotonic(), -1
         datasets = self._load(data_dir)
         self.schedule = Schedule.of(self.first, len(datasets[0].train))
-        models = [builders.initialised_model(run, dataset, on) for run, dataset in zip(runs, datasets, strict=True)]
+        models = [builders.initialised_model(run, dataset, on, data_dir) for run, dataset in zip(runs, datasets, strict=True)]
         starts = [norm(trained(model)) for model in models]
         self.ensemble, self.estimator, self.loss = Ensemble(models), builders.estimator(self.first), builders.batch_loss(self.first)
         self._build_optimizer(models)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from forwardgrad.estimators import Estimator, from_config
 from forwardgrad.lab import data, models
 from forwardgrad.lab.errors import UserError
-from forwardgrad.lab.studies import Optimizer, Run, import_path, is_path, stream
+from forwardgrad.lab.studies import NEXT_TOKEN, Optimizer, Run, import_path, is_path, stream
 from forwardgrad.lab.training.norms import trained
 from forwardgrad.lab.training.precision import arranged, computing
 from forwardgrad.optim import Nesterov
 
-Loss = Callable[[Any, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of output and target
 HELD_OUT = 6  # where a user's data come without a validation split, one example of so many is held out for it
 
 
@@ -72,7 +72,7 @@ def _split(found: Any, name: str, path: str, device: torch.device) -> data.Split
 def model(run: Run, dataset: data.Dataset) -> nn.Module:
     """The network of a run. A user's is called without arguments or, where it requires two, with the shape of an input and the classes."""
     if not is_path(run.model):
-        return models.build(run.model, dataset.shape, dataset.classes)
+        return models.build(run.model, dataset.shape, dataset.classes, next_token=dataset.next_token)
     build = import_path.find(run.model, "model")
     made = build(dataset.shape, dataset.classes) if _required(build) == 2 else build()
     if not isinstance(made, nn.Module):
@@ -82,10 +82,18 @@ def model(run: Run, dataset: data.Dataset) -> nn.Module:
     return made
 
 
-def initialised_model(run: Run, dataset: data.Dataset, on: torch.device) -> nn.Module:
-    """The network of a run, initialised by its seed: the global generator is that of the run from here on."""
+def initialised_model(run: Run, dataset: data.Dataset, on: torch.device, data_dir: Any = None) -> nn.Module:
+    """The network of a run before its first step, initialised by its seed: the global generator is that of the run from here on."""
     torch.manual_seed(stream(run.seed, "initialisation"))
-    return arranged(model(run, dataset).to(on), run.precision)
+    return arranged(started(run, dataset, data_dir).to(on), run.precision)
+
+
+def started(run: Run, dataset: data.Dataset, data_dir: Any = None) -> nn.Module:
+    """The network of a run, with the kept weights that it starts from. UserError where these are not in the data folder."""
+    made = model(run, dataset)
+    if run.start is not None:
+        models.load_start(made, run.start, data.folder(data_dir))
+    return made
 
 
 def _required(build: Any) -> int:
@@ -99,7 +107,15 @@ def _required(build: Any) -> int:
 
 def loss(run: Run) -> Loss:
     """What a run is evaluated by: cross-entropy, or the user's function of output and target, a mean over the batch."""
-    return F.cross_entropy if run.loss is None else import_path.find(run.loss, "loss")
+    if run.loss is None:
+        return token_cross_entropy if run.data in NEXT_TOKEN else F.cross_entropy
+    found: Loss = import_path.find(run.loss, "loss")
+    return found
+
+
+def token_cross_entropy(scores: Tensor, behind: Tensor, **options: Any) -> Tensor:
+    """The mean cross-entropy of a token: scores [n, length, words], the token behind every place [n, length], −100 where there is none."""
+    return F.cross_entropy(scores.flatten(0, 1), behind.flatten(), **options)
 
 
 def batch_loss(run: Run) -> Callable[..., Tensor]:
@@ -107,7 +123,7 @@ def batch_loss(run: Run) -> Callable[..., Tensor]:
 
     It is the loss of evaluation, but for smoothed labels. A part of a batch has a weight besides.
     """
-    measure = partial(F.cross_entropy, label_smoothing=run.label_smoothing) if run.label_smoothing else loss(run)
+    measure = partial(loss(run), label_smoothing=run.label_smoothing) if run.label_smoothing else loss(run)
 
     def of_batch(model: nn.Module, inputs: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         with computing(run.precision, inputs.device):

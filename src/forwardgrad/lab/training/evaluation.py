@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forwardgrad.lab import data
+from forwardgrad.lab.data import IGNORED
 from forwardgrad.lab.studies import Precision, stream
 from forwardgrad.lab.training import builders
 from forwardgrad.lab.training.builders import Loss
 from forwardgrad.lab.training.precision import arranged, computing
 from forwardgrad.lab.training.training import Training
 
+PLACES = 4000  # of tokens to predict in one batch of an evaluation: the scores of a vocabulary are many numbers a place
 PUBLISHED_READING = 16  # images in the one mini-batch whose loss the paper's Table I shows as 'test loss'
 
 
@@ -51,23 +53,34 @@ def losses_of(
 ) -> tuple[Tensor, Tensor]:
     """The loss of every example of a split (float64) and whether it was classified rightly.
 
+    Where the token behind every place is the target, each such token is an example, and those places are none that have no target.
     A user's loss gives only means over batches, so every example of a batch gets the batch's mean. Where targets are no classes, the second
     tensor holds NaN.
     """
     training = model.training
     model.eval()
     losses, right = [], []
+    if dataset.next_token:
+        batch = max(1, PLACES // split.labels.shape[1])
     for inputs, labels in zip(split.inputs.split(batch), split.labels.split(batch), strict=True):
         with computing(precision, inputs.device):
             output = model(arranged(dataset.for_model(inputs), precision))
             output = output.float() if isinstance(output, Tensor) else output
-            if loss is F.cross_entropy:
+            if loss is builders.token_cross_entropy:
+                output, labels = _predicted(output, labels)
+            if loss in (F.cross_entropy, builders.token_cross_entropy):
                 losses.append(F.cross_entropy(output, labels, reduction="none").double())
             else:
                 losses.append(loss(output, labels).double().expand(len(labels)))
         right.append(_right(output, labels, dataset.classes))
     model.train(training)
     return torch.cat(losses), torch.cat(right)
+
+
+def _predicted(scores: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [tokens, words] and targets [tokens] of the places that have a target."""
+    there = behind != IGNORED
+    return scores[there], behind[there]
 
 
 def _right(output: object, labels: Tensor, classes: int) -> Tensor:
@@ -83,8 +96,11 @@ def summary(measured: tuple[Tensor, Tensor]) -> tuple[float, float]:
 
 
 def balanced_accuracy(right: Tensor, labels: Tensor) -> float:
-    """The share that was classified rightly of each class, averaged over the classes that occur; NaN where targets are no classes."""
-    if right.is_floating_point():
+    """The share that was classified rightly of each class, averaged over the classes that occur.
+
+    NaN where targets are no classes of examples: none, or the tokens behind every place.
+    """
+    if right.is_floating_point() or labels.dim() > 1:
         return math.nan
     return float(torch.stack([right[labels == one].double().mean() for one in labels.unique()]).mean())
 

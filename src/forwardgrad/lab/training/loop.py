@@ -159,7 +159,7 @@ def train(
         check_batches(run, len(dataset.train), team.group.shards)
         builders.check_divided(run, team.group.directions)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-        training = Training.begin(run, dataset, on, team.group if team else None)
+        training = Training.begin(run, dataset, on, team.group if team else None, data_dir=data_dir)
         if log:
             check_log(training)
         training.meter = energy_meter(on) if alone else EnergyMeter()
@@ -194,7 +194,7 @@ def follow(run: Run, team: Team, *, device: str = "cpu", data_dir: Path | None =
     dataset = builders.dataset(run, on, data_dir)
     builders.check_divided(run, team.group.directions)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []), team.told():
-        training = Training.begin(run, dataset, on, team.group)
+        training = Training.begin(run, dataset, on, team.group, data_dir=data_dir)
         checkpoint = team.beginning()
         if checkpoint:
             training.state.load(Path("checkpoint.pt"), checkpoint)

@@ -16,6 +16,7 @@ from forwardgrad.lab.training.training import Training
 
 STATUS_SECONDS = 1.0  # between two writings of a status
 SHOWN = 100  # steps whose mean loss a display shows
+MOST_NATS = 700  # of a loss whose exponential is a number
 WALKED = ("step", "norm_growth", "relative_step")
 EVALUATED = (
     "step",
@@ -89,6 +90,7 @@ def finish(
         "validation_loss": finite(validation_loss),
         "validation_accuracy": finite(validation_accuracy),
         "validation_balanced_accuracy": finite(validation_balanced),
+        **({"validation_perplexity": _perplexity(validation_loss)} if training.dataset.next_token else {}),
         "test": test,
         **({"replicas": replicas} if replicas else {}),
         **_joules(training),
@@ -100,6 +102,11 @@ def finish(
     for name in ("checkpoint.pt", "status.json"):
         (folder / name).unlink(missing_ok=True)
     return result
+
+
+def _perplexity(loss: float) -> float | None:
+    """The exponential of the mean loss of a token: among as many equally likely tokens a guess would be as good."""
+    return finite(math.exp(loss)) if loss < MOST_NATS else None
 
 
 def _joules(training: Training) -> dict[str, Any]:
@@ -137,7 +144,12 @@ def _test(training: Training) -> dict[str, Any]:
         "accuracy": finite(accuracy),
         "balanced_accuracy": finite(evaluation.balanced_accuracy(measured[1], test.labels)),
         "examples": len(measured[0]),
-        **(evaluation.published_reading(measured[0], training.run.seed) if training.run.loss is None else {}),
+        **({"perplexity": _perplexity(loss)} if training.dataset.next_token else {}),
+        **(
+            evaluation.published_reading(measured[0], training.run.seed)
+            if training.run.loss is None and not training.dataset.next_token
+            else {}
+        ),
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forwardgrad.estimators import Estimator
-from forwardgrad.lab import store
+from forwardgrad.lab import data, models, store
 from forwardgrad.lab.energy import Joules
 from forwardgrad.lab.errors import UserError
 from forwardgrad.lab.training.norms import norm, trained
@@ -144,6 +144,18 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     with checkpoint(folder / WEIGHTS) as content:
         model.load_state_dict(content["model"])
         return _put_back(content["memory"], next(model.parameters()).device)
+
+
+def keep_weights_of(folder: Path, data_dir: Path | str | None = None) -> str:
+    """Keep the weights of the run of a folder in the data folder, for other runs to start from; returns their digest.
+
+    Raises UserError where they are damaged, or the run kept none.
+    """
+    if not (folder / WEIGHTS).exists():
+        raise UserError(f"{folder} holds no {WEIGHTS}: name the folder of a run that was trained with --keep-weights")
+    with checkpoint(folder / WEIGHTS) as content:
+        weights = content["model"]
+    return models.keep_start(weights, data.folder(data_dir))
 
 
 def _put_back(memory: dict[str, tuple[bool, Tensor]], on: torch.device) -> dict[str, Tensor]:

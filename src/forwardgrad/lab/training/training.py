@@ -53,10 +53,12 @@ class Training:
         self._uneven = any(size % shards for size in lockstep.sizes(self.run, examples))
 
     @classmethod
-    def begin(cls, run: Run, dataset: Dataset, on: torch.device, group: Distributed | None = None) -> Training:
+    def begin(
+        cls, run: Run, dataset: Dataset, on: torch.device, group: Distributed | None = None, *, data_dir: Path | None = None
+    ) -> Training:
         """A run before its first step. From here on the global generator is that of the run."""
         resident = torch.cuda.memory_allocated(on) if on.type == "cuda" else 0
-        estimator, model = builders.estimator(run), builders.initialised_model(run, dataset, on)
+        estimator, model = builders.estimator(run), builders.initialised_model(run, dataset, on, data_dir)
         optimizer = builders.optimizer(run.optimizer, model, fused=run.precision != "float32")
         steps = Schedule.of(run, len(dataset.train)).total
         lr_schedule = builders.lr_schedule(run.optimizer, optimizer, steps)

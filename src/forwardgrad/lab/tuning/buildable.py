@@ -28,7 +28,7 @@ def check_buildable(runs: Sequence[Run], data_dir: Path | None = None, direction
             try:
                 if first.data not in datasets:
                     datasets[first.data] = builders.dataset(first, torch.device("cpu"), data_dir)
-                model = builders.model(first, datasets[first.data])
+                model = builders.started(first, datasets[first.data], data_dir)
                 builders.loss(first)
                 for run in (first, *others):
                     builders.check_divided(run, directions)

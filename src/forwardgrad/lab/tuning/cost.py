@@ -46,7 +46,7 @@ def measure_pace(run: Run, device: str = "cpu", data_dir: Path | None = None, th
 def _measure(run: Run, on: torch.device, data_dir: Path | None) -> Pace:
     dataset = builders.dataset(run, on, data_dir)
     with torch.random.fork_rng([on.index or 0] if on.type == "cuda" else []):
-        training = Training.begin(run, dataset, on)
+        training = Training.begin(run, dataset, on, data_dir=data_dir)
         state = training.state
         training.advance(WARM_UP)
         seconds: list[float] = []

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from forwardgrad.lab.report.blocks import NONE, Block, Cell, Section, Table, Views, arm_cells, failures, percent, study_tables, tables
+from forwardgrad.lab.report.blocks import (
+    NONE,
+    Block,
+    Cell,
+    Section,
+    Table,
+    Views,
+    arm_cells,
+    failures,
+    number,
+    percent,
+    study_tables,
+    tables,
+)
 from forwardgrad.lab.report.claims import MINUS, fine_tuning
 from forwardgrad.lab.report.sections import learning
 from forwardgrad.lab.store import ArmResult, Done, StudyResult
@@ -29,6 +42,18 @@ HEADS = (
     "arm", "learning rate", "balanced accuracy", "test accuracy", "test loss", "gap", "steps", "training time", "peak memory",
     "backward pass", "outcome",
 )  # fmt: skip
+WORDS = {
+    "balanced accuracy": (
+        "perplexity",
+        "the exponential of the mean test loss: a guess among so many equally likely words would be as good",
+    ),
+    "test accuracy, test loss": (
+        "token accuracy, test loss",
+        "of the tokens of the test split the share that was held for the likeliest, and their mean loss in nats: mean over seeds, interval",
+    ),
+    "test accuracy": ("token accuracy", ""),
+    "gap": ("gap", "nats a token that the test loss is better or worse than backpropagation's: mean over shared seeds, 95 % t interval"),
+}  # what stands in place of a column, and what it means, where the next word is predicted
 NOTE = (
     "Every arm trains for as many seconds, on one thread and with the same batches; its steps follow from the pace of a warm-up. The "
     "network has no dropout. Peaks have all parameters in them, the frozen ones too."
@@ -48,10 +73,13 @@ def finetune_section(study: StudyResult) -> Section:
 
 
 def _table(title: str, arms: Sequence[ArmResult]) -> Table:
-    ordered = sorted(arms, key=lambda arm: (not arm.done, -fine_tuning.balanced(arm)))
+    ordered = sorted(arms, key=lambda arm: (not arm.done, -fine_tuning.score(arm)))
+    words = WORDS if any(map(fine_tuning.writes, arms)) else {}
+    heads = tuple(words.get(head, (head, ""))[0] for head in HEADS)
+    meaning = tuple(words.get(head, (head, means)) for head, means in MEANING)
     backprop = next((arm for arm in arms if arm.kind == "backprop" and arm.done), None)
     rows = tuple(tuple(make(arm) for make in _makers(backprop)) for arm in ordered)
-    return Table(HEADS, ((title, rows),), f"{title}: every arm", MEANING)
+    return Table(heads, ((title, rows),), f"{title}: every arm", meaning)
 
 
 def _makers(backprop: ArmResult | None) -> list[Callable[[ArmResult], Cell]]:
@@ -59,7 +87,7 @@ def _makers(backprop: ArmResult | None) -> list[Callable[[ArmResult], Cell]]:
     return [
         _named,
         arm_cells.rate,
-        lambda arm: arm_cells.estimated([run.balanced_accuracy for run in arm.done], percent, 0.0, 1.0),
+        _quality,
         arm_cells.accuracy,
         arm_cells.test_loss,
         lambda arm: _gap(arm, backprop),
@@ -74,6 +102,13 @@ def _makers(backprop: ArmResult | None) -> list[Callable[[ArmResult], Cell]]:
 def _named(arm: ArmResult) -> Cell:
     words = f"{format_estimator(arm.run['estimator'])}, {arm.run['model']}" if arm.run else ""
     return Cell(arm.label, words, arm.kind, arm_cells.source(arm))
+
+
+def _quality(arm: ArmResult) -> Cell:
+    if not fine_tuning.writes(arm):
+        return arm_cells.estimated([run.balanced_accuracy for run in arm.done], percent, 0.0, 1.0)
+    found = arm_cells.test_loss(arm)
+    return found if found.tone or not arm.done else Cell(number(fine_tuning.perplexity(arm)))
 
 
 def _gap(arm: ArmResult, backprop: ArmResult | None) -> Cell:
@@ -93,10 +128,17 @@ def _memory(arm: ArmResult, backprop: ArmResult | None) -> Cell:
 
 
 def _learning(name: str, title: str, arms: Sequence[ArmResult]) -> Views:
-    """Balanced accuracy on the validation split against steps, seconds and forward passes."""
-    ordered = sorted(arms, key=lambda arm: -fine_tuning.balanced(arm))
+    """Balanced accuracy or loss on the validation split against steps, seconds and forward passes."""
+    ordered = sorted(arms, key=lambda arm: -fine_tuning.score(arm))
+    if any(map(fine_tuning.writes, arms)):
+        caption = f"Validation loss of a token of every arm, {title}"
+        return learning.views(name, [(title, ordered)], _losses, caption, ylabel="validation loss (nats a token)", log=False)
     caption = f"Balanced validation accuracy of every arm, {title}"
     return learning.views(name, [(title, ordered)], _accuracies, caption, ylabel="balanced validation accuracy (%)")
+
+
+def _losses(run: Done) -> list[float]:
+    return run.evaluations["validation_loss"]
 
 
 def _accuracies(run: Done) -> list[float]:
