@@ -127,6 +127,7 @@ def test_a_model_that_is_given_up_is_told_of_once() -> None:
         fg.estimate_grad_(regress(rows(6, 4)), model, fg.ForwardGradient(), generator=seeded())
 
 
+@pytest.mark.filterwarnings("ignore:the loss calls next:UserWarning")  # it does, to be another at every evaluation
 def test_a_difference_that_random_numbers_make_is_told_as_such() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()

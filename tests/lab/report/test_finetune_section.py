@@ -50,7 +50,7 @@ def trained(store: Store, made: Made, *, seeds: int = 3, names: Sequence[str] = 
             write_result(folder, {**result, "peak_bytes": peak * MB, "forward_passes": 2 * STEPS, "validation_accuracy": end + 0.05})
         return {run.identity: store.result(run.identity) for run in runs}
 
-    study = finetune(list(names), seeds, small=small)
+    study = finetune(list(names), seeds, "small" if small else "full")
     run_study(study, store, execute, "forwardgrad reproduce finetune", pace=lambda run: Pace(0.6, 2))
     return reported(store)
 

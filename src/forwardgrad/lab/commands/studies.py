@@ -134,7 +134,7 @@ def reproduce(
             option = "--epochs" if epochs is not None else "--tuning-epochs"
             raise UserError(f"{recipe} gives every arm as many {ALLOWED[recipe]}: leave {option} out, and shorten it with --budget small")
         if recipe == "finetune":
-            size: finetune.Size = "full" if budget is None or budget == "paper" else budget
+            size: finetune.Size = budget or "full"
             alone = _timed(recipe, place)
             starts = {run.identity: pretrained(run, out, alone) for run in finetune.pretraining(chosen, size)}
             made = finetune.finetune(chosen, seeds, size, starts)
