@@ -116,7 +116,7 @@ class Survey:
         return self._evaluated(reading, watch, 0)[0]
 
     def _watch(self, reading: Reading, mark: Mark, exact: bool) -> _SurveyWatch:
-        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
+        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark, "views": self._exact}
         return _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
 
     def _evaluated(self, reading: Reading, watch: Callable[[], _SurveyWatch], count: int) -> tuple[_Seen, dict[str, Tensor]]:
@@ -267,6 +267,7 @@ class Survey:
         """The same way with where examples lie; None where no dimension of what is read can be the examples."""
         free = replace(way, path=None)
         plain = self._pass(free, exact=self._exact)
+        self.entered = plain.watch.entered  # as large as they are where the loss is read this way
         best: Reading | None = None
         for option in self._options(plain):
             trials = Trials(self, free, plain.read, option)

@@ -39,6 +39,7 @@ class ModelWatch(TorchFunctionMode):
     block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
     `still_ends`: leave the places where blocks end unmoved.
     `apart`: give what follows a copy of a block's values, see `WrittenTo`.
+    `views`: whether a place is put off behind views of its values; where left out, as `exact_output`.
     `ahead`, `at_end`: what is known of the loss, and what to call with each block as soon as it ended; nothing of it is held after that.
     `mark`: what to do at every place instead of moving it.
     """
@@ -55,6 +56,7 @@ class ModelWatch(TorchFunctionMode):
         ends: Callable[[ActivityUse], bool] = lambda _: False,
         still_ends: bool = False,
         apart: bool = False,
+        views: bool | None = None,
         ahead: Ahead | None = None,
         at_end: Callable[[int, ActivityUse, Tensor], None] | None = None,
         mark: Mark | None = None,
@@ -64,7 +66,8 @@ class ModelWatch(TorchFunctionMode):
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
-        self.blocks, self.ending = list[int](), list[ActivityUse]()
+        self.views = exact_output if views is None else views
+        self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
         self.unmoved: dict[str, Tensor] = {}
         self.entered: list[Entered] = []
         self.parts: tuple[Scaled, ...] = ()
@@ -81,6 +84,7 @@ class ModelWatch(TorchFunctionMode):
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
         self.last_layer = 0  # the number of the call
+        self._last: tuple[ActivityUse, Tensor] | None = None  # and what it was given
         self.sums = Sums()
         self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
         self.beside: list[Tensor] = []  # and besides, which must not follow from the model
@@ -99,7 +103,7 @@ class ModelWatch(TorchFunctionMode):
     @property
     def path(self) -> Hashable:
         """The calls of the evaluation, what is trained of them, and which dimensions have size 1."""
-        return self._calls.seen(), tuple((tuple(entered.names), paths.ones(entered.shape)) for entered in self.entered)
+        return self._calls.seen(), tuple(self._made_ones)
 
     @property
     def silent(self) -> bool:
@@ -132,6 +136,8 @@ class ModelWatch(TorchFunctionMode):
         kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
+        if self._last is not None and self._last[0].exact and self._evaluation.carries(self._last[1]):
+            moved["hidden"] = self._last[1]
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
 
     def _read(self, loss: Any) -> list[Tensor]:
@@ -161,7 +167,7 @@ class ModelWatch(TorchFunctionMode):
         return tensor if found is None else found[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        self._moving, self._waiting, self._passed, self._passed_on = {}, {}, {}, []
+        self._moving, self._waiting, self._passed, self._passed_on, self._last = {}, {}, {}, [], None
         self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
@@ -286,6 +292,7 @@ class ModelWatch(TorchFunctionMode):
     def _enter(self, entered: Entered, out: Tensor) -> None:
         entered.place, entered.shape = self.reading.place(len(self.entered)), out.shape
         self.entered.append(entered)
+        self._made_ones.append((tuple(entered.names), paths.ones(out.shape)))
         self.blocks.append(len(self._ended))
 
     def _sow(self, entered: Sown, out: Tensor) -> Tensor:
@@ -318,6 +325,9 @@ class ModelWatch(TorchFunctionMode):
             return self._sow(entered, out)
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
+        self._last = entered, given
+        recorded = self.reading.since is not None and self._calls.count >= self.reading.since  # calls that are made again from here on
+        entered.views = (self.views or entered.through) and not recorded
         self._waiting[id(out)] = (out, entered)
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
