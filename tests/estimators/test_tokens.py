@@ -185,7 +185,10 @@ def test_fewer_classes_stand_for_many(name: str) -> None:
     weight, smoothing = (None, 0.0) if name == "padded" else (WEIGHT, 0.2)
     model = Decoder(gains=False)
     state, found = learned(loss, model, classes=FEWER)
-    assert {tuple(t.shape) for key, t in state.items() if key.startswith("head.") and key.endswith("feedback")} == {(FEWER, WIDTH), (FEWER, 6)}
+    assert {tuple(t.shape) for key, t in state.items() if key.startswith("head.") and key.endswith("feedback")} == {
+        (FEWER, WIDTH),
+        (FEWER, 6),
+    }
 
     def own(scores: Tensor) -> Tensor:
         return merged(scores, weight, smoothing) if scores.shape[1] == FEWER else LOSSES[name][1](scores)
@@ -254,7 +257,10 @@ def test_the_gradient_of_a_tied_matrix_is_that_of_both_of_its_uses() -> None:
     state, found = learned(loss, tied)
     again = {key: t.clone() for key, t in state.items() if not key.startswith("feedback.")}
     both = step(loss, apart, fg.LocalLosses(feedback=True, head_rate=1e-12), again)
-    torch.testing.assert_close(step(loss, tied, fg.LocalLosses(feedback=True, head_rate=1e-12), state)["words.weight"], both["words.weight"] + both["readout.weight"])
+    torch.testing.assert_close(
+        step(loss, tied, fg.LocalLosses(feedback=True, head_rate=1e-12), state)["words.weight"],
+        both["words.weight"] + both["readout.weight"],
+    )
     h = tied(TOKENS).detach()
     assert own(h.flatten(0, 1)).item() == pytest.approx(float(loss(tied).detach()))
     assert not torch.allclose(found["words.weight"], both["words.weight"])
@@ -264,7 +270,16 @@ def test_gpt2_of_transformers_with_labels_of_its_own() -> None:
     """The loss is made inside the model, of labels that are moved by one; layers are addmm, their results views."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=WORDS, n_positions=8, n_embd=WIDTH, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None
+        vocab_size=WORDS,
+        n_positions=8,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).double()

@@ -116,8 +116,10 @@ class Survey:
         return self._evaluated(reading, watch, 0)[0]
 
     def _watch(self, reading: Reading, mark: Mark, exact: bool) -> _SurveyWatch:
-        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark, "views": self._exact}
-        return _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
+        watch = _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+        watch.views = self._exact  # so that places lie alike in all passes
+        return watch
 
     def _evaluated(self, reading: Reading, watch: Callable[[], _SurveyWatch], count: int) -> tuple[_Seen, dict[str, Tensor]]:
         """One pass that leaves nothing behind, with `count` tangents: what was seen, and derivatives by name."""

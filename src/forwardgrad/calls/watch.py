@@ -39,7 +39,6 @@ class ModelWatch(TorchFunctionMode):
     block's moves are seen by its own loss alone; `blocks` then tells the block of everything that moved, `ending` the places.
     `still_ends`: leave the places where blocks end unmoved.
     `apart`: give what follows a copy of a block's values, see `WrittenTo`.
-    `views`: whether a place is put off behind views of its values; where left out, as `exact_output`.
     `ahead`, `at_end`: what is known of the loss, and what to call with each block as soon as it ended; nothing of it is held after that.
     `mark`: what to do at every place instead of moving it.
     """
@@ -56,7 +55,6 @@ class ModelWatch(TorchFunctionMode):
         ends: Callable[[ActivityUse], bool] = lambda _: False,
         still_ends: bool = False,
         apart: bool = False,
-        views: bool | None = None,
         ahead: Ahead | None = None,
         at_end: Callable[[int, ActivityUse, Tensor], None] | None = None,
         mark: Mark | None = None,
@@ -65,8 +63,8 @@ class ModelWatch(TorchFunctionMode):
         self.prefixes, self.read_bare = list[int](), set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
+        self.views = exact_output  # whether places are put off behind views of their values
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
-        self.views = exact_output if views is None else views
         self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
         self.unmoved: dict[str, Tensor] = {}
         self.entered: list[Entered] = []
@@ -83,11 +81,9 @@ class ModelWatch(TorchFunctionMode):
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
-        self.last_layer = 0  # the number of the call
-        self._last: tuple[ActivityUse, Tensor] | None = None  # and what it was given
+        self.last_layer, self._last = 0, list[tuple[ActivityUse, Tensor]]()  # the number of the call, and what it was given
         self.sums = Sums()
-        self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
-        self.beside: list[Tensor] = []  # and besides, which must not follow from the model
+        self.outputs, self.beside = list[Tensor](), list[Tensor]()  # what known losses were given, and besides, which must not follow
         self.recording: Recording | None = None
         self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
         self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
@@ -136,8 +132,7 @@ class ModelWatch(TorchFunctionMode):
         kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
-        if self._last is not None and self._last[0].exact and self._evaluation.carries(self._last[1]):
-            moved["hidden"] = self._last[1]
+        moved |= dict([("hidden", given) for last, given in self._last if last.exact and self._evaluation.carries(given)])
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
 
     def _read(self, loss: Any) -> list[Tensor]:
@@ -167,7 +162,7 @@ class ModelWatch(TorchFunctionMode):
         return tensor if found is None else found[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        self._moving, self._waiting, self._passed, self._passed_on, self._last = {}, {}, {}, [], None
+        self._moving, self._waiting, self._passed, self._passed_on, self._last = {}, {}, {}, [], []
         self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
@@ -256,11 +251,9 @@ class ModelWatch(TorchFunctionMode):
                 return self._moving[key][1]
             if key in self._names:
                 return self._dense(value)
-            if key in self._waiting:
-                tensor, point = self._waiting[key]
-                if self.recording is not None and self.exact_output:  # whose error will be found
-                    return self._settle(tensor, point)
-                return self._move(tensor, point)
+            if key in self._waiting:  # its error will be found where calls are recorded
+                settles = self.recording is not None and self.exact_output
+                return (self._settle if settles else self._move)(*self._waiting[key])
             # What moves was put behind the layer's ReLU, and somebody reads what stands in front of it (a residual connection), which
             # should have moved, too. It is too late for that: the evaluation is made again, with this place not put off.
             if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
@@ -276,8 +269,7 @@ class ModelWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else None
 
     def _waits(self, value: Any) -> ActivityUse | None:
-        found = self._waiting.get(id(value))
-        return found[1] if found is not None else None
+        return self._waiting[id(value)][1] if id(value) in self._waiting else None
 
     def _dense(self, parameter: Tensor) -> Tensor:
         name = self._names[id(parameter)]
@@ -325,10 +317,8 @@ class ModelWatch(TorchFunctionMode):
             return self._sow(entered, out)
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
-        self._last = entered, given
-        recorded = self.reading.since is not None and self._calls.count >= self.reading.since  # calls that are made again from here on
-        entered.views = (self.views or entered.through) and not recorded
-        self._waiting[id(out)] = (out, entered)
+        self._last, since = [(entered, given)], self.reading.since
+        entered.views = (self.views or entered.through) and (since is None or self._calls.count < since)  # those behind are made again
         may_wait = (entered.masked or self.exact_output) and len(self.entered) - 1 not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
 
@@ -354,7 +344,7 @@ class ModelWatch(TorchFunctionMode):
         return self._wait(out, point)
 
     def _move(self, tensor: Tensor, point: ActivityUse) -> Tensor:
-        del self._waiting[id(tensor)]
+        self._waiting.pop(id(tensor), None)
         point.place_at(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)
         if self.mark is not None:

@@ -35,9 +35,13 @@ class LearnedFeedback(Estimator):
       left is noise. With a rate, a_l = rate/(n + q + 1) for the n moves of the batch that touched a unit and q units that moved in all:
       the normalised least mean squares step, stable for rates below 2;
     - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
+    Where every position has a target of its own, as each token of a language model, B_l [p, q] is one matrix for all positions: from the
+    p inputs of the last layer at a position, if that is linear and trained, to the q units of layer l there. The last layer's own feedback
+    is learned as that of a classifier of `LocalLosses`: one input in four a step, without noise, and no weight is transposed.
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
     Bias: with use="direct", that of B: e (B_l − J_l) an example; J_l changes with the example and the weights, B_l does not, or late. With
+    a target at every position also all that attention carries to other positions. With
     use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
     Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
@@ -257,7 +261,11 @@ def by_position(
         error = error @ feedback
         moved = [] if found.hidden is None else [found.hidden.reshape(-1, *target.shape, weight.shape[1])]
     error = labels.by_position(error).flatten(0, 1)
-    told = labels.by_position(moved[0].to(error.dtype), lead=1).flatten(1, 2) if moved else error.new_zeros(len(found.derivatives), *error.shape)
+    told = (
+        labels.by_position(moved[0].to(error.dtype), lead=1).flatten(1, 2)
+        if moved
+        else error.new_zeros(len(found.derivatives), *error.shape)
+    )
     return error, told
 
 
@@ -281,8 +289,7 @@ def places_of(found: Pass, entered: list[Entered], each: int = 1) -> list[Activi
     return [
         point
         for point in points
-        if (point.place.rows is not None or found.count == 1)
-        and (each == 1 or point.shape.numel() == rows * point.shape[point.channels])
+        if (point.place.rows is not None or found.count == 1) and (each == 1 or point.shape.numel() == rows * point.shape[point.channels])
     ]
 
 

@@ -51,7 +51,7 @@ class Labels:
     @property
     def positions(self) -> int:
         """How many targets an example has: more than one where it is a text with a target for every token."""
-        return self.part.output.call["target"].numel() // self.count
+        return self.part.output.call["target"].numel() // self.count  # type: ignore[no-any-return]
 
     @property
     def tokens(self) -> bool:

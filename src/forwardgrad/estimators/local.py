@@ -39,11 +39,15 @@ class LocalLosses(Estimator):
     front of a norm, and any other function, ends the block ahead of it. A norm in training has the whole batch in every example's error.
     One step of Adam for every classifier follows, along its exact gradient; the model's last layer learns by its own, e xᵀ.
 
+    Where every position has a target of its own, as each token of a language model, a classifier stands at every position and learns the
+    target there; ignored positions have no part. Layers ahead of a block's last one then learn feedback from the moves of the block's end,
+    one matrix for all positions: the error of a position goes to the same position. What attention carries to other positions is left out.
+
     Bias: for the gradient of the model's loss, all that the greedy split leaves out. For ∇f_l of each block: none with feedback=False;
     with feedback=True e (B_l − R_l), which is what R_l moved in the last four steps, and in deeper blocks that of `LearnedFeedback`.
     Variance: (q ± 1)‖δ‖² an example with q the units of one block, not of the whole model; with feedback and one layer a block, none.
     Cost: K + 1 forward passes for K tangents (with feedback and one layer a block nothing moves in the model, and the tangent pass is
-    free: one), and the classifiers: C φ products an example and block. With feedback and one layer a block a `TrainingStep` lets each
+    free: one), and the classifiers: C φ products an example and block, or `classes` times φ. With feedback and one layer a block a `TrainingStep` lets each
     block learn and move as soon as it has ended, from the second step on a path through the model: it holds the activities of one block
     at any depth, and no gradient. That needs torch's SGD, Adam or AdamW, labels that are a tensor of the batch, a factor of the loss that
     is the same Python number at every step, and parameters that are used once. The step is the same, to the bit. Where the loss or the
@@ -56,19 +60,22 @@ class LocalLosses(Estimator):
             its own for every example is a block.
         feedback: whether errors come back through learned feedback, or the directional derivative alone.
         head: what φ is: "flatten" (all units), "pooled" (means over a grid of cells), "positions" (a classifier at every position, its loss
-            the mean over them; for convolutions).
+            the mean over them). Where every position has a target of its own it is always "positions".
         cells: of "pooled", along each dimension: 1 for the mean over all positions.
         similarity: weight s in [0, 1) of the similarity-matching term.
         head_rate: above 0, the learning rate of the classifiers.
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
+        classes: the most classes that the classifiers of blocks tell apart; None: all of the loss. Where the loss has more, as a language
+            model has words, each stands for as many words as the others, which a fixed hash shares out; the read-out has all words. Memory
+            and time of classifiers then do not grow with the vocabulary. A few hundred lose little: see docs/choosing.md.
 
     Raises ValueError where an argument is outside its limits, no generator or state was given, a pattern of `ends` names nothing that is
-    trained, the loss does not hold one F.cross_entropy with a class index an example (scaled, or beside other terms), or the state belongs
-    to another model.
+    trained, the loss does not hold one F.cross_entropy with a class index for each example or each of its positions (scaled, or beside
+    other terms), a block has another number of positions than targets, or the state belongs to another model.
 
     Source: Ren et al., "Scaling forward gradient with local losses" (2023), sections 4.1 and 4.2; Nøkland and Eidnes (2019), eqs. 1 to 3;
-    the learned feedback is this project's.
+    Medini et al., "Extreme classification in log memory" (2019), for classes that stand for many; the learned feedback is this project's.
 
     >>> LocalLosses(similarity=0.5).unbiased
     False

@@ -1,4 +1,4 @@
-"""What may stand behind a layer and belong to it: max-pooling, batch normalisation and views, with the way back of an error in closed form."""
+"""What may stand behind a layer and belong to it: pooling, batch normalisation and views, with the way back of an error in closed form."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _(error: Tensor, given: Tensor, *_: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Viewed:
-    """The same numbers in another shape than this one, or with their dimensions in another order; dropout that drops nothing is one, too."""
+    """The same numbers in another shape than this one, or with dimensions in another order. Dropout that drops nothing is one, too."""
 
     shape: torch.Size
     order: tuple[int, ...] | None = None
