@@ -47,6 +47,7 @@ PASSES: dict[fg.Estimator, int] = {  # K tangent passes, and one primal pass a c
     fg.LocalLosses(): 2,
     fg.LocalLosses(head="pooled", similarity=0.5, tangents=2, law=fg.Gaussian()): 3,
     fg.LocalLosses(feedback=True): 2,
+    fg.LocalLosses(feedback=True, classes=2): 2,
     fg.FixedFeedback(): 1,
     fg.Readout(): 1,
     fg.ZerothOrder(epsilon=1e-4): 2,

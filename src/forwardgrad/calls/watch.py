@@ -132,7 +132,7 @@ class ModelWatch(TorchFunctionMode):
         kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
-        moved |= dict([("hidden", given) for last, given in self._last if last.exact and self._evaluation.carries(given)])
+        moved.update(("hidden", given) for last, given in self._last if last.exact and self._evaluation.carries(given))
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
 
     def _read(self, loss: Any) -> list[Tensor]:

@@ -47,12 +47,13 @@ class LocalLosses(Estimator):
     with feedback=True e (B_l − R_l), which is what R_l moved in the last four steps, and in deeper blocks that of `LearnedFeedback`.
     Variance: (q ± 1)‖δ‖² an example with q the units of one block, not of the whole model; with feedback and one layer a block, none.
     Cost: K + 1 forward passes for K tangents (with feedback and one layer a block nothing moves in the model, and the tangent pass is
-    free: one), and the classifiers: C φ products an example and block, or `classes` times φ. With feedback and one layer a block a `TrainingStep` lets each
-    block learn and move as soon as it has ended, from the second step on a path through the model: it holds the activities of one block
-    at any depth, and no gradient. That needs torch's SGD, Adam or AdamW, labels that are a tensor of the batch, a factor of the loss that
-    is the same Python number at every step, and parameters that are used once. The step is the same, to the bit. Where the loss or the
-    path turns out to be another than in the step before, one warning says so, and later blocks wait for the loss. A step that ends in an
-    error leaves those blocks moved that had learned.
+    free: one), and the classifiers: C φ products an example (or position) and block, with `classes` for C where they are fewer.
+    With feedback and one layer a block a `TrainingStep` lets each block learn and move as soon as it has ended, from the second step on
+    a path through the model: it holds the activities of one block at any depth, and no gradient. That needs torch's SGD, Adam or AdamW,
+    labels that are a tensor of the batch with the examples first, a factor of the loss that is the same Python number at every step, and
+    parameters that are used once. The step is the same, to the bit. Where the loss or the path turns out to be another than in the step
+    before, one warning says so, and later blocks wait for the loss. A step that ends in an error leaves those blocks moved that had
+    learned.
     Limits: those of `LearnedFeedback`; blocks follow one another (what skips a block is not seen by its loss).
 
     Args:
