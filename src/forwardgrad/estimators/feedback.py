@@ -257,7 +257,7 @@ def by_position(
         weight = last.layer.as_matrix(objective.parameters[name]).to(error.dtype)
         feedback = state.setdefault(f"feedback.last.{name}", weight.clone())  # at first all units move
         _check_shape(feedback, weight.shape, name)
-        follow_(feedback, weight, state.setdefault("feedback.last.turn", torch.zeros((), dtype=torch.int64, device=error.device)))
+        follow_(feedback, weight, state.setdefault("last.turn", torch.zeros((), dtype=torch.int64, device=error.device)))
         error = error @ feedback
         moved = [] if found.hidden is None else [found.hidden.reshape(-1, *target.shape, weight.shape[1])]
     error = labels.by_position(error).flatten(0, 1)
