@@ -102,6 +102,22 @@ def with_dropout() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
+def tagger() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Embedding(9, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+def sentences(number: int) -> tuple[Any, ...]:
+    generator, length = torch.Generator().manual_seed(number), 5 + number % 2
+    tags = torch.randint(CLASSES, (4, length), generator=generator)
+    return torch.randint(9, (4, length), generator=generator), tags.masked_fill(tags == number % 3, -100)
+
+
+def by_token(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).transpose(1, 2), y)
+
+
 # Name: what is asked of `take`, and whether blocks do learn early in some step.
 EQUAL: dict[str, tuple[dict[str, Any], bool]] = {
     "as it is": ({}, True),
@@ -116,6 +132,12 @@ EQUAL: dict[str, tuple[dict[str, Any], bool]] = {
     "labels in another place": ({"batch": other_order, "loss": one_of}, True),
     "fewer tensors": ({"batch": fewer, "loss": one_of}, True),
     "penalty": ({"loss": lambda m, x, y: F.cross_entropy(m(x), y) + 0.1 * m[0].weight.square().sum()}, False),
+    "a target for every token": ({"make": tagger, "batch": sentences, "loss": by_token}, True),
+    "fewer classes than words": ({"make": tagger, "batch": sentences, "loss": by_token, "classes": 2}, True),
+    "targets laid flat": (
+        {"make": tagger, "batch": sentences, "loss": lambda m, x, y: F.cross_entropy(m(x).flatten(0, 1), y.flatten())},
+        False,
+    ),
     "tied weights": ({"make": body(tied)}, False),
     "tied norm": ({"make": body(tied_norm)}, False),
     "read behind its block": ({"make": body(read_behind)}, False),

@@ -154,10 +154,13 @@ def test_derivatives_go_through_a_frozen_scripted_module(method: fg.Estimator) -
 
 
 @pytest.mark.filterwarnings("ignore:derivatives of Sequential")
-def test_what_moves_inside_and_meets_a_scripted_module_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    "method", [fg.ForwardGradient(perturb=fg.Activity()), fg.LearnedFeedback(), fg.LocalLosses(), fg.LocalLosses(feedback=True)], ids=repr
+)
+def test_what_moves_inside_and_meets_a_scripted_module_is_refused_by_name(method: fg.Estimator) -> None:
     model = with_frozen(scripted(nn.Sequential(nn.Linear(5, 4), nn.Tanh()).double()), first=False)
     with pytest.raises(RuntimeError, match=r"scripted module '1' are others at every evaluation.*perturb=LowRank\(\) or Dense\(\)"):
-        estimated(model, fg.ForwardGradient(perturb=fg.Activity()))
+        estimated(model, method)
 
 
 def computed() -> Model:

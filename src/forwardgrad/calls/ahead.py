@@ -34,10 +34,17 @@ class Ahead:
 
     @classmethod
     def of(
-        cls, parts: Sequence[Scaled], given: Sequence[Tensor], entered: Sequence[Entered], prefixes: Sequence[int], read: Collection[str]
+        cls,
+        parts: Sequence[Scaled],
+        given: Sequence[Tensor],
+        count: int,
+        entered: Sequence[Entered],
+        prefixes: Sequence[int],
+        read: Collection[str],
     ) -> Ahead | None:
-        """What an evaluation tells about the next on its path. None where the labels are no tensor of the batch, a factor is one that
-        may change, something ends no block, or a parameter is used twice, so that its gradient is whole at the end alone.
+        """What an evaluation of so many examples tells about the next on its path. None where the labels are no tensor of the batch or do
+        not have the examples first, a factor is one that may change, something ends no block, or a parameter is used twice, so that its
+        gradient is whole at the end alone.
 
         `read`: parameters whose values were read besides, perhaps behind their block, where they would have moved.
         """
@@ -52,7 +59,7 @@ class Ahead:
         if not simple or index is None or len(prefixes) + exact != len(entered):
             return None
         target = call["target"]
-        if target.is_floating_point() or call["input"].dim() != 2:
+        if not labelled[0].output.classifies or len(target) != count:
             return None
         return cls(
             index,
@@ -71,7 +78,7 @@ class Ahead:
     def part(self, given: Sequence[Tensor]) -> Scaled:
         """The part of the loss that is to come, of logits that nobody has seen yet."""
         target = given[self.target]
-        logits = target.new_empty(1).expand(len(target), self.classes)  # only its shape is asked for
+        logits = target.new_empty(1).expand(len(target), self.classes, *target.shape[1:])  # only its shape is asked for
         return Scaled(Output({**self.options, "input": logits, "target": target}, None, True).cross_entropy(target), 0, self.factor)  # type: ignore[arg-type]
 
     def holds(self, parts: Sequence[Scaled], given: Sequence[Tensor]) -> bool:

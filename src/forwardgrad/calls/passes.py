@@ -13,7 +13,7 @@ from torch import Tensor
 from forwardgrad.calls.ahead import Ahead, AtEnd
 from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.replay import Slot, errors
-from forwardgrad.calls.retakes import OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
+from forwardgrad.calls.retakes import BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled
 from forwardgrad.calls.surveyed import ATTEMPTS, Surveyed, unsteady
 from forwardgrad.calls.watch import ModelWatch
@@ -38,6 +38,7 @@ class Pass:
     blocks, ended: for local losses, the block of each use; and the places where blocks end, with values and tangents (None: unmoved).
     told: the part of each example in the derivatives, where whoever made the evaluations knows it.
     learned: how many blocks, from the first one, were handed to `at_end` on the way.
+    hidden: the tangents of what the last layer was given, where its gradient is exact; None where that did not move.
     """
 
     loss: Float[Tensor, ""]
@@ -53,6 +54,7 @@ class Pass:
     ended: tuple[tuple[ActivityUse, Tensor, Tensor | None], ...] = ()
     told: Float[Tensor, "k count"] | None = None
     learned: int = 0
+    hidden: Tensor | None = None
 
     @cached_property
     def errors(self) -> list[Tensor]:
@@ -215,11 +217,14 @@ def perturbed_pass(
                 raise
             surveyed.went_through(found.names)
         else:
+            exact = any(isinstance(entered, ActivityUse) and entered.exact for entered in stands.entered)
+            if stands.prefixes and exact_output and not exact and BELOW in surveyed.memory.at_once:
+                raise unsteady(objective)  # the last layer is not known as such, and would learn like any block
             one = gathered(derived.values, derived.derivatives, stands)
             one = replace(one, learned=early.learned)
             surveyed.took(stands.path_taken)
             if at_end is not None:
-                surveyed.came(stands, one.parts, ends, ahead)
+                surveyed.came(stands, one.parts, one.count, ends, ahead)
             if (asked := notes.asked.get()) is not None:
                 asked.layers[:] = [one.scored(entered) for entered in one.entered]
             return one
@@ -259,7 +264,9 @@ def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: M
         (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
     )
     replay = None if watch.loss_of is None else (watch.loss_of, watch.constants)
-    return Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
+    hidden = derivatives.get("hidden")
+    found = Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
+    return replace(found, hidden=hidden)
 
 
 def numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:

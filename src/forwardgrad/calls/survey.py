@@ -117,7 +117,9 @@ class Survey:
 
     def _watch(self, reading: Reading, mark: Mark, exact: bool) -> _SurveyWatch:
         options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
-        return _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+        watch = _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
+        watch.views = self._exact  # so that places lie alike in all passes
+        return watch
 
     def _evaluated(self, reading: Reading, watch: Callable[[], _SurveyWatch], count: int) -> tuple[_Seen, dict[str, Tensor]]:
         """One pass that leaves nothing behind, with `count` tangents: what was seen, and derivatives by name."""
@@ -267,6 +269,7 @@ class Survey:
         """The same way with where examples lie; None where no dimension of what is read can be the examples."""
         free = replace(way, path=None)
         plain = self._pass(free, exact=self._exact)
+        self.entered = plain.watch.entered  # as large as they are where the loss is read this way
         best: Reading | None = None
         for option in self._options(plain):
             trials = Trials(self, free, plain.read, option)

@@ -63,10 +63,11 @@ class ModelWatch(TorchFunctionMode):
         self.prefixes, self.read_bare = list[int](), set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
+        self._below = bool(len(directions)) and BELOW in at_once
+        self.views = exact_output  # whether places are put off behind views of their values
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
-        self.blocks, self.ending = list[int](), list[ActivityUse]()
-        self.unmoved: dict[str, Tensor] = {}
-        self.entered: list[Entered] = []
+        self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
+        self.unmoved, self.entered = dict[str, Tensor](), list[Entered]()
         self.parts: tuple[Scaled, ...] = ()
         self.loss_of: LossOf | None = None
         self.constants: dict[Slot, Tensor] = {}
@@ -80,13 +81,11 @@ class ModelWatch(TorchFunctionMode):
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
-        self.last_layer = 0  # the number of the call
+        self.last_layer, self._last = 0, list[tuple[ActivityUse, Tensor]]()  # the number of the call, and what it was given
         self.sums = Sums()
-        self.outputs: list[Tensor] = []  # what loss functions with a closed-form error were given
-        self.beside: list[Tensor] = []  # and besides, which must not follow from the model
+        self.outputs, self.beside = list[Tensor](), list[Tensor]()  # what known losses were given, and besides, which must not follow
         self.recording: Recording | None = None
         self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
-        self._below = bool(len(self.directions)) and BELOW in self.at_once
         self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
         self._missed = set[str]()  # names of parameters that should have moved from the start
         self._put_off: list[tuple[weakref.ref[Tensor], int]] = []  # what a layer passed on unmoved, and the number of its place
@@ -100,7 +99,7 @@ class ModelWatch(TorchFunctionMode):
     @property
     def path(self) -> Hashable:
         """The calls of the evaluation, what is trained of them, and which dimensions have size 1."""
-        return self._calls.seen(), tuple((tuple(entered.names), paths.ones(entered.shape)) for entered in self.entered)
+        return self._calls.seen(), tuple(self._made_ones)
 
     @property
     def silent(self) -> bool:
@@ -135,6 +134,7 @@ class ModelWatch(TorchFunctionMode):
         kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
+        moved.update(("hidden", given) for last, given in self._last if last.exact and self._evaluation.carries(given))
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
 
     def _read(self, loss: Any) -> list[Tensor]:
@@ -162,7 +162,7 @@ class ModelWatch(TorchFunctionMode):
         return self._moving.get(id(tensor), (tensor, tensor))[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        self._moving, self._waiting, self._passed, self._passed_on = {}, {}, {}, []
+        self._moving, self._waiting, self._passed, self._passed_on, self._last = {}, {}, {}, [], []
         self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
@@ -251,11 +251,9 @@ class ModelWatch(TorchFunctionMode):
                 return self._moving[key][1]
             if key in self._names:
                 return self._dense(value)
-            if key in self._waiting:
-                tensor, point = self._waiting[key]
-                if self.recording is not None and self.exact_output:  # whose error will be found
-                    return self._settle(tensor, point)
-                return self._move(tensor, point)
+            if key in self._waiting:  # its error will be found where calls are recorded
+                settles = self.recording is not None and self.exact_output
+                return (self._settle if settles else self._move)(*self._waiting[key])
             # What moves was put behind the layer's ReLU, and somebody reads what stands in front of it (a residual connection), which
             # should have moved, too. It is too late for that: the evaluation is made again, with this place not put off.
             if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
@@ -271,7 +269,7 @@ class ModelWatch(TorchFunctionMode):
         return found[1] if found is not None and found[0]() is tensor else None
 
     def _waits(self, value: Any) -> ActivityUse | None:
-        return self._waiting.get(id(value), (None, None))[1]
+        return self._waiting[id(value)][1] if id(value) in self._waiting else None
 
     def _dense(self, parameter: Tensor) -> Tensor:
         name = self._names[id(parameter)]
@@ -286,6 +284,7 @@ class ModelWatch(TorchFunctionMode):
     def _enter(self, entered: Entered, out: Tensor) -> None:
         entered.place, entered.shape = self.reading.place(len(self.entered)), out.shape
         self.entered.append(entered)
+        self._made_ones.append((tuple(entered.names), paths.ones(out.shape)))
         self.blocks.append(len(self._ended))
 
     def _sow(self, entered: Sown, out: Tensor) -> Tensor:
@@ -318,7 +317,8 @@ class ModelWatch(TorchFunctionMode):
             return self._sow(entered, out)
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
-        self._waiting[id(out)] = (out, entered)
+        self._last, since = [(entered, given)], self.reading.since
+        entered.views = (self.views or entered.through) and (since is None or self._calls.count < since)  # those behind are made again
         may_wait = (self.exact_output or (entered.masked and not self._below)) and len(self.entered) - 1 not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
 
@@ -344,7 +344,7 @@ class ModelWatch(TorchFunctionMode):
         return self._wait(out, point)
 
     def _move(self, tensor: Tensor, point: ActivityUse) -> Tensor:
-        del self._waiting[id(tensor)]
+        self._waiting.pop(id(tensor), None)
         point.place_at(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)
         if self.mark is not None:

@@ -15,6 +15,7 @@ from forwardgrad.calls import Pass, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
+from forwardgrad.estimators.heads import Labels, follow_
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, ActivityUse, Entered
 
@@ -34,9 +35,13 @@ class LearnedFeedback(Estimator):
       left is noise. With a rate, a_l = rate/(n + q + 1) for the n moves of the batch that touched a unit and q units that moved in all:
       the normalised least mean squares step, stable for rates below 2;
     - rule="average": B_l ← (1 − rate) B_l + rate · (1/n) Σ ẏ u_lᵀ, a moving average.
+    Where every position has a target of its own, as each token of a language model, B_l [p, q] is one matrix for all positions: from the
+    p inputs of the last layer at a position, if that is linear and trained, to the q units of layer l there. The last layer's own feedback
+    is learned as that of a classifier of `LocalLosses`: one input in four a step, without noise, and no weight is transposed.
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
     Bias: with use="direct", that of B: e (B_l − J_l) an example; J_l changes with the example and the weights, B_l does not, or late. With
+    a target at every position also all that attention carries to other positions. With
     use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
     Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
@@ -110,36 +115,63 @@ class LearnedFeedback(Estimator):
             error, moved = output_of(found, type(self).__name__)
             entered = [place for place in found.entered if place not in found.exact]
             ready = self.warm_up == 0 or int(step) >= self.warm_up
-            beyond = found.beyond((error * moved).sum(2)) if found.reading.beyond and len(moved) else None
-            self.teach(gradients if ready else None, found, entered, error, moved, state, beyond)
+            self.follow(gradients if ready else None, found, entered, error, moved, objective, state)
             if ready:
                 add_exact(gradients, found)
         step += 1
         return Estimate(found.loss, found.derivatives, self.tangents + 1), gradients
 
-    def teach(
+    def follow(
         self,
         gradients: dict[str, Tensor | None] | None,
         found: Pass,
         entered: list[Entered],
         error: Float[Tensor, "n c"],
         moved: Float[Tensor, "k n c"],
+        objective: Objective,
+        state: dict[str, Tensor],
+    ) -> None:
+        """`teach` what entered ahead of the model's output: as a whole, or position by position where each has a target of its own."""
+        if not entered:
+            return
+        labels, rows = Labels.of(found), (error * moved).sum(2)
+        beyond = found.beyond(rows) if found.reading.beyond and len(moved) else None
+        if len(labels) == len(found.parts) == 1 and labels[0].tokens:
+            told = by_position(found, labels[0], objective, state)
+            self.teach(gradients, found, entered, *told, state, beyond, rows)
+        else:
+            self.teach(gradients, found, entered, error, moved, state, beyond)
+
+    def teach(
+        self,
+        gradients: dict[str, Tensor | None] | None,
+        found: Pass,
+        entered: list[Entered],
+        error: Float[Tensor, "rows c"],
+        moved: Float[Tensor, "k rows c"],
         state: dict[str, Tensor],
         beyond: Float[Tensor, " k"] | None = None,
+        derivatives: Float[Tensor, "k n"] | None = None,
     ) -> None:
         """Add the gradients of what entered ahead of an output with this error, where wanted, and learn from how the output moved.
 
-        `beyond` is the derivative of what the loss has besides that output.
+        A row is an example, or a position of one. `beyond` is the derivative of what the loss has besides that output, `derivatives` that
+        of each example where error and moves do not give it exactly.
         """
-        places = places_of(found, entered)
+        each = len(error) // found.count
+        places = places_of(found, entered, each)
         feedback = [matrix(state, found, point, error, None) for point in places]
         residual = moved - sum(
-            (point.moves(found.count).to(b.dtype) @ b.T for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
+            (point.moves(found.count, each).to(b.dtype) @ b.T for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
         )
         if gradients is not None:
-            rows = (error * residual).sum(2) / self.tangents
+            rows = (error * residual).sum(2)
+            if derivatives is not None:
+                rows = derivatives - (error * (moved - residual)).sum(2).unflatten(1, (found.count, each)).sum(2)
+            elif each > 1:
+                rows = rows.unflatten(1, (found.count, each)).sum(2)
             left = None if beyond is None else beyond / self.tangents
-            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, rows, left)
+            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, rows / self.tangents, left)
         self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
 
     def _add(
@@ -155,18 +187,20 @@ class LearnedFeedback(Estimator):
         for point, b in feedback.items():
             sent = error @ b
             if self.use == "control-variate":
-                each = found.share(rows, point, beyond).expand(-1, found.count)
-                sent = sent + torch.einsum("kb,kbq->bq", each, point.moves(found.count).to(rows.dtype))
-            add(gradients, point.from_error(point.at_place(sent)))
+                each, positions = found.share(rows, point, beyond).expand(-1, found.count), len(sent) // found.count
+                moves = point.moves(found.count, positions).to(rows.dtype)
+                sent = sent + torch.einsum("kb,kbq->bq", each.repeat_interleave(positions, 1), moves)
+            add(gradients, point.from_error(point.at_rows(sent, found.count)))
         for place in entered:
             if place not in feedback:
                 add(gradients, place.gradient(found.share(rows, place, beyond)))
 
     def _learn(self, found: Pass, places: list[ActivityUse], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
-        moving = [point.moving(found.count) for point in places]
+        each = signal.shape[1] // found.count
+        moving = [point.moving(found.count, each) for point in places]
         units = sum((m.sum() / found.count for m in moving), torch.zeros((), device=signal.device)) / len(signal)
         for point, b, moved in zip(places, feedback, moving, strict=True):
-            u, count, seen = point.moves(found.count).to(b.dtype), moved.sum((0, 1)), signal.to(b.dtype)
+            u, count, seen = point.moves(found.count, each).to(b.dtype), moved.sum((0, 1)), signal.to(b.dtype)
             learned = torch.einsum("kbc,kbq->cq", seen, u)
             if self.rule == "average":
                 b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
@@ -208,6 +242,33 @@ def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor
     return error, torch.cat([r.gather(m.to(error.dtype), count, lead=1) for r, m in zip(rows, found.moved, strict=True)], 2)
 
 
+def by_position(
+    found: Pass, labels: Labels, objective: Objective, state: dict[str, Tensor]
+) -> tuple[Float[Tensor, "rows c"], Float[Tensor, "k rows c"]]:
+    """The error and the moves at every position, where each has a target of its own: at what the last layer is given, else at the output.
+
+    The last layer is linear, and the same at every position. So its feedback is learned as that of a classifier inside the model is, and
+    all other feedback has the last layer's units in place of every word.
+    """
+    error, moved = found.errors[labels.part.index].movedim(1, -1), [t.movedim(2, -1) for t in found.moved]
+    last = next((point for point in found.exact if point.linear), None)
+    if last is not None:
+        name, target = last.layer.names["weight"], labels.part.output.call["target"]
+        weight = last.layer.as_matrix(objective.parameters[name]).to(error.dtype)
+        feedback = state.setdefault(f"feedback.last.{name}", weight.clone())  # at first all units move
+        _check_shape(feedback, weight.shape, name)
+        follow_(feedback, weight, state.setdefault("last.turn", torch.zeros((), dtype=torch.int64, device=error.device)))
+        error = error @ feedback
+        moved = [] if found.hidden is None else [found.hidden.reshape(-1, *target.shape, weight.shape[1])]
+    error = labels.by_position(error).flatten(0, 1)
+    told = (
+        labels.by_position(moved[0].to(error.dtype), lead=1).flatten(1, 2)
+        if moved
+        else error.new_zeros(len(found.derivatives), *error.shape)
+    )
+    return error, told
+
+
 def warn_of_penalty(found: Pass, who: str) -> None:
     """Warn where a part of the loss trains nothing under an estimator that knows the error at the output alone."""
     if found.reading.penalty:
@@ -218,23 +279,35 @@ def warn_of_penalty(found: Pass, who: str) -> None:
         )
 
 
-def places_of(found: Pass, entered: list[Entered]) -> list[ActivityUse]:
-    """The places that a feedback matrix can be learned for: those where each example of the batch has numbers of its own."""
+def places_of(found: Pass, entered: list[Entered], each: int = 1) -> list[ActivityUse]:
+    """The places that a feedback matrix can be learned for: those where each row of the batch has numbers of its own.
+
+    A row is an example, or one of `each` positions of an example.
+    """
     points = [place for place in entered if isinstance(place, ActivityUse) and not place.exact and place.moved]
-    return [point for point in points if point.place.rows is not None or found.count == 1]
+    rows = found.count * each
+    return [
+        point
+        for point in points
+        if (point.place.rows is not None or found.count == 1) and (each == 1 or point.shape.numel() == rows * point.shape[point.channels])
+    ]
 
 
 def matrix(state: dict[str, Tensor], found: Pass, point: ActivityUse, error: Tensor, generator: Generator | None) -> Float[Tensor, "c q"]:
     """The feedback matrix of one place: zeros at first, or random numbers of variance 1/C where a generator is given."""
     key = f"feedback.{found.entered.index(point)}.{point.names[0]}"
     outputs = error.shape[1]
-    shape = (outputs, point.shape.numel() // found.count)
+    shape = (outputs, point.shape.numel() // len(error))
     if key not in state:
         made = torch.zeros(shape, dtype=error.dtype, device=generator.device if generator else error.device)
         state[key] = (made.normal_(generator=generator) / outputs**0.5 if generator else made).to(error.device)
-    if state[key].shape != shape:
+    _check_shape(state[key], shape, point.names[0])
+    return state[key]
+
+
+def _check_shape(feedback: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if feedback.shape != shape:
         raise ValueError(
-            f"the state holds feedback of shape {tuple(state[key].shape)} for {point.names[0]}, but this batch needs {shape}: use one "
+            f"the state holds feedback of shape {tuple(feedback.shape)} for {name}, but this batch needs {tuple(shape)}: use one "
             "state for one model and one size of input"
         )
-    return state[key]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
-from forwardgrad.calls import Scaled
+from forwardgrad.calls import Pass, Scaled
+from forwardgrad.perturbations import ActivityUse, Rows
 from forwardgrad.ranks import ALONE, Ranks
 
 Sight = Literal["flatten", "pooled", "positions"]
@@ -21,17 +24,122 @@ MOVES = 4  # numbers in φ for each of them that moves in a step
 
 
 @dataclass(frozen=True)
+class Labels:
+    """What classifiers inside a model learn: the part of its loss that is a cross-entropy of class indices, example by example.
+
+    `rows`: where the examples lie in the targets, `count` their number.
+    """
+
+    part: Scaled
+    rows: Rows
+    count: int
+
+    @classmethod
+    def of(cls, found: Pass) -> list[Labels]:
+        """One for each such part of a loss."""
+        return [
+            cls(part, Rows(rows.dim - (rows.dim > 1), rows.turns), found.count)
+            for part in found.parts
+            if part.output.classifies and (rows := found.reading.read[part.index]).dim != 1
+        ]
+
+    @classmethod
+    def to_come(cls, part: Scaled) -> Labels:
+        """That of a loss that is not there yet, whose targets have the examples first."""
+        return cls(part, Rows(0), len(part.output.call["target"]))
+
+    @property
+    def positions(self) -> int:
+        """How many targets an example has: more than one where it is a text with a target for every token."""
+        return self.part.output.call["target"].numel() // self.count  # type: ignore[no-any-return]
+
+    @property
+    def tokens(self) -> bool:
+        return self.positions > 1
+
+    @cached_property
+    def each(self) -> Float[Tensor, "n positions"]:
+        """The targets of each example."""
+        return self.rows.gather(self.part.output.call["target"], self.count)
+
+    def by_position(self, t: Tensor, lead: int = 0) -> Float[Tensor, "*lead n positions m"]:
+        """Numbers [*lead, *targets, m] of every target, example by example."""
+        return self.rows.gather(t, self.count, lead).reshape(*t.shape[:lead], self.count, self.positions, t.shape[-1])
+
+    def of_rows(self, rows: int, merged: Tensor | None) -> Scaled:
+        """The same loss of other scores, those of so many rows an example: one for each of its targets, or all for its only one."""
+        target, factor = self.each.flatten(), self.part.factor
+        if not self.tokens:
+            target, factor = target.repeat_interleave(rows), self.part.repeated(rows)
+        elif isinstance(factor, Tensor) and factor.dim():
+            factor = self.rows.gather(factor, self.count).flatten()
+        return Scaled(self.part.output.cross_entropy(target, merged), 0, factor)
+
+
+def merged_classes(classes: int, fewer: int, device: torch.device) -> Tensor:
+    """For each of so many classes, the one of fewer that stands for it: evenly, and unlike the order that the classes have.
+
+    Steps of the golden section go round all classes (Fibonacci hashing), so that neighbours, which are alike in many vocabularies, part.
+    """
+    step = next(step for step in range(int(0.618034 * classes), 2 * classes) if math.gcd(step, classes) == 1)
+    return torch.arange(classes, device=device) * step % classes % fewer
+
+
+def follow_(feedback: Float[Tensor, "outputs units"], weight: Float[Tensor, "outputs units"], turn: Tensor) -> None:
+    """Let feedback learn a linear layer from how its output follows moves of single units.
+
+    y follows a move of unit i alone by R u_i, which without noise is what B needs to know of that unit. One in MOVES units moves a step,
+    so that B is R as it was in the last MOVES steps.
+    """
+    moved = torch.arange(weight.shape[1], device=weight.device) % MOVES == turn
+    torch.where(moved, weight, feedback, out=feedback)
+    turn.add_(1).remainder_(MOVES)
+
+
+@dataclass(frozen=True)
 class Features:
     """φ, a linear map of a block's activities h [n, channels, *positions]: [n, rows, width], one row but for "positions".
 
     "flatten" is h itself, "pooled" its means over a grid of cells (cut as by adaptive pooling), "positions" the channels of every position.
+    `tokens`: whether every position has a target of its own; h is then [n, positions, channels], and φ is h itself.
     """
 
     sight: Sight
     cells: int
+    tokens: bool = False
+
+    def in_front(self, t: Tensor, end: ActivityUse, count: int, lead: int = 0) -> Tensor:
+        """h with so many examples, of what lies at the end of a block."""
+        rows = end.place.rows
+        if self.tokens:
+            return end.positions(t, count, lead)
+        if self._turned(end, count):
+            return end.positions(t, count, lead).transpose(-1, -2)
+        if rows is None or end.shape[rows.dim] == count:
+            return t.movedim(lead + (0 if rows is None else rows.dim), lead)
+        return rows.gather(t, count, lead)
+
+    def put_back(self, t: Tensor, end: ActivityUse) -> Tensor:
+        """The inverse of `in_front`."""
+        rows = end.place.rows
+        if self.tokens:
+            return end.at_positions(t)
+        if self._turned(end, len(t)):
+            return end.at_positions(t.transpose(-1, -2))
+        if rows is None or end.shape[rows.dim] == len(t):
+            return t.movedim(0, 0 if rows is None else rows.dim)
+        return rows.scatter(t, end.shape)
+
+    def _turned(self, end: ActivityUse, count: int) -> bool:
+        """Whether positions stand in front of the channels, as behind a linear layer, and φ tells them from these."""
+        rows = end.place.rows
+        behind = rows is not None and (rows.dim, end.channels) != (0, 1)
+        return self.sight != "flatten" and len(end.shape) > 2 and behind
 
     def of(self, h: Tensor, lead: int = 1) -> Tensor:
         """φ(h) with `lead` dimensions before the channels, in float32 at least."""
+        if self.tokens:
+            return h.to(torch.promote_types(h.dtype, torch.float32))
         if h.dim() - lead > 1 and self.sight == "pooled":
             h = _POOLS[h.dim() - lead - 1](h.flatten(0, lead - 1), self._grid(h.shape[lead + 1 :])).unflatten(0, h.shape[:lead])
         h = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -41,7 +149,7 @@ class Features:
 
     def back(self, error: Float[Tensor, "n rows width"], h: Tensor) -> Tensor:
         """The error at h from that at φ(h): each unit of a cell has its share, as the winner has all in max-pooling."""
-        if h.dim() < 3 or self.sight == "flatten":
+        if h.dim() < 3 or self.sight == "flatten" or self.tokens:
             return error.reshape(h.shape)
         if self.sight == "positions":
             return error.transpose(1, 2).reshape(h.shape)
@@ -112,22 +220,16 @@ class Head:
         turn = state.setdefault(f"{key}.turn", torch.zeros((), dtype=torch.int64, device=features.device))
         return cls(weight, like("bias", (classes,)), feedback, pair("mean"), pair("square"), (steps[0], steps[1]), turn, ranks)
 
-    def error(self, features: Tensor, part: Scaled) -> Tensor:
+    def error(self, features: Tensor, labels: Labels) -> Tensor:
         """∂f/∂y of the head's own loss, [n, rows, classes]: the model's loss, with the target of an example at each of its rows."""
         logits = features @ self.weight.T + self.bias
-        target = part.output.call["target"].repeat_interleave(logits.shape[1])
-        own = Scaled(part.output.cross_entropy(target), 0, part.repeated(logits.shape[1]))
+        classes, fewer = labels.part.output.classes, len(self.weight)
+        own = labels.of_rows(logits.shape[1], merged_classes(classes, fewer, logits.device) if fewer < classes else None)
         return own.error(logits.flatten(0, -2)).reshape(logits.shape)
 
     def sent_back(self, error: Tensor) -> Tensor:
-        """The error at the features, e B, after B has learned from how y follows moves of single units.
-
-        y follows a move of unit i alone by R u_i, which without noise is what B needs to know of that unit. One in MOVES units moves a
-        step, so that B is R as it was in the last MOVES steps.
-        """
-        moved = torch.arange(self.weight.shape[1], device=self.weight.device) % MOVES == self.turn
-        torch.where(moved, self.weight, self.feedback, out=self.feedback)
-        self.turn.add_(1).remainder_(MOVES)
+        """The error at the features, e B, after B has learned from how y follows moves of single units."""
+        follow_(self.feedback, self.weight, self.turn)
         return error @ self.feedback
 
     def learn(self, features: Tensor, error: Tensor, rate: float) -> None:

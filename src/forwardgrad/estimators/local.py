@@ -15,7 +15,7 @@ from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, Move, check_count, check_number, needed
 from forwardgrad.estimators.feedback import LearnedFeedback, output_of
-from forwardgrad.estimators.heads import SIGHTS, Features, Head, Sight, similarity_error
+from forwardgrad.estimators.heads import SIGHTS, Features, Head, Labels, Sight, similarity_error
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, ActivityUse, Block, Entered
 from forwardgrad.ranks import ALONE, Ranks
@@ -39,16 +39,21 @@ class LocalLosses(Estimator):
     front of a norm, and any other function, ends the block ahead of it. A norm in training has the whole batch in every example's error.
     One step of Adam for every classifier follows, along its exact gradient; the model's last layer learns by its own, e xᵀ.
 
+    Where every position has a target of its own, as each token of a language model, a classifier stands at every position and learns the
+    target there; ignored positions have no part. Layers ahead of a block's last one then learn feedback from the moves of the block's end,
+    one matrix for all positions: the error of a position goes to the same position. What attention carries to other positions is left out.
+
     Bias: for the gradient of the model's loss, all that the greedy split leaves out. For ∇f_l of each block: none with feedback=False;
     with feedback=True e (B_l − R_l), which is what R_l moved in the last four steps, and in deeper blocks that of `LearnedFeedback`.
     Variance: (q ± 1)‖δ‖² an example with q the units of one block, not of the whole model; with feedback and one layer a block, none.
     Cost: K + 1 forward passes for K tangents (with feedback and one layer a block nothing moves in the model, and the tangent pass is
-    free: one), and the classifiers: C φ products an example and block. With feedback and one layer a block a `TrainingStep` lets each
-    block learn and move as soon as it has ended, from the second step on a path through the model: it holds the activities of one block
-    at any depth, and no gradient. That needs torch's SGD, Adam or AdamW, labels that are a tensor of the batch, a factor of the loss that
-    is the same Python number at every step, and parameters that are used once. The step is the same, to the bit. Where the loss or the
-    path turns out to be another than in the step before, one warning says so, and later blocks wait for the loss. A step that ends in an
-    error leaves those blocks moved that had learned.
+    free: one), and the classifiers: C φ products an example (or position) and block, with `classes` for C where they are fewer.
+    With feedback and one layer a block a `TrainingStep` lets each block learn and move as soon as it has ended, from the second step on
+    a path through the model: it holds the activities of one block at any depth, and no gradient. That needs torch's SGD, Adam or AdamW,
+    labels that are a tensor of the batch with the examples first, a factor of the loss that is the same Python number at every step, and
+    parameters that are used once. The step is the same, to the bit. Where the loss or the path turns out to be another than in the step
+    before, one warning says so, and later blocks wait for the loss. A step that ends in an error leaves those blocks moved that had
+    learned.
     Limits: those of `LearnedFeedback`; blocks follow one another (what skips a block is not seen by its loss).
 
     Args:
@@ -56,19 +61,22 @@ class LocalLosses(Estimator):
             its own for every example is a block.
         feedback: whether errors come back through learned feedback, or the directional derivative alone.
         head: what φ is: "flatten" (all units), "pooled" (means over a grid of cells), "positions" (a classifier at every position, its loss
-            the mean over them; for convolutions).
+            the mean over them). Where every position has a target of its own it is always "positions".
         cells: of "pooled", along each dimension: 1 for the mean over all positions.
         similarity: weight s in [0, 1) of the similarity-matching term.
         head_rate: above 0, the learning rate of the classifiers.
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
+        classes: the most classes that the classifiers of blocks tell apart; None: all of the loss. Where the loss has more, as a language
+            model has words, each stands for as many words as the others, which a fixed hash shares out; the read-out has all words. Memory
+            and time of classifiers then do not grow with the vocabulary. A few hundred lose little: see docs/choosing.md.
 
     Raises ValueError where an argument is outside its limits, no generator or state was given, a pattern of `ends` names nothing that is
-    trained, the loss does not hold one F.cross_entropy with a class index an example (scaled, or beside other terms), or the state belongs
-    to another model.
+    trained, the loss does not hold one F.cross_entropy with a class index for each example or each of its positions (scaled, or beside
+    other terms), a block has another number of positions than targets, or the state belongs to another model.
 
     Source: Ren et al., "Scaling forward gradient with local losses" (2023), sections 4.1 and 4.2; Nøkland and Eidnes (2019), eqs. 1 to 3;
-    the learned feedback is this project's.
+    Medini et al., "Extreme classification in log memory" (2019), for classes that stand for many; the learned feedback is this project's.
 
     >>> LocalLosses(similarity=0.5).unbiased
     False
@@ -86,6 +94,7 @@ class LocalLosses(Estimator):
     head_rate: float = 1e-3
     tangents: int = 1
     law: Law = Rademacher()
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         if self.ends is not None:
@@ -103,6 +112,10 @@ class LocalLosses(Estimator):
         if not isinstance(self.law, Law):
             raise ValueError(f"law must be a law of directions such as Rademacher(), not {self.law!r}")
         Activity().check(self.law)
+        if self.classes is not None:
+            check_count("classes", self.classes)
+            if self.classes < 2:
+                raise ValueError(f"classes must be at least 2, so that classifiers have something to tell apart, not {self.classes}")
 
     @property
     def unbiased(self) -> bool:
@@ -131,7 +144,7 @@ class LocalLosses(Estimator):
 
         def at_end(index: int, point: ActivityUse, values: Tensor, part: Scaled) -> None:
             with torch.autocast(values.device.type, enabled=False):
-                self._teach(move, index, point, values, part, state)
+                self._teach(move, index, point, values, Labels.to_come(part), state)
 
         gradients: dict[str, Tensor | None] = {}
         record = self._whole(objective, generator, state, gradients, at_end)
@@ -156,12 +169,11 @@ class LocalLosses(Estimator):
         found = perturbed_pass(objective, Block(), self.law, seeds, generator.device, who=who, **options)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, "LocalLosses")
-            if not found.learned:
-                _labelled(found)  # though there may be no block
-            late = range(found.learned, len(found.ended))
-            d = [self._block(gradients, found, index, state, objective.ranks) for index in late]
-            if late or not found.learned:  # something may follow the last block
-                self._follow(gradients, found, error, moved, state)
+            late, d = range(found.learned, len(found.ended)), list[Tensor]()
+            if late or not found.learned:
+                labels = _labelled(found)  # though there may be no block
+                d = [self._block(gradients, found, index, labels, state, objective.ranks) for index in late]
+                self._follow(gradients, found, error, moved, objective, state)  # what stands behind the last block
             add_exact(gradients, found)
         none = found.loss.new_zeros(self.tangents)
         d.append((error * moved).sum((1, 2)) if len(moved) else none)
@@ -176,49 +188,77 @@ class LocalLosses(Estimator):
                     f"as {', '.join(map(repr, names[:3]))}"
                 )
 
-    def _follow(self, gradients: dict[str, Tensor | None], found: Pass, error: Tensor, moved: Tensor, state: dict[str, Tensor]) -> None:
+    def _follow(
+        self,
+        gradients: dict[str, Tensor | None],
+        found: Pass,
+        error: Tensor,
+        moved: Tensor,
+        objective: Objective,
+        state: dict[str, Tensor],
+    ) -> None:
         """The gradient of what stands behind the last block, by the model's own loss."""
-        entered, rows = found.entered_in(len(found.ended)), (error * moved).sum(2)
-        beyond = found.beyond(rows) if found.reading.beyond else None
+        entered = found.entered_in(len(found.ended))
         if self.feedback:
-            self._feedback.teach(gradients, found, entered, error, moved, state, beyond)
-        else:
-            self._add(gradients, found, entered, rows, beyond)
+            self._feedback.follow(gradients, found, entered, error, moved, objective, state)
+            return
+        rows = (error * moved).sum(2)
+        self._add(gradients, found, entered, rows, found.beyond(rows) if found.reading.beyond else None)
 
-    def _block(self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], ranks: Ranks) -> Tensor:
+    def _block(
+        self, gradients: dict[str, Tensor | None], found: Pass, index: int, labels: Labels, state: dict[str, Tensor], ranks: Ranks
+    ) -> Tensor:
         """The gradient of one block, whose directional derivatives are returned; its classifier learns on the way."""
         if not self.feedback:
-            return self._score(gradients, found, index, state, ranks)
+            return self._score(gradients, found, index, labels, state, ranks)
         end, values, moves = found.ended[index]
         deeper = [place for place in found.entered_in(index) if place is not end]
         more = _Deeper(gradients, found, deeper, moves) if deeper else None
-        return self._teach(lambda parts: add(gradients, parts), index, end, values, _labelled(found), state, more, ranks)
-
-    @property
-    def _features(self) -> Features:
-        return Features(self.head, self.cells)
+        return self._teach(lambda parts: add(gradients, parts), index, end, values, labels, state, more, ranks)
 
     @property
     def _feedback(self) -> LearnedFeedback:
         return LearnedFeedback(tangents=self.tangents, law=self.law)
 
-    def _seen(self, index: int, values: Tensor, part: Scaled, state: dict[str, Tensor], ranks: Ranks) -> tuple[Head, Tensor, Tensor]:
-        """The classifier of a block, what it sees, and the error of its own loss."""
-        features = self._features.of(values)
-        head = Head.kept(state, index, part.output.classes, features, ranks)
-        return head, features, head.error(features, part)
+    def _seen(
+        self, index: int, end: ActivityUse, values: Tensor, labels: Labels, state: dict[str, Tensor], ranks: Ranks
+    ) -> tuple[Features, Tensor, Head, Tensor, Tensor]:
+        """The map φ and what it is of, the classifier of a block, what that sees, and the error of its own loss."""
+        features = Features(self.head, self.cells, labels.tokens)
+        self._check_tokens(end, labels)
+        values = features.in_front(values, end, labels.count)
+        seen = features.of(values)
+        classes = labels.part.output.classes
+        head = Head.kept(state, index, min(classes, self.classes or classes), seen, ranks)
+        return features, values, head, seen, head.error(seen, labels)
 
-    def _score(self, gradients: dict[str, Tensor | None], found: Pass, index: int, state: dict[str, Tensor], ranks: Ranks) -> Tensor:
+    def _check_tokens(self, end: ActivityUse, labels: Labels) -> None:
+        """ValueError where positions have targets of their own, and the block or an option does not go with that."""
+        if not labels.tokens:
+            return
+        if self.head == "pooled" or self.similarity:
+            option = 'head="pooled" takes means over positions' if self.head == "pooled" else "similarity compares whole examples"
+            raise ValueError(f"{option}, but every position has a target of its own in this loss: leave that option out")
+        positions = end.shape.numel() // (labels.count * end.shape[end.channels])
+        if positions != labels.positions:
+            raise ValueError(
+                f"the block that ends with {end.names[0].removeprefix('model.')} has {positions} positions an example, and the loss "
+                f"{labels.positions} targets: let blocks end where there is one position a target (with `ends`), and ignore targets by "
+                "ignore_index instead of cutting them off"
+            )
+
+    def _score(
+        self, gradients: dict[str, Tensor | None], found: Pass, index: int, labels: Labels, state: dict[str, Tensor], ranks: Ranks
+    ) -> Tensor:
         """A block's gradient from the directional derivatives of its loss, which are returned; its classifier learns on the way."""
         end, values, moves = found.ended[index]
-        part = _labelled(found)
         assert moves is not None
-        values, moves = _in_front(values, end, found.count), _in_front(moves, end, found.count, lead=1)
-        head, features, error = self._seen(index, values, part, state, ranks)
-        d = (1 - self.similarity) * (error * (self._features.of(moves, lead=2) @ head.weight.T)).flatten(2).sum(2)
+        features, values, head, seen, error = self._seen(index, end, values, labels, state, ranks)
+        moves = features.in_front(moves, end, found.count, lead=1)
+        d = (1 - self.similarity) * (error * (features.of(moves, lead=2) @ head.weight.T)).flatten(2).sum(2)
         if self.similarity:
-            d = d + self.similarity * (similarity_error(values, part.output.call["target"]) * moves).flatten(2).sum(2)
-        head.learn(features, error, self.head_rate)
+            d = d + self.similarity * (similarity_error(values, labels.each[:, 0]) * moves).flatten(2).sum(2)
+        head.learn(seen, error, self.head_rate)
         self._add(gradients, found, found.entered_in(index), d)
         return d.sum(1)
 
@@ -234,27 +274,29 @@ class LocalLosses(Estimator):
         index: int,
         end: ActivityUse,
         values: Tensor,
-        part: Scaled,
+        labels: Labels,
         state: dict[str, Tensor],
         deeper: _Deeper | None = None,
         ranks: Ranks = ALONE,
     ) -> Tensor:
         """A block's gradient from the error that its feedback sends back; the feedback and the classifier learn on the way."""
-        values = _in_front(values, end, count := len(part.output.call["target"]))
-        head, features, error = self._seen(index, values, part, state, ranks)
-        back = self._features.back(head.sent_back((1 - self.similarity) * error), values)
+        features, values, head, seen, error = self._seen(index, end, values, labels, state, ranks)
+        back = features.back(head.sent_back((1 - self.similarity) * error), values)
         if self.similarity:
-            back = back + self.similarity * similarity_error(values, part.output.call["target"])
+            back = back + self.similarity * similarity_error(values, labels.each[:, 0])
         d = back.new_zeros(self.tangents)
         if deeper is not None and deeper.moves is not None:
-            moves = _in_front(deeper.moves, end, count, lead=1)
-            moved = self._features.of(moves, lead=2) @ head.weight.T
+            moves = features.in_front(deeper.moves, end, labels.count, lead=1)
             d = (moves * back).flatten(1).sum(1)
-            self._feedback.teach(deeper.gradients, deeper.found, deeper.entered, error.flatten(1), moved.flatten(2), state)
-        last = [_put_back(back, end)]
+            if labels.tokens:  # a position has fewer units than classes
+                told = back.flatten(0, 1), moves.to(back.dtype).flatten(1, 2)
+            else:
+                told = error.flatten(1), (features.of(moves, lead=2) @ head.weight.T).flatten(2)
+            self._feedback.teach(deeper.gradients, deeper.found, deeper.entered, *told, state)
+        last = [features.put_back(back, end)]
         del back  # as large as the block's output, and needed no more once it is masked
         take(end.from_error(last.pop()))
-        head.learn(features, error, self.head_rate)
+        head.learn(seen, error, self.head_rate)
         return d
 
 
@@ -288,7 +330,15 @@ class BlocksAlone(LastBlocks):
 
     _own_loss: ClassVar[bool] = False
 
-    def _follow(self, gradients: dict[str, Tensor | None], found: Pass, error: Tensor, moved: Tensor, state: dict[str, Tensor]) -> None:
+    def _follow(
+        self,
+        gradients: dict[str, Tensor | None],
+        found: Pass,
+        error: Tensor,
+        moved: Tensor,
+        objective: Objective,
+        state: dict[str, Tensor],
+    ) -> None:
         names = [name.removeprefix("model.") for one in found.entered_in(len(found.ended)) for name in one.names]
         if names:
             raise ValueError(
@@ -306,27 +356,12 @@ class _Deeper(NamedTuple):
     moves: Tensor | None
 
 
-def _labelled(found: Pass) -> Scaled:
-    """The part of the loss that is a cross-entropy with one class index an example; ValueError where there is none, or several."""
-    labelled = [part for part in found.parts if part.output.classifies(found.count)]
+def _labelled(found: Pass) -> Labels:
+    """What classifiers learn; ValueError where the loss has nothing for them, or several things."""
+    labelled = Labels.of(found)
     if len(labelled) != 1:
         raise ValueError(
-            f"LocalLosses needs one F.cross_entropy with one class index an example in the loss, and finds {len(labelled)}: "
-            "the classifiers of its blocks learn those classes"
+            f"LocalLosses needs one F.cross_entropy of class indices in the loss, one for each example or each of its positions, and finds "
+            f"{len(labelled)}: the classifiers of its blocks learn those classes"
         )
     return labelled[0]
-
-
-def _in_front(t: Tensor, end: ActivityUse, count: int, lead: int = 0) -> Tensor:
-    """What lies at the end of a block with examples as its first dimension."""
-    rows = end.place.rows
-    if rows is None or end.shape[rows.dim] == count:
-        return t.movedim(lead + (0 if rows is None else rows.dim), lead)
-    return rows.gather(t, count, lead)
-
-
-def _put_back(t: Tensor, end: ActivityUse) -> Tensor:
-    rows = end.place.rows
-    if rows is None or end.shape[rows.dim] == len(t):
-        return t.movedim(0, 0 if rows is None else rows.dim)
-    return rows.scatter(t, end.shape)

@@ -14,9 +14,10 @@ from torch import Tensor
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Gradient
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick
-from forwardgrad.perturbations.layers import Caller, Embedding, Layer
+from forwardgrad.perturbations.examples import Rows
+from forwardgrad.perturbations.layers import Caller, Embedding, Layer, Linear
 from forwardgrad.perturbations.norms import BatchNorm, Norm, PerExampleNorm
-from forwardgrad.perturbations.stages import POOLING, POOLS, RECTIFIERS, RETURN_INDICES, SUMS, Normalised, Pooled
+from forwardgrad.perturbations.stages import POOLING, POOLS, RECTIFIERS, RETURN_INDICES, SUMS, VIEWS, Normalised, Pooled, Viewed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Activity(Perturbation):
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered:
         if isinstance(layer, Norm):
             return PerExampleNorm(layer, x, out, directions)
-        return ActivityUse(layer, x.to(out.dtype) if x.is_floating_point() else x, directions, masked=self.masked)  # as autocast sees it
+        use = ActivityUse(layer, x.to(out.dtype) if x.is_floating_point() else x, directions, masked=self.masked)  # as autocast sees it
+        use.channels = layer.channels(out)
+        return use
 
 
 class ActivityUse(Entered):
@@ -63,7 +66,8 @@ class ActivityUse(Entered):
 
     Moving the result of a ReLU or of max-pooling where it is active is the same as moving the layer's output there, so the place is
     put off until something else uses it. With `through`, normalisation behind the layer and the sum with what skips it belong to the
-    layer, too: an error at the place reaches the layer, gain and bias by their derivative in closed form.
+    layer, too: an error at the place reaches the layer, gain and bias by their derivative in closed form. With `views`, so do views that
+    leave the `channels`, the dimension of the units of one position, whole.
     """
 
     kind: ClassVar[str] = "activities"
@@ -73,7 +77,8 @@ class ActivityUse(Entered):
         self.layer, self.directions, self.masked, self.through = layer, directions, masked, through
         self.rows, self.dims = layer.rows, layer.dims
         self.kept["x"] = x
-        self.tail: list[Pooled | Normalised] = []  # what stands behind the layer, last one first
+        self.tail: list[Pooled | Normalised | Viewed] = []  # what stands behind the layer, last one first
+        self.channels, self.views, self.turned = 0, False, False  # turned: whether positions lie in another order than in the layer
         self.rectified = self.moved = self.exact = False
         self.read_at: int | None = None  # which of the tensors that the loss is read at it is, where its gradient is exact
         self.u: Tensor | None = None
@@ -81,6 +86,8 @@ class ActivityUse(Entered):
     def lets_pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is a ReLU or max-pooling behind the layer, and not one that also gives its winners away."""
         known = function in RECTIFIERS or (function in POOLS and not kwargs.get("return_indices") and len(args) < RETURN_INDICES)
+        if function in VIEWS:
+            return self.views and Viewed.of(function, args, kwargs, self.channels) is not None
         return (self.masked and known) or (self.through and self._belongs(function, args, kwargs))
 
     def _belongs(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -89,7 +96,7 @@ class ActivityUse(Entered):
         if function is F.batch_norm:
             return not self.tail
         other = args[1] if function in SUMS and len(args) == 2 and not kwargs else None
-        return isinstance(other, Tensor) and other is not args[0] and other.shape == args[0].shape
+        return isinstance(other, Tensor) and other is not args[0] and _fits(other.shape, args[0].shape)
 
     def advance(
         self,
@@ -108,6 +115,8 @@ class ActivityUse(Entered):
                 self.tail.insert(0, Normalised.of(call, found, primal, self.kept))
             self.rectified |= function in RECTIFIERS
             out: Tensor = calls(function, *args, **kwargs)
+            if function in VIEWS and out is not args[0]:
+                self._see(Viewed.of(function, args, kwargs, self.channels), out)
             return out
         out, winners = calls(F.max_pool2d_with_indices, *args, **{**kwargs, "return_indices": True})
         call = {**dict(zip(POOLING, args, strict=False)), **kwargs}
@@ -116,6 +125,15 @@ class ActivityUse(Entered):
         self.kept[key] = winners
         self.tail.insert(0, Pooled(key, given.shape, last, call))
         return out
+
+    def _see(self, view: Viewed | None, out: Tensor) -> None:
+        assert view is not None
+        if view.order is not None:
+            others = [dim for dim in view.order if dim != self.channels]
+            self.turned |= others != sorted(others)
+        self.channels = out.dim() - 1 if view.order is None else view.order.index(self.channels)
+        self.dims = range(min(self.dims.stop, self.channels))
+        self.tail.insert(0, view)
 
     def place_at(self, out: Tensor) -> None:
         """Fix the place; what moves there is known from here on."""
@@ -145,17 +163,44 @@ class ActivityUse(Entered):
         """The tensor with zeros where the place cannot matter."""
         return t if "active" not in self.kept else t * self.kept["active"]
 
-    def moving(self, count: int) -> Float[Tensor, "k count units"]:
-        """Which units of each example moved, counted once a tangent."""
+    def moving(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
+        """Which units of each row moved, counted once a tangent; there are `each` rows an example."""
         assert self.u is not None
         if "active" not in self.kept:
-            return torch.ones((), device=self.u.device).expand(len(self.u), count, self.shape.numel() // count)
-        return self.of_examples(self.kept["active"].unsqueeze(0), count).expand(len(self.u), -1, -1)
+            rows = count * each
+            return torch.ones((), device=self.u.device).expand(len(self.u), rows, self.shape.numel() // rows)
+        return self.of_rows(self.kept["active"].unsqueeze(0), count, each).expand(len(self.u), -1, -1)
 
-    def moves(self, count: int) -> Float[Tensor, "k count units"]:
-        """What moved of each example."""
+    def moves(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
+        """What moved of each row."""
         assert self.u is not None
-        return self.of_examples(self.still(self.u), count)
+        return self.of_rows(self.still(self.u), count, each)
+
+    def positions(self, t: Tensor, count: int, lead: int = 0) -> Float[Tensor, "*lead count positions channels"]:
+        """What lies at the place, behind `lead` dimensions, by example and position."""
+        t, rows = t.movedim(lead + self.channels, -1), self._rows_behind_channels
+        each = t.unsqueeze(lead) if rows is None else rows.gather(t, count, lead)
+        return each.reshape(*each.shape[: lead + 1], -1, self.shape[self.channels])
+
+    def at_positions(self, each: Float[Tensor, "count positions channels"]) -> Tensor:
+        """The inverse of `positions`, in the place's own shape."""
+        shape, rows = [size for dim, size in enumerate(self.shape) if dim != self.channels], self._rows_behind_channels
+        shape.append(self.shape[self.channels])
+        t = each.reshape(shape) if rows is None else rows.scatter(each.flatten(1), shape)
+        return t.movedim(-1, self.channels)
+
+    @property
+    def _rows_behind_channels(self) -> Rows | None:
+        rows = self.place.rows
+        return None if rows is None else Rows(rows.dim - (rows.dim > self.channels), rows.turns)
+
+    def of_rows(self, t: Tensor, count: int, each: int) -> Float[Tensor, "k rows units"]:
+        """A stack [k, *shape] of what lies at the place, by example where an example is one row, else by position."""
+        return self.of_examples(t, count) if each == 1 else self.positions(t, count, lead=1).flatten(1, 2)
+
+    def at_rows(self, each: Float[Tensor, "rows units"], count: int) -> Tensor:
+        """What belongs to each row in the place's own shape."""
+        return self.at_place(each) if len(each) == count else self.at_positions(each.unflatten(0, (count, -1)))
 
     def of_examples(self, t: Tensor, count: int) -> Float[Tensor, "k count units"]:
         """A stack [k, *shape] of what lies at the place, example by example."""
@@ -164,6 +209,12 @@ class ActivityUse(Entered):
     def at_place(self, each: Float[Tensor, "count units"]) -> Tensor:
         """What belongs to each example in the place's own shape."""
         return each.reshape(self.shape) if self.place.rows is None else self.place.rows.scatter(each, self.shape)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is the output of a layer that is linear in every position, with a weight that is trained, up to views of it."""
+        straight = not self.rectified and not self.turned and all(isinstance(stage, Viewed) for stage in self.tail)
+        return isinstance(self.layer, Linear) and straight and "weight" in self.layer.names
 
     def from_error(self, error: Tensor) -> dict[str, Gradient]:
         """Gradients by parameter name from the error at the place, of its shape; each in the precision of its parameter."""
@@ -193,6 +244,11 @@ class ActivityUse(Entered):
     def gram(self) -> Tensor:
         u = self.moves(self.rows)
         return torch.einsum("kbi,lbi->klb", u, u)
+
+
+def _fits(one: torch.Size, other: torch.Size) -> bool:
+    """Whether what has one shape can be added to each part of what has the other, which stays as it is."""
+    return len(one) <= len(other) and all(size in (1, wide) for size, wide in zip(reversed(one), reversed(other), strict=False))
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,10 @@ class Layer(ABC):
         self.along = self.along if self.along < dims else 0  # what was learned may be about another path
         self.dims, self.rows = range(dims), x.shape[self.along] if dims else 1
 
+    def channels(self, out: Tensor) -> int:
+        """The dimension of an output that holds the units of one position."""
+        return out.dim() - 1
+
     @property
     def fan_out(self) -> int:
         return self.weight_shape[0]
@@ -197,6 +201,9 @@ class Convolution(Layer):
         self.padding = same if padding == "same" else [0] * spatial if padding == "valid" else _each(padding, spatial)
         self.lie(x, int(x.dim() == len(self.weight_shape)))
         return super().run(x, calls)
+
+    def channels(self, out: Tensor) -> int:
+        return out.dim() - len(self.weight_shape) + 1
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return self.function(x, weight, None, self.stride, self.padding, self.dilation, groups)

@@ -1,7 +1,8 @@
-"""What may stand behind a layer and belong to it: max-pooling and batch normalisation, with the way back of an error in closed form."""
+"""What may stand behind a layer and belong to it: pooling, batch normalisation and views, with the way back of an error in closed form."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,49 @@ def _as_one_kernel(
 @_as_one_kernel.register_fake
 def _(error: Tensor, given: Tensor, *_: object) -> Tensor:
     return torch.empty_like(given)
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """The same numbers in another shape than this one, or with dimensions in another order. Dropout that drops nothing is one, too."""
+
+    shape: torch.Size
+    order: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], channels: int) -> Viewed | None:
+        """What such a call makes of its first argument; None for other calls, and where the dimension of channels would not be whole."""
+        given, *rest = args
+        if function is F.dropout:
+            call = {**dict(zip(("p", "training"), rest, strict=False)), **kwargs}
+            return cls(given.shape) if call.get("p", 0.5) == 0 or not call.get("training", True) else None
+        rest = [*rest[0]] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+        numbers = [*rest, *kwargs.values()]
+        if function in CASTS:
+            return cls(given.shape) if not numbers else None
+        if any(type(number) is not int for number in numbers) or (kwargs and function not in FLATTENS):
+            return None
+        last = channels == given.dim() - 1
+        if function in RESHAPES and numbers:
+            size = numbers[-1] if numbers[-1] != -1 else given.numel() // -math.prod(numbers) if 0 not in numbers else 0
+            return cls(given.shape) if last and size == given.shape[-1] else None
+        if function in FLATTENS:
+            start, end = ({**dict(zip(("start_dim", "end_dim"), rest, strict=False)), **kwargs}.get(at, to) for at, to in _FLAT)
+            return cls(given.shape) if last and given.dim() > 1 and max(start % given.dim(), end % given.dim()) < channels else None
+        order = [*range(given.dim())]
+        if function in TRANSPOSES and len(numbers) == 2:
+            one, other = (number % given.dim() for number in numbers)
+            order[one], order[other] = other, one
+        elif function in PERMUTES and len(numbers) == given.dim():
+            order = [number % given.dim() for number in numbers]
+        else:
+            return None
+        return cls(given.shape, tuple(order))
+
+    def back(self, error: Tensor, kept: Mapping[str, Tensor], gradients: dict[str, Gradient]) -> Tensor:
+        if self.order is None:
+            return error.reshape(self.shape)
+        return error.permute([self.order.index(dim) for dim in range(error.dim())])
 
 
 @dataclass(frozen=True)
@@ -119,5 +163,12 @@ INTO_FIRST: frozenset[Callable[..., Any]] = frozenset({Tensor.add_, Tensor.__iad
 POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
 RETURN_INDICES = len(POOLING) + 1  # place of that argument of max-pooling, counted from one
 POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d})
+CASTS: frozenset[Callable[..., Any]] = frozenset({Tensor.float, Tensor.double, Tensor.contiguous})
+RESHAPES: frozenset[Callable[..., Any]] = frozenset({Tensor.view, Tensor.reshape, torch.reshape})
+FLATTENS: frozenset[Callable[..., Any]] = frozenset({Tensor.flatten, torch.flatten})
+TRANSPOSES: frozenset[Callable[..., Any]] = frozenset({Tensor.transpose, torch.transpose})
+PERMUTES: frozenset[Callable[..., Any]] = frozenset({Tensor.permute, torch.permute})
+VIEWS: frozenset[Callable[..., Any]] = CASTS | RESHAPES | FLATTENS | TRANSPOSES | PERMUTES | {F.dropout}
+_FLAT = (("start_dim", 0), ("end_dim", -1))
 BEHIND: frozenset[Callable[..., Any]] = RECTIFIERS | POOLS | {F.batch_norm}
 """Calls that belong to the layer in front of them."""

@@ -27,14 +27,20 @@ class Output:
         """How many classes an example is told apart in."""
         return self.call["input"].shape[1]  # type: ignore[no-any-return]
 
-    def classifies(self, count: int) -> bool:
-        """Whether it is the cross-entropy of one class index for each of so many examples."""
-        target = self.call["target"]
-        return self.labelled and not target.is_floating_point() and target.shape == (count,) and self.call["input"].dim() == 2
+    @property
+    def classifies(self) -> bool:
+        """Whether it is the cross-entropy of class indices, one for each row of scores."""
+        target, scores = self.call["target"], self.call["input"]
+        rows = (*scores.shape[:1], *scores.shape[2:])
+        return self.labelled and not target.is_floating_point() and scores.dim() > 1 and target.shape == rows
 
-    def cross_entropy(self, target: Tensor) -> Output:
-        """The cross-entropy with the same options, of other logits with this target."""
-        return Output({**self.call, "target": target}, _cross_entropy, True)
+    def cross_entropy(self, target: Tensor, merged: Tensor | None = None) -> Output:
+        """The cross-entropy with the same options, of other logits with this target.
+
+        `merged`: for every class, the one of fewer classes that stands for it; the logits are those of these.
+        """
+        call = {**self.call, "target": target}
+        return Output(call, _cross_entropy, True) if merged is None else Output({**call, "merged": merged}, _merged, True)
 
     def error(self, output: Tensor) -> Tensor:
         """∂f/∂output, of the output's shape, in float32 at least; a loss that is not reduced counts as the mean of its elements."""
@@ -87,6 +93,21 @@ def _of_labels(logits: Tensor, target: Tensor, axis: int, call: Mapping[str, Any
         error = (logits.softmax(axis) * hit).scatter_add_(axis, labels, -hit)
     reduction = call.get("reduction", "mean")
     return error if reduction == "sum" else error / (hit.sum() if reduction == "mean" else used.numel())
+
+
+def _merged(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """The error at logits [rows, merged classes]: each of these has as its target the sum of those of the classes that it stands for."""
+    target, weight, merged, smoothing = call["target"], call.get("weight"), call["merged"], call.get("label_smoothing", 0.0)
+    used = target != call.get("ignore_index", -100)
+    labels = torch.where(used, target, 0)
+    heavy = used.to(logits.dtype) if weight is None else weight[labels].to(logits.dtype) * used
+    wanted = torch.zeros_like(logits).scatter(1, merged[labels].unsqueeze(1), (1 - smoothing) * heavy.unsqueeze(1))
+    if smoothing:
+        each = logits.new_ones(len(merged)) if weight is None else weight.to(logits.dtype)
+        wanted = wanted + smoothing / len(merged) * used.unsqueeze(1) * logits.new_zeros(logits.shape[1]).index_add(0, merged, each)
+    error: Tensor = wanted.sum(1, keepdim=True) * logits.softmax(1) - wanted
+    reduction = call.get("reduction", "mean")
+    return error if reduction == "sum" else error / (heavy.sum() if reduction == "mean" else used.numel())
 
 
 def _negative_log(logits: Tensor, call: Mapping[str, Any]) -> Tensor:
