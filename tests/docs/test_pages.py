@@ -12,6 +12,7 @@ import shlex
 import tomllib
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import typer
 from tests.support.command import run
 
 import forwardgrad as fg
+from forwardgrad.estimators import from_config
 from forwardgrad.lab.cli import app
+from forwardgrad.lab.studies import parse_estimator
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -70,6 +73,9 @@ def test_python_runs_in_its_order(page: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("line", every_command())
 def test_a_command_is_one_that_there_is(line: str) -> None:
     words = shlex.split(line, comments=True)
+    for option, text in pairwise(words):
+        if option == "--estimator" and ":" not in text:  # else it is a class of the reader's
+            from_config(parse_estimator(text))
     if words[0] == "forwardgrad":
         parse(words[1:])
     elif words[0] == "make":

@@ -20,6 +20,7 @@ READ: list[tuple[str, dict[str, Any]]] = [
         {"name": "forward", "tangents": 8, "clip": 1.0, "law": "rademacher", "perturb": {"name": "low-rank", "rank": 2}},
     ),
     ("f(a=true, b=false, c=none, d=nonesuch)", {"name": "f", "a": True, "b": False, "c": None, "d": "nonesuch"}),
+    ("f(a=True, b=False, c=None, d=TRUE)", {"name": "f", "a": True, "b": False, "c": None, "d": "TRUE"}),
     ("f(a=-1, b=+2, c=1e-3, d=.5, e=2., f=-1E+2)", {"name": "f", "a": -1, "b": 2, "c": 1e-3, "d": 0.5, "e": 2.0, "f": -100.0}),
     ('f(path="a b;(c,=.pt", word="none", quote="\\"")', {"name": "f", "path": "a b;(c,=.pt", "word": "none", "quote": '"'}),
     (

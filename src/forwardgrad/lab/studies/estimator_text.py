@@ -2,8 +2,9 @@
 
     estimator := name [ "(" option "," option "," ... ")" ]         forward(tangents=8, law=rademacher, perturb=low-rank(rank=2))
     name      := a word, or the import path of a user's class       forward(perturb=package.module:Mine(rank=2))
-    option    := name "=" value                                     a value is a number, true, false, none, a "text", a list [a, b] or an
-                                                                    estimator's component: a name, with options of its own or none
+    option    := name "=" value                                     a value is a number, true, false, none (or as Python writes them), a
+                                                                    "text", a list [a, b] or an estimator's component: a name, with
+                                                                    options of its own or none
 
 What the names and options are is not known here: `forwardgrad.estimators.from_config` refuses those that do not exist.
 """
@@ -23,7 +24,7 @@ NAME = re.compile(r"[A-Za-z_][\w-]*")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(?![\w.])")
 TEXT = re.compile(r'"(\\.|[^"\\])*"')
 LONGEST = 300  # digits of a number
-WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
+WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "True": True, "False": False, "None": None}
 
 
 def parse_estimator(text: str) -> dict[str, Any]:
