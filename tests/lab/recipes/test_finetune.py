@@ -81,7 +81,8 @@ def test_trials_of_the_small_budget_differ_in_their_rate_alone() -> None:
 def test_arms_that_predict_words_start_from_the_same_weights(way: str) -> None:
     (arm,) = finetune([f"words-{way}"], starts=STARTS).arms
     assert (arm.run.data, arm.run.model, arm.run.start) == ("drug-words", GPT, "a" * 64)
-    assert arm.run.estimator == WAYS[way].estimator
+    more = {"classes": 512, "head_rate": 3e-3} if way == "local" else {}  # a class for every word is too many
+    assert arm.run.estimator == WAYS[way].estimator | more
     rates = arm.space["lr"]
     assert all(2.9 < b / a < 3.4 for a, b in pairwise(rates))  # type: ignore[arg-type]
     assert len(rates) == 4  # type: ignore[arg-type]

@@ -85,6 +85,7 @@ WRITTEN: dict[str, tuple[float, ...]] = {
     "eggroll": (3e-3, 1e-2, 3e-2, 1e-1),
     "low-rank": (1e-4, 3e-4, 1e-3, 3e-3),
     "activity": (3e-5, 1e-4, 3e-4, 1e-3),
+    "local": (3e-4, 1e-3, 3e-3, 1e-2),
 }  # the ways that a loss of every token takes, and their rates for a network that is narrower than MiniLM
 SHORT = ("backprop", "readout", "mezo", "low-rank", "activity", "local")  # of the small budget
 SOME = ("backprop", "readout", "mezo", "fzoo", "low-rank", "feedback", "local")  # of the medium one
@@ -103,6 +104,7 @@ class TunedText:
 
 
 WORD_WAYS = {way: replace(WAYS[way], rates=rates, model=GPT) for way, rates in WRITTEN.items()}
+WORD_WAYS["local"] = replace(WORD_WAYS["local"], estimator=LOCAL | {"classes": 512, "head_rate": 3e-3})  # not one class a word
 TEXTS: dict[Setting, TunedText] = {
     "movies": TunedText("MiniLM · film reviews", "movie-reviews", WAYS, 60),
     "few": TunedText("MiniLM · film reviews, 16 of each class", "movie-reviews-16", WAYS, 20),
