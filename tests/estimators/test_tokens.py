@@ -332,3 +332,51 @@ def test_targets_that_were_cut_are_told() -> None:
 def test_the_number_of_classes_is_checked(classes: Any) -> None:
     with pytest.raises(ValueError, match="classes must be"):
         fg.LocalLosses(classes=classes)
+
+
+class TwoHeads(Plain):
+    """A second head behind the read-out, as a value beside the words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Linear(4, 1).double()
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden = self.second(self.first(self.words(tokens)))
+        return self.readout(hidden), self.value(hidden)
+
+
+def test_feedback_learns_where_another_layer_runs_behind_the_read_out() -> None:
+    model, state = TwoHeads(), {}
+
+    def loss(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(TOKENS)[0].flatten(0, 1), BEHIND.flatten())
+
+    for seed in range(80):
+        found = step(loss, model, fg.LearnedFeedback(), state, seed)
+    names = [name for name in trained(model) if "value" not in name]
+    exact = dict(zip(names, torch.autograd.grad(loss(model), [trained(model)[name] for name in names]), strict=True))
+    torch.testing.assert_close({name: found[name] for name in names}, exact, rtol=1e-4, atol=1e-6)
+
+
+def with_scores_squared(m: nn.Module) -> Tensor:
+    scores = m(TOKENS)
+    return F.cross_entropy(scores.flatten(0, 1), BEHIND.flatten()) + 0.01 * scores.logsumexp(2).square().mean()
+
+
+def with_a_value(m: nn.Module) -> Tensor:
+    scores, value = m(TOKENS)
+    return F.cross_entropy(scores.flatten(0, 1), BEHIND.flatten()) + value.square().mean()
+
+
+@pytest.mark.parametrize("loss", [with_scores_squared, with_a_value])
+@pytest.mark.parametrize(
+    "method", [fg.LearnedFeedback(), fg.LocalLosses(feedback=True), fg.ForwardGradient(perturb=fg.Activity(), exact_output=True)], ids=str
+)
+def test_the_read_out_learns_exactly_where_a_loss_uses_outputs_in_another_way_besides(loss: Loss, method: fg.Estimator) -> None:
+    model, state = TwoHeads() if loss is with_a_value else Plain(), {}
+    for seed in range(2):
+        found = step(loss, model, method, state, seed)
+    last = [name for name in trained(model) if name.startswith(("readout", "value"))]
+    exact = torch.autograd.grad(loss(model), [trained(model)[name] for name in last])
+    torch.testing.assert_close({name: found[name] for name in last}, dict(zip(last, exact, strict=True)))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from forwardgrad.forward_mode import Redo
+from forwardgrad.perturbations import ActivityUse, Entered
 
 BELOW = -1
 """Stands among the numbers of places for calls that no watch sees, which may use the output of any layer."""
+BARE = -2
+"""Less the number of a place: stands among these numbers for a place that is put off, but not behind views of its values."""
 
 
 class UsedAgain(Redo):
-    """The output of a layer was used by something besides the ReLU, max-pooling or loss behind it: its place cannot be put off."""
+    """The output of a layer was used by something besides the ReLU, pooling, view or loss behind it: its place is put off too far."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, entered: Sequence[Entered], index: int) -> None:
+        """Of the place of this number. Where it lies behind a view it stays ahead of views from now on, else it moves at once."""
+        point = entered[index]
+        self.index = BARE - index if isinstance(point, ActivityUse) and point.viewed else index
 
 
 class OtherPath(Redo):

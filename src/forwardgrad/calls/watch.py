@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from forwardgrad.calls import paths
 from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
-from forwardgrad.calls.retakes import BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
+from forwardgrad.calls.retakes import BARE, BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
 from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels
@@ -63,8 +63,7 @@ class ModelWatch(TorchFunctionMode):
         self.prefixes, self.read_bare = list[int](), set[str]()  # parameters whose values were read, without being a layer's
         self.perturbation, self.directions, self.reading = perturbation, directions, reading
         self.exact_output, self.at_once, self.ends, self.still_ends = exact_output, at_once, ends, still_ends
-        self._below = bool(len(directions)) and BELOW in at_once
-        self.views = exact_output  # whether places are put off behind views of their values
+        self._below, self.views = bool(len(directions)) and BELOW in at_once, exact_output  # places are put off behind views of values
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
         self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
         self.unmoved, self.entered = dict[str, Tensor](), list[Entered]()
@@ -81,8 +80,7 @@ class ModelWatch(TorchFunctionMode):
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
-        self.last_layer, self._last = 0, list[tuple[ActivityUse, Tensor]]()  # the number of the call, and what it was given
-        self.sums = Sums()
+        self.last_layer, self.sums, self._fed = 0, Sums(), dict[ActivityUse, Tensor]()  # its call; what layers at rest were given
         self.outputs, self.beside = list[Tensor](), list[Tensor]()  # what known losses were given, and besides, which must not follow
         self.recording: Recording | None = None
         self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
@@ -110,7 +108,7 @@ class ModelWatch(TorchFunctionMode):
             raise Transformed(frozenset(self._missed), bool(self.prefixes))
         for tensor, point in list(self._waiting.values()):  # never used: the loss does not depend on it, or unseen
             if self._below and (index := self.entered.index(point)) not in self.at_once:
-                raise UsedAgain(index)
+                raise UsedAgain(self.entered, index)
             point.place_at(self._evaluation.primal(tensor))
             point.draw(self._evaluation.primal(tensor))
         self.path_taken = self.path
@@ -129,12 +127,12 @@ class ModelWatch(TorchFunctionMode):
             if isinstance(entered, ActivityUse) and entered.exact:
                 entered.read_at = next((place for place, tensor in enumerate(read) if self._had(tensor) is entered), None)
                 if entered.read_at is None:
-                    raise UsedAgain(index)
+                    raise UsedAgain(self.entered, index)
         kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
         kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
-        moved.update(("hidden", given) for last, given in self._last if last.exact and self._evaluation.carries(given))
+        moved.update(("hidden", given) for point, given in self._fed.items() if point.exact and self._evaluation.carries(given))
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
 
     def _read(self, loss: Any) -> list[Tensor]:
@@ -162,7 +160,7 @@ class ModelWatch(TorchFunctionMode):
         return self._moving.get(id(tensor), (tensor, tensor))[1]
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
-        self._moving, self._waiting, self._passed, self._passed_on, self._last = {}, {}, {}, [], []
+        self._moving, self._waiting, self._passed, self._passed_on, self._fed = {}, {}, {}, [], {}
         self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
@@ -235,7 +233,7 @@ class ModelWatch(TorchFunctionMode):
         reached = levels.storages((args, kwargs))
         for passed, index in self._put_off:
             if (tensor := passed()) is not None and levels.storage(tensor) in reached:
-                raise UsedAgain(index)
+                raise UsedAgain(self.entered, index)
         if len(self.directions) and reached:
             self._missed |= {name for name, p in self._parameters.items() if levels.storage(p) in reached} - self.whole
         return self._call(func, *args, **kwargs)
@@ -257,7 +255,7 @@ class ModelWatch(TorchFunctionMode):
             # What moves was put behind the layer's ReLU, and somebody reads what stands in front of it (a residual connection), which
             # should have moved, too. It is too late for that: the evaluation is made again, with this place not put off.
             if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
-                raise UsedAgain(self.entered.index(passed))
+                raise UsedAgain(self.entered, self.entered.index(passed))
             return value
         if isinstance(value, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in value):
             items = [self._standing(item) for item in value]
@@ -317,9 +315,10 @@ class ModelWatch(TorchFunctionMode):
             return self._sow(entered, out)
         assert isinstance(entered, ActivityUse)
         self._enter(entered, out)
-        self._last, since = [(entered, given)], self.reading.since
-        entered.views = (self.views or entered.through) and (since is None or self._calls.count < since)  # those behind are made again
-        may_wait = (self.exact_output or (entered.masked and not self._below)) and len(self.entered) - 1 not in self.at_once
+        self._fed[entered], since, number = given, self.reading.since, len(self.entered) - 1
+        ahead = since is None or self._calls.count < since  # calls behind are made again
+        entered.views = ahead and (self.views or entered.through) and BARE - number not in self.at_once
+        may_wait = (self.exact_output or (entered.masked and not self._below)) and number not in self.at_once
         return self._wait(out, entered) if may_wait else self._move(out, entered)
 
     def _wait(self, out: Tensor, point: ActivityUse) -> Tensor:
@@ -344,6 +343,7 @@ class ModelWatch(TorchFunctionMode):
         return self._wait(out, point)
 
     def _move(self, tensor: Tensor, point: ActivityUse) -> Tensor:
+        self._fed.pop(point, None)
         self._waiting.pop(id(tensor), None)
         point.place_at(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)

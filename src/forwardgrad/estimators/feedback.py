@@ -136,7 +136,7 @@ class LearnedFeedback(Estimator):
             return
         labels, rows = Labels.of(found), (error * moved).sum(2)
         beyond = found.beyond(rows) if found.reading.beyond and len(moved) else None
-        if len(labels) == len(found.parts) == 1 and labels[0].tokens:
+        if len(labels) == len(found.parts) == 1 and labels[0].tokens and found.reading.way == "outputs":
             told = by_position(found, labels[0], objective, state)
             self.teach(gradients, found, entered, *told, state, beyond, rows)
         else:

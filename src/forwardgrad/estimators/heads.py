@@ -36,11 +36,13 @@ class Labels:
 
     @classmethod
     def of(cls, found: Pass) -> list[Labels]:
-        """One for each such part of a loss."""
+        """One for each such part of a loss. Where the loss is not read at its scores, all that it is read at has the examples first."""
+        first, at_scores = all(rows == Rows(0) for rows in found.reading.read), found.reading.way == "outputs"
+        read = [found.reading.read[part.index] if at_scores else Rows(0) for part in found.parts]
         return [
             cls(part, Rows(rows.dim - (rows.dim > 1), rows.turns), found.count)
-            for part in found.parts
-            if part.output.classifies and (rows := found.reading.read[part.index]).dim != 1
+            for part, rows in zip(found.parts, read, strict=True)
+            if part.output.classifies and rows.dim != 1 and (at_scores or first)
         ]
 
     @classmethod

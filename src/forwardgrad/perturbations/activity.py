@@ -211,6 +211,11 @@ class ActivityUse(Entered):
         return each.reshape(self.shape) if self.place.rows is None else self.place.rows.scatter(each, self.shape)
 
     @property
+    def viewed(self) -> bool:
+        """Whether it lies behind a view of the layer's output."""
+        return any(isinstance(stage, Viewed) for stage in self.tail)
+
+    @property
     def linear(self) -> bool:
         """Whether it is the output of a layer that is linear in every position, with a weight that is trained, up to views of it."""
         straight = not self.rectified and not self.turned and all(isinstance(stage, Viewed) for stage in self.tail)

@@ -150,7 +150,7 @@ WHOLE = Reading(None, "whole")
 class Memory:
     """What is remembered of a model under one loss.
 
-    at_once: numbers of the layers whose output moves at once, and not behind the ReLU that follows; -1 among them: see `ModelWatch`.
+    at_once: numbers of the layers whose output moves at once, and not behind the ReLU that follows; those below zero: see `calls.retakes`.
     whole: parameters that move as a whole from the start, as the loss uses them inside a transform of torch.func.
     apart: whether what follows a block has to have a copy of its values, as it writes to them.
     readings: a reading for each path of calls; `last` is the one that the next evaluation goes by.
