@@ -183,6 +183,8 @@ class ModelWatch(TorchFunctionMode):
             return result
         if self.recording is None and self.reading.since is not None and self._calls.count > self.reading.since:
             self.recording = Recording()
+            for _, point in self._waiting.values():
+                point.views = False  # calls from here on are made again
         known = self.sums.before(args) if self.sums else []  # before the call, which may write to its arguments
         result = self._made(func, args, kwargs)
         if follow:
@@ -263,8 +265,7 @@ class ModelWatch(TorchFunctionMode):
         return value
 
     def _had(self, tensor: Tensor) -> ActivityUse | None:
-        found = self._passed.get(id(tensor))  # an id is given again once its tensor is gone, which the weak reference tells
-        return found[1] if found is not None and found[0]() is tensor else None
+        return found[1] if (found := self._passed.get(id(tensor))) and found[0]() is tensor else None  # ids are given again
 
     def _waits(self, value: Any) -> ActivityUse | None:
         return self._waiting[id(value)][1] if id(value) in self._waiting else None
@@ -359,8 +360,7 @@ class ModelWatch(TorchFunctionMode):
             self.ending.append(point)
             self.blocks[self.entered.index(point)] = len(self._ended)  # another block may have ended since the layer was called
             self._ended[f"block {len(self._ended)}"] = moved
-            moved = self._evaluation.primal(moved)
-            moved = moved.clone() if self.apart else moved
+            moved = self._evaluation.primal(moved).clone() if self.apart else self._evaluation.primal(moved)
             self._passed_on.append((moved, moved._version))
         return self._stand(tensor, moved)
 
