@@ -69,7 +69,7 @@ class LocalLosses(Estimator):
         law: where moves are drawn from.
         classes: the most classes that the classifiers of blocks tell apart; None: all of the loss. Where the loss has more, as a language
             model has words, each stands for as many words as the others, which a fixed hash shares out; the read-out has all words. Memory
-            and time of classifiers then do not grow with the vocabulary. A few hundred lose little: see docs/choosing.md.
+            and time of classifiers then do not grow with the vocabulary. A few hundred are a good beginning: see docs/choosing.md.
 
     Raises ValueError where an argument is outside its limits, no generator or state was given, a pattern of `ends` names nothing that is
     trained, the loss does not hold one F.cross_entropy with a class index for each example or each of its positions (scaled, or beside
