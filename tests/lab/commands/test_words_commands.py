@@ -14,6 +14,7 @@ from tests.support import words as small
 from tests.support.command import run
 from tests.support.stored import put
 
+from forwardgrad.lab import data
 from forwardgrad.lab.data import datasets
 from forwardgrad.lab.data import words as word_data
 from forwardgrad.lab.recipes import finetune
@@ -25,7 +26,8 @@ TRAIN = ("train", "--model", "gpt-1x64", "--estimator", "backprop", "--optimizer
 @pytest.fixture(autouse=True)
 def _words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets, "read_words", small.small_words)
-    monkeypatch.setattr(word_data, "vocabulary", small.vocabulary)
+    for place in (word_data, data):  # the room keeps what was once asked of it
+        monkeypatch.setattr(place, "vocabulary", small.vocabulary)
     monkeypatch.setenv("FORWARDGRAD_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
 
@@ -56,8 +58,8 @@ def test_a_text_is_written_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     folder = begun(monkeypatch, capsys)
 
     def write(*options: str) -> str:
-        status, out, _ = run(monkeypatch, capsys, "write", folder, "--prompt", "abc", "--tokens", "12", *options)
-        assert status == 0
+        status, out, err = run(monkeypatch, capsys, "write", folder, "--prompt", "abc", "--tokens", "12", *options)
+        assert status == 0, err
         return out
 
     drawn = write("--seed", "3", "--texts", "2")

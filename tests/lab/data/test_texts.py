@@ -117,7 +117,7 @@ def test_reviews_of_drugs_are_read_from_their_archive(monkeypatch: pytest.Monkey
         archive.writestr("drugsComTrain.tsv", head + row.format("neutral") + row.format("positive"))
         archive.writestr("drugsComTest.tsv", head + row.format("negative"))
     packaged(DRUG_REVIEWS, out.getvalue(), monkeypatch)
-    assert texts._drugs() == ([("it's fine\nnow", 1), ("it's fine\nnow", 2)], [("it's fine\nnow", 0)])
+    assert texts.drug_texts() == ([("it's fine\nnow", 1), ("it's fine\nnow", 2)], [("it's fine\nnow", 0)])
 
 
 def test_a_missing_package_is_one_sentence_that_names_the_extra() -> None:

@@ -26,7 +26,7 @@ PUBLISHED = packed_runs(ROOT / "results")
 
 
 def test_published_runs_are_there() -> None:
-    assert len(PUBLISHED) == 114
+    assert len(PUBLISHED) == 148
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -69,6 +69,7 @@ def test_identity_is_stable_and_sees_every_field() -> None:
             {"augment": "crop-flip"},
             {"label_smoothing": 0.1},
             {"evaluate_every": 100},
+            {"start": "a" * 64},
         )
     ]
     assert len({run.identity for run in [RUN, *changed]}) == 1 + len(changed) == 1 + len(dataclasses.fields(Run))
