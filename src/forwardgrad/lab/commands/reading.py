@@ -112,6 +112,8 @@ def write(
     """Have a network that predicts words, trained with --data movie-words or drug-words, write a text on from a prompt."""
     if not math.isfinite(temperature):
         raise UserError(f"--temperature takes a finite number, not {temperature}")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: name OUT/runs/NAME of a run that was trained with --keep-weights")
     store = Store(folder.absolute().parent.parent, create=False)
     if (stored := store.stored(folder.name)) is None:
         raise UserError(f"{folder} is no folder of a run: name OUT/runs/NAME, with the names that `forwardgrad list OUT` shows")
