@@ -140,6 +140,19 @@ def layerwise(model: Decoder, own: Callable[[Tensor], Tensor], state: State) -> 
     return dict(zip(trained(model), torch.autograd.grad(total, list(trained(model).values())), strict=True))
 
 
+def has_the_mean(
+    method: fg.Estimator, objective: Objective, state: dict[str, Tensor], exact: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    """Estimates at one state have this mean: no part is 4.5 standard errors away, which is one false alarm in 150,000 parts."""
+    moments = Moments(list(exact), list(exact.values()))
+    for _ in range(4):
+        with torch.no_grad():
+            copies = ({key: t.clone() for key, t in state.items()} for _ in range(2))
+            moments.add(*(list(method.estimate(objective, generator, copied)[1].values()) for copied in copies))
+    for part in moments.parts():
+        assert part.z < 4.5, part
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_layer_learns_by_its_own_loss_at_every_position(name: str) -> None:
     (loss, own), model = LOSSES[name], Decoder(tied=name != "flat", gains=False)
@@ -155,14 +168,8 @@ ENDS = ("blocks.*.outer.weight",)
 def test_transformer_blocks_learn_by_the_derivative_of_their_own_loss(name: str) -> None:
     (loss, own), model = LOSSES[name], Decoder()
     state, _ = learned(loss, model, 12, ends=ENDS)
-    exact, method = blockwise(model, own, state), fg.LocalLosses(tangents=64, ends=ENDS)
-    generator, objective, moments = seeded(5), Objective(loss, model), Moments(list(exact), list(exact.values()))
-    for _ in range(4):
-        with torch.no_grad():
-            copies = ({key: t.clone() for key, t in state.items()} for _ in range(2))
-            moments.add(*(list(method.estimate(objective, generator, copied)[1].values()) for copied in copies))
-    for part in moments.parts():
-        assert part.z < 4.5, part
+    exact = blockwise(model, own, state)
+    has_the_mean(fg.LocalLosses(tangents=64, ends=ENDS), Objective(loss, model), state, exact, seeded(5))
 
 
 def merged(scores: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
@@ -239,14 +246,8 @@ def test_feedback_by_position_with_a_control_variate_is_unbiased(name: str) -> N
         if key.startswith("feedback.") and t.is_floating_point():
             t.add_(torch.randn(t.shape, dtype=t.dtype, generator=seeded(1)))
     exact = dict(zip(trained(model), torch.autograd.grad(loss(model), list(trained(model).values())), strict=True))
-    method, generator, objective = fg.LearnedFeedback(use="control-variate", tangents=64), seeded(6), Objective(loss, model)
-    moments = Moments(list(exact), list(exact.values()))
-    for _ in range(4):
-        with torch.no_grad():
-            copies = ({key: t.clone() for key, t in state.items()} for _ in range(2))
-            moments.add(*(list(method.estimate(objective, generator, copied)[1].values()) for copied in copies))
-    for part in moments.parts():
-        assert part.z < 4.5, part
+    method = fg.LearnedFeedback(use="control-variate", tangents=64)
+    has_the_mean(method, Objective(loss, model), state, exact, seeded(6))
 
 
 def test_the_gradient_of_a_tied_matrix_is_that_of_both_of_its_uses() -> None:
