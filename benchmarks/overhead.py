@@ -166,7 +166,7 @@ def prepared(options: argparse.Namespace) -> tuple[Run, Dataset]:
     run = Run("mnist", options.model, spec, Optimizer(options.optimizer, 1e-6, 1e-6), 50, options.batch_size)
     if not options.empty:
         return run, load("mnist", 0, "cpu", options.data_dir)
-    builders.initialised_model = lambda run, dataset, on: Nothing()
+    builders.initialised_model = lambda run, dataset, on, data_dir=None: Nothing()
     splits = [Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (50_000, 64, 64)]
     return run, Dataset("none", 10, *splits)
 

@@ -80,7 +80,7 @@ def test_attention_is_measured_both_ways() -> None:
     assert long[6] < long[7] / 2  # bytes by tiles and by the formula
 
 
-@pytest.mark.full
+@pytest.mark.rest
 def test_ranks_are_measured_on_a_slow_link(tmp_path: Path) -> None:
     try:
         check()

@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
         shutil.rmtree(root)
 
 
-LONG = [pytest.param(1, 60, marks=pytest.mark.full), pytest.param(2, 40, marks=pytest.mark.full)]
+LONG = [pytest.param(1, 60, marks=pytest.mark.rest), pytest.param(2, 40, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(1, 3), *LONG])
