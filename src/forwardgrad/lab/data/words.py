@@ -2,7 +2,7 @@
 
 name        | what it is                                                               | places predicted: training, validation, test
 movie-words | sentences of film critics, and plots of films                            | about 488,000, 25,000 and 67,000
-drug-words  | the reviews of drugs that drug-reviews has, each whole                    | about 58,000, 16,000 and 45,000
+drug-words  | the reviews of drugs that drug-reviews has, each whole                    | about 58,000, 15,000 and 45,000
 
 Both have one vocabulary of 4,096 pieces of words. They are the pieces of MiniLM's vocabulary that occur most often in texts that are in
 no test split, and every letter and sign that occurs there. A word that is not among them is spelled in smaller pieces.
