@@ -266,12 +266,27 @@ def test_a_function_is_minimised_to_a_hundredth(end: float, status: str) -> None
     assert (found["minimises-beale"], found["minimises-rosenbrock"]) == (status, OPEN)
 
 
-@pytest.mark.parametrize(("p", "low", "status"), [(0.5, 0.9, CONFIRMED), (0.001, 0.9, REFUTED), (0.5, 1.01, OPEN)])
-def test_unbiased_is_read_from_measured_estimates(p: float, low: float, status: str) -> None:
-    total = {"p": p, "length": {"value": 1.02, "low": low, "high": 1.1}}
-    estimate = {"estimator": {"name": "forward", "law": "gaussian", "clip": None}, "tangents": 1, "quality": {"total": total}}
-    setting = {"model": "nn", "data": "mnist", "repeats": 100, "estimates": [estimate]}
-    found = {claim.id: claim.status for claim in claims.judge([], {"quality.json": {"settings": [setting]}})}
+def measured(p: float, *lengths: tuple[float, float, float]) -> dict[str, Any]:
+    config = {"name": "forward", "law": "gaussian", "clip": None}
+    totals = [{"p": p, "length": dict(zip(("value", "low", "high"), length, strict=True))} for length in lengths]
+    estimates = [{"estimator": config, "tangents": 4**at, "quality": {"total": total}} for at, total in enumerate(totals)]
+    return {"settings": [{"model": "nn", "data": "mnist", "repeats": 100, "estimates": estimates}]}
+
+
+@pytest.mark.parametrize(
+    ("p", "lengths", "status"),
+    [
+        (0.5, [(1.01, 0.95, 1.07)], CONFIRMED),
+        (0.001, [(1.01, 0.95, 1.07)], REFUTED),
+        (0.03, [(1.01, 0.95, 1.07)] * 2, CONFIRMED),  # one of two p-values
+        (0.5, [(1.06, 1.01, 1.11)], OPEN),
+        (0.5, [(1.05, 1.005, 1.095), (1.01, 0.95, 1.07)], CONFIRMED),  # of two intervals at once the first holds 1
+        (0.5, [(1.06, 1.03, 1.09), (1.01, 0.95, 1.07)], OPEN),
+        (0.5, [(1.2, 0.8, 1.6)], OPEN),  # would hold 0.9 and 1.5 as well
+    ],
+)
+def test_unbiased_is_read_from_measured_estimates(p: float, lengths: list[tuple[float, float, float]], status: str) -> None:
+    found = {claim.id: claim.status for claim in claims.judge([], {"quality.json": measured(p, *lengths)})}
     assert found["unbiased"] == status
 
 
