@@ -75,6 +75,16 @@ def no_compiler_processes() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_seeds_for_absent_devices() -> Iterator[None]:
+    """`torch.manual_seed` keeps a call for each kind of device that there is none of, with the text of the whole stack: milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_command_line() -> Iterator[None]:
     """The commands and their options are put together once, not at every call of the command line, most of which do little else."""
     with pytest.MonkeyPatch.context() as patch:

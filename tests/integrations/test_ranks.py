@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,7 @@ def on_their_own(rank: int) -> dict[str, Tensor]:
     return {"gradient": model.output.weight.grad}
 
 
-def two(rank: int) -> dict[str, Any]:
-    folder = Path(os.environ["FOLDER"])
+def two(folder: Path, rank: int) -> dict[str, Any]:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}  # as torchrun says it
     os.environ.update({name: str(value) for name, value in here.items()})
     os.environ.update({"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
@@ -160,9 +160,7 @@ def two(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FOLDER", str(folder))
-        return in_processes(2, folder, two)
+    return in_processes(2, folder, partial(two, folder))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.support.networks import DEVICE, enter
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120  # seconds after which processes that wait for one another are ended
+START = "forkserver"  # copies of one process that imported what takes seconds; they have the environment of when that one began
+forkserver.set_forkserver_preload(["torch.distributed", "torch.func", "pytest", "hypothesis", "forwardgrad.estimators.forward"])
 
 
 def in_processes(
@@ -34,7 +37,7 @@ def in_processes(
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))  # where a new process finds what it is to do
         given = (count, folder, work, timeout, namespaces)
-        started = torch.multiprocessing.start_processes(_process, given, count, join=False, start_method="spawn")
+        started = torch.multiprocessing.start_processes(_process, given, count, join=False, start_method=START)
     end = time.monotonic() + limit
     while not started.join(timeout=1):
         if time.monotonic() > end:
