@@ -171,12 +171,12 @@ class LearnedFeedback(Estimator):
         elif each > 1:
             rows = rows.unflatten(1, (found.count, each)).sum(2)
         rows, signal = rows / self.tangents, moved if self.rule == "average" else residual
-        moving = [point.moving(found.count, each).sum() / found.count for point in places]
-        units = sum(moving, torch.zeros((), device=signal.device)) / len(signal)
-        for point, b in zip(places, feedback, strict=True):
+        counts = [point.counted(found.count, each) for point in places]
+        units = sum((count.sum() / found.count for count in counts), torch.zeros((), device=signal.device)) / len(signal)
+        for point, b, count in zip(places, feedback, counts, strict=True):
             if gradients is not None:
                 self._add(gradients, found, point, b, error, rows, left)
-            self._learn(found, point, b, signal, units, state)
+            self._learn(found, point, b, signal, count, units, state)
             point.kept.clear()  # what the layer was given is held no longer than until it has learned
         for place in entered:
             if gradients is not None and place not in places:
@@ -199,9 +199,10 @@ class LearnedFeedback(Estimator):
             sent = sent + torch.einsum("kb,kbq->bq", each.repeat_interleave(positions, 1), moves)
         add(gradients, point.from_error(point.at_rows(sent, found.count)))
 
-    def _learn(self, found: Pass, point: ActivityUse, b: Tensor, signal: Tensor, units: Tensor, state: dict[str, Tensor]) -> None:
-        each = signal.shape[1] // found.count
-        u, count, seen = point.moves(found.count, each).to(b.dtype), point.moving(found.count, each).sum((0, 1)), signal.to(b.dtype)
+    def _learn(
+        self, found: Pass, point: ActivityUse, b: Tensor, signal: Tensor, count: Tensor, units: Tensor, state: dict[str, Tensor]
+    ) -> None:
+        u, seen = point.moves(found.count, signal.shape[1] // found.count).to(b.dtype), signal.to(b.dtype)
         learned = torch.einsum("kbc,kbq->cq", seen, u)
         if self.rule == "average":
             b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)

@@ -168,13 +168,12 @@ class ActivityUse(Entered):
         """The tensor with zeros where the place cannot matter."""
         return t if "active" not in self.kept else t * self.kept["active"]
 
-    def moving(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
-        """Which units of each row moved, counted once a tangent; there are `each` rows an example."""
-        tangents = len(self.directions)
+    def counted(self, count: int, each: int = 1) -> Float[Tensor, " units"]:
+        """How often each unit moved, over all rows and tangents; there are `each` rows an example."""
+        tangents, rows = len(self.directions), count * each
         if "active" not in self.kept:
-            rows = count * each
-            return torch.ones((), device=self._home).expand(tangents, rows, self.shape.numel() // rows)
-        return self.of_rows(self.kept["active"].unsqueeze(0), count, each).expand(tangents, -1, -1)
+            return torch.full((self.shape.numel() // rows,), float(tangents * rows), device=self._home)
+        return self.of_rows(self.kept["active"].unsqueeze(0), count, each).expand(tangents, -1, -1).sum((0, 1))
 
     def moves(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
         """What moved of each row."""
