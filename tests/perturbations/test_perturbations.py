@@ -334,7 +334,34 @@ class Placed(nn.Module):
 def test_unbiased_where_the_rows_of_an_embedding_are_places_and_not_examples(perturb: fg.Perturbation, sentences: int) -> None:
     """As many sentences as places, or a multiple of them: no count tells that the rows are not examples."""
     torch.manual_seed(0)
-    model, words = Placed().double().requires_grad_(False), torch.randint(7, (sentences, 3), generator=seeded(1))
+    model, words = WordsAndPlaces().double().requires_grad_(False), torch.randint(7, (sentences, 3), generator=seeded(1))
     model.places.requires_grad_()  # alone, so that its own gradient is not lost in the noise of the others
     for part in against_backpropagation(model, classify(words), fg.ForwardGradient(64, perturb=perturb), pairs=20):
         assert part.z < 4.5, part
+
+
+class WordsAndPlaces(nn.Module):
+    """Words and their places, added up in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.words, self.places, self.out, self.in_place = nn.Embedding(7, 5), nn.Embedding(6, 5), nn.Linear(5, 3), in_place
+
+    def forward(self, words: Tensor) -> Tensor:
+        x, places = self.words(words), self.places(torch.arange(words.shape[1]).expand(words.shape))
+        if self.in_place:
+            x += places
+        return self.out(torch.tanh(x if self.in_place else x + places).sum(1))
+
+
+@pytest.mark.parametrize("method", [fg.ForwardGradient(2, perturb=fg.Activity()), fg.LearnedFeedback()], ids=lambda method: method.name)
+def test_a_sum_written_into_a_layers_output_leaves_the_moves_of_that_layer_alone(method: fg.Estimator) -> None:
+    """The places' moves are added to how the words' output moves, and not to what the words moved by."""
+    words, found = torch.arange(24).reshape(4, 6) % 7, []
+    for in_place in (False, True):
+        model, generator, state = WordsAndPlaces(in_place).double(), seeded(), dict[str, Any]()
+        for _ in range(3):
+            fg.estimate_grad_(classify(words), model, method, generator=generator, state=state)
+        found.append({name: p.grad for name, p in trained(model).items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)

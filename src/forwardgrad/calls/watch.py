@@ -66,16 +66,15 @@ class ModelWatch(TorchFunctionMode):
         self._below, self.views = bool(len(directions)) and BELOW in at_once, exact_output  # places are put off behind views of values
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
         self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
-        self.unmoved, self.entered = dict[str, Tensor](), list[Entered]()
+        self.unmoved, self.entered, self.constants = dict[str, Tensor](), list[Entered](), dict[Slot, Tensor]()
         self.parts: tuple[Scaled, ...] = ()
         self.loss_of: LossOf | None = None
-        self.constants: dict[Slot, Tensor] = {}
         self.flaw = ""  # why the calls behind the last layer cannot be made again
 
     def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         self._evaluation = evaluation
         self._names = {id(p): name for name, p in parameters.items()}
-        self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
+        self._mine, self._moving = object(), dict[int, Tensor]()  # what stands in for parameters from now on; see `_stand_in`
         self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
@@ -157,7 +156,12 @@ class ModelWatch(TorchFunctionMode):
         return []
 
     def _now(self, tensor: Tensor) -> Tensor:
-        return self._moving.get(id(tensor), (tensor, tensor))[1]
+        return tensor if (found := self._stand_in(tensor)) is None else found
+
+    def _stand_in(self, tensor: Tensor) -> Tensor | None:
+        """What stands in for a tensor, if anything does. A layer's output knows that itself: held here, none would go before the end."""
+        mine, other = tensor.__dict__.get("_forwardgrad_stand_in", (None, None))
+        return self._moving.get(id(tensor)) if mine is not self._mine else tensor if other is None else other
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed, self._passed_on, self._fed = {}, {}, {}, [], {}
@@ -246,10 +250,9 @@ class ModelWatch(TorchFunctionMode):
     def _standing(self, value: Any) -> Any:
         """What a function gets in place of an argument: parameters, and outputs that wait, begin to move."""
         if isinstance(value, Tensor):
-            key = id(value)
-            if key in self._moving:
-                return self._moving[key][1]
-            if key in self._names:
+            if (instead := self._stand_in(value)) is not None:
+                return instead
+            if (key := id(value)) in self._names:
                 return self._dense(value)
             if key in self._waiting:  # its error will be found where calls are recorded
                 settles = self.recording is not None and self.exact_output
@@ -278,7 +281,7 @@ class ModelWatch(TorchFunctionMode):
             return DenseUse(name, directions.draw(tuple(parameter.shape), parameter), directions, number)
 
         use = self.perturbation.whole(name, self.directions, made)
-        return self._stand(parameter, self._sow(use, parameter))
+        return self._moving.setdefault(id(parameter), self._sow(use, parameter))
 
     def _enter(self, entered: Entered, out: Tensor) -> None:
         entered.place, entered.shape = self.reading.place(len(self.entered)), out.shape
@@ -294,10 +297,6 @@ class ModelWatch(TorchFunctionMode):
         if self.mark is not None:
             return self.mark(len(self.entered) - 1, entered, out)
         return self._evaluation.inject(out, entered) if len(self.directions) and entered.moves else out
-
-    def _stand(self, tensor: Tensor, instead: Tensor) -> Tensor:
-        self._moving[id(tensor)] = (tensor, instead)
-        return instead
 
     def _layer(self, layer: Layer) -> Tensor:
         layer.call = {key: value if key in layer.names else self._standing(value) for key, value in layer.call.items()}
@@ -362,7 +361,8 @@ class ModelWatch(TorchFunctionMode):
             self._ended[f"block {len(self._ended)}"] = moved
             moved = self._evaluation.primal(moved).clone() if self.apart else self._evaluation.primal(moved)
             self._passed_on.append((moved, moved._version))
-        return self._stand(tensor, moved)
+        tensor.__dict__["_forwardgrad_stand_in"] = self._mine, None if moved is tensor else moved
+        return moved
 
     def _learn(self, tensor: Tensor, point: ActivityUse) -> Tensor:
         """Let a block learn at once. All that holds its values from here on is the model itself."""

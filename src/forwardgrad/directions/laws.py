@@ -182,7 +182,11 @@ class Rademacher(Law):
 
     def fill_(self, tangent: list[Tensor], generator: Generator) -> None:
         for part in tangent:
-            part.copy_(_looked_up(_words(part.numel(), generator), part.numel(), part.dtype).view(part.shape))
+            words, count = _words(part.numel(), generator), part.numel()
+            if part.is_contiguous() and count % 8 == 0:
+                _look_up(words, count, part.dtype, out=part.view(-1, 8))
+            else:
+                part.copy_(_looked_up(words, count, part.dtype).view(part.shape))
 
     def fill_by_(self, stack: Float[Tensor, "k ..."], words: Callable[[int], Int[Tensor, "k words"]]) -> None:
         """Fill a stack of parts in place, each by so many words of its own."""
@@ -335,8 +339,13 @@ def _words(count: int, generator: Generator) -> Tensor:
 
 
 def _looked_up(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """The first `count` bits as signs: a byte picks a row of eight signs from a table of 256."""
-    return _sign_table(dtype, words.device).index_select(0, words.view(torch.uint8).int()).view(-1)[:count]
+    """The first `count` bits as signs."""
+    return _look_up(words, words.numel() * _WORD, dtype).view(-1)[:count]
+
+
+def _look_up(words: Tensor, count: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Bits as signs, a multiple of eight: a byte picks a row of as many from a table of 256."""
+    return torch.index_select(_sign_table(dtype, words.device), 0, words.view(torch.uint8)[: count // 8].int(), out=out)
 
 
 def _shifted(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,8 @@ class LearnedFeedback(Estimator):
     a target at every position also all that attention carries to other positions. With
     use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
-    Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers.
+    Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers. Of the
+    pass the inputs of layers are held until the loss is there. What moved is not: it is drawn anew where it is needed.
     Limits: layers with the same number of units at every step. The error at the output has to be known: the loss is a sum of torch's
     loss functions (see `forwardgrad.forward_mode.rules.losses`), or follows from at most 2,048 numbers that the last layer returns.
 
@@ -164,51 +165,52 @@ class LearnedFeedback(Estimator):
         residual = moved - sum(
             (point.moves(found.count, each).to(b.dtype) @ b.T for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
         )
-        if gradients is not None:
-            rows = (error * residual).sum(2)
-            if derivatives is not None:
-                rows = derivatives - (error * (moved - residual)).sum(2).unflatten(1, (found.count, each)).sum(2)
-            elif each > 1:
-                rows = rows.unflatten(1, (found.count, each)).sum(2)
-            left = None if beyond is None else beyond / self.tangents
-            self._add(gradients, found, entered, dict(zip(places, feedback, strict=True)), error, rows / self.tangents, left)
-        self._learn(found, places, feedback, moved if self.rule == "average" else residual, state)
+        rows, left = (error * residual).sum(2), None if beyond is None else beyond / self.tangents
+        if derivatives is not None:
+            rows = derivatives - (error * (moved - residual)).sum(2).unflatten(1, (found.count, each)).sum(2)
+        elif each > 1:
+            rows = rows.unflatten(1, (found.count, each)).sum(2)
+        rows, signal = rows / self.tangents, moved if self.rule == "average" else residual
+        counts = [point.counted(found.count, each) for point in places]
+        units = sum((count.sum() / found.count for count in counts), torch.zeros((), device=signal.device)) / len(signal)
+        for point, b, count in zip(places, feedback, counts, strict=True):
+            if gradients is not None:
+                self._add(gradients, found, point, b, error, rows, left)
+            self._learn(found, point, b, signal, count, units, state)
+            point.kept.clear()  # what the layer was given is held no longer than until it has learned
+        for place in entered:
+            if gradients is not None and place not in places:
+                add(gradients, place.gradient(found.share(rows, place, left)))
 
     def _add(
         self,
         gradients: dict[str, Tensor | None],
         found: Pass,
-        entered: list[Entered],
-        feedback: dict[ActivityUse, Tensor],
+        point: ActivityUse,
+        b: Tensor,
         error: Tensor,
         rows: Tensor,
         beyond: Tensor | None,
     ) -> None:
-        for point, b in feedback.items():
-            sent = error @ b
-            if self.use == "control-variate":
-                each, positions = found.share(rows, point, beyond).expand(-1, found.count), len(sent) // found.count
-                moves = point.moves(found.count, positions).to(rows.dtype)
-                sent = sent + torch.einsum("kb,kbq->bq", each.repeat_interleave(positions, 1), moves)
-            add(gradients, point.from_error(point.at_rows(sent, found.count)))
-        for place in entered:
-            if place not in feedback:
-                add(gradients, place.gradient(found.share(rows, place, beyond)))
+        sent = error @ b
+        if self.use == "control-variate":
+            each, positions = found.share(rows, point, beyond).expand(-1, found.count), len(sent) // found.count
+            moves = point.moves(found.count, positions).to(rows.dtype)
+            sent = sent + torch.einsum("kb,kbq->bq", each.repeat_interleave(positions, 1), moves)
+        add(gradients, point.from_error(point.at_rows(sent, found.count)))
 
-    def _learn(self, found: Pass, places: list[ActivityUse], feedback: list[Tensor], signal: Tensor, state: dict[str, Tensor]) -> None:
-        each = signal.shape[1] // found.count
-        moving = [point.moving(found.count, each) for point in places]
-        units = sum((m.sum() / found.count for m in moving), torch.zeros((), device=signal.device)) / len(signal)
-        for point, b, moved in zip(places, feedback, moving, strict=True):
-            u, count, seen = point.moves(found.count, each).to(b.dtype), moved.sum((0, 1)), signal.to(b.dtype)
-            learned = torch.einsum("kbc,kbq->cq", seen, u)
-            if self.rule == "average":
-                b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
-            elif self.rate is not None or seen.shape[:2].numel() == 1:  # one move alone agrees with nothing
-                b.add_(learned * ((self.rate or 0.3) / (count + units + 1)).to(b.dtype))
-            else:
-                step = _greedy_step(seen, u, learned, count, state, f"progress.{found.entered.index(point)}")
-                b.add_(learned * step.to(b.dtype))
+    def _learn(
+        self, found: Pass, point: ActivityUse, b: Tensor, signal: Tensor, count: Tensor, units: Tensor, state: dict[str, Tensor]
+    ) -> None:
+        u, seen = point.moves(found.count, signal.shape[1] // found.count).to(b.dtype), signal.to(b.dtype)
+        learned = torch.einsum("kbc,kbq->cq", seen, u)
+        if self.rule == "average":
+            b.lerp_(learned / count.clamp(min=1).to(b.dtype), self.rate or 0.01)
+        elif self.rate is not None or seen.shape[:2].numel() == 1:  # one move alone agrees with nothing
+            b.add_(learned * ((self.rate or 0.3) / (count + units + 1)).to(b.dtype))
+        else:
+            step = _greedy_step(seen, u, learned, count, state, f"progress.{found.entered.index(point)}")
+            b.add_(learned * step.to(b.dtype))
 
 
 def _greedy_step(seen: Tensor, u: Tensor, learned: Tensor, count: Tensor, state: dict[str, Tensor], key: str) -> Tensor:

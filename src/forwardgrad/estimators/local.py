@@ -53,7 +53,8 @@ class LocalLosses(Estimator):
     labels that are a tensor of the batch with the examples first, a factor of the loss that is the same Python number at every step, and
     parameters that are used once. The step is the same, to the bit. Where the loss or the path turns out to be another than in the step
     before, one warning says so, and later blocks wait for the loss. A step that ends in an error leaves those blocks moved that had
-    learned.
+    learned. Blocks of several layers wait for the loss in any case, with what their layers were given. Then they learn and move one after
+    the other, so no more than the gradient of one block is held.
     Limits: those of `LearnedFeedback`; blocks follow one another (what skips a block is not seen by its loss).
 
     Args:
@@ -136,7 +137,7 @@ class LocalLosses(Estimator):
         self, objective: Objective, generator: Generator | None, state: dict[str, Tensor]
     ) -> tuple[Estimate, dict[str, Tensor | None]]:
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
-        return self._whole(objective, generator, state, gradients, None), gradients
+        return self._whole(objective, generator, state, gradients, None, None), gradients
 
     def learn(self, objective: Objective, generator: Generator | None, state: dict[str, Tensor], move: Move) -> Estimate:
         if not self.feedback:
@@ -147,7 +148,7 @@ class LocalLosses(Estimator):
                 self._teach(move, index, point, values, Labels.to_come(part), state)
 
         gradients: dict[str, Tensor | None] = {}
-        record = self._whole(objective, generator, state, gradients, at_end)
+        record = self._whole(objective, generator, state, gradients, at_end, move)
         move({name: gradient for name, gradient in gradients.items() if gradient is not None})
         return record
 
@@ -158,8 +159,10 @@ class LocalLosses(Estimator):
         state: dict[str, Tensor],
         gradients: dict[str, Tensor | None],
         at_end: AtEnd | None,
+        move: Move | None,
     ) -> Estimate:
-        """One pass. The gradients of what did not learn on the way are added up at its end."""
+        """One pass. What did not learn on the way does so at its end, the last block first: what the blocks ahead of it were given is
+        gone by the time that the first one, which may begin with an embedding, asks for the most."""
         generator = needed(generator)
         if self._all_here:
             self._check_ends(objective)
@@ -172,7 +175,10 @@ class LocalLosses(Estimator):
             late, d = range(found.learned, len(found.ended)), list[Tensor]()
             if late or not found.learned:
                 labels = _labelled(found)  # though there may be no block
-                d = [self._block(gradients, found, index, labels, state, objective.ranks) for index in late]
+                for index in reversed(late):
+                    d.insert(0, self._block(gradients, found, index, labels, state, objective.ranks))
+                    if move is not None:
+                        move(_finished(gradients, found, index))
                 self._follow(gradients, found, error, moved, objective, state)  # what stands behind the last block
             add_exact(gradients, found)
         none = found.loss.new_zeros(self.tangents)
@@ -296,6 +302,7 @@ class LocalLosses(Estimator):
         last = [features.put_back(back, end)]
         del back  # as large as the block's output, and needed no more once it is masked
         take(end.from_error(last.pop()))
+        end.kept.clear()  # what the layer was given is held no longer than until it has learned
         head.learn(seen, error, self.head_rate)
         return d
 
@@ -345,6 +352,13 @@ class BlocksAlone(LastBlocks):
                 f"{', '.join(names)}: behind the last block of these layers, and trained by the loss of a block that ends elsewhere. "
                 "Let them end with the end of a block"
             )
+
+
+def _finished(gradients: dict[str, Tensor | None], found: Pass, index: int) -> dict[str, Tensor]:
+    """The gradients that are whole once a block has learned, taken off the others: nothing ahead of it or behind the last uses these."""
+    blocks = zip(found.entered, found.blocks, strict=True)
+    used = {name for entered, number in blocks if number < index or number == len(found.ended) for name in entered.names}
+    return {name: whole for name in list(gradients) if name not in used and (whole := gradients.pop(name)) is not None}
 
 
 class _Deeper(NamedTuple):

@@ -81,7 +81,14 @@ class ActivityUse(Entered):
         self.channels, self.views, self.turned = 0, False, False  # turned: whether positions lie in another order than in the layer
         self.rectified = self.moved = self.exact = False
         self.read_at: int | None = None  # which of the tensors that the loss is read at it is, where its gradient is exact
-        self.u: Tensor | None = None
+        self._numbers: Callable[[], Tensor] | None = None
+
+    @property
+    def u(self) -> Tensor:
+        """What moves, [K, *shape], before anything is left out. It is drawn anew wherever it is asked for, so that none is held until the
+        loss is there, and nobody else's writes in place reach it."""
+        assert self._numbers is not None
+        return self._numbers()
 
     def lets_pass(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is a ReLU or max-pooling behind the layer, and not one that also gives its winners away."""
@@ -146,14 +153,12 @@ class ActivityUse(Entered):
             self.kept["active"] = self.kept["active"] & words if self.rectified else words
 
     def draw(self, out: Tensor) -> None:
-        self.u = self.directions.draw(tuple(out.shape), out)
+        self._numbers, self._home = self.directions.plan(tuple(out.shape), out), out.device
 
     def tangent(self, pick: Pick) -> Tensor:
-        assert self.u is not None
         return self.still(pick(self.u))
 
     def tangents(self, count: int) -> Tensor:
-        assert self.u is not None
         return self.still(self.u)
 
     def add_to_(self, tangents: Tensor) -> None:
@@ -163,17 +168,15 @@ class ActivityUse(Entered):
         """The tensor with zeros where the place cannot matter."""
         return t if "active" not in self.kept else t * self.kept["active"]
 
-    def moving(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
-        """Which units of each row moved, counted once a tangent; there are `each` rows an example."""
-        assert self.u is not None
+    def counted(self, count: int, each: int = 1) -> Float[Tensor, " units"]:
+        """How often each unit moved, over all rows and tangents; there are `each` rows an example."""
+        tangents, rows = len(self.directions), count * each
         if "active" not in self.kept:
-            rows = count * each
-            return torch.ones((), device=self.u.device).expand(len(self.u), rows, self.shape.numel() // rows)
-        return self.of_rows(self.kept["active"].unsqueeze(0), count, each).expand(len(self.u), -1, -1)
+            return torch.full((self.shape.numel() // rows,), float(tangents * rows), device=self._home)
+        return self.of_rows(self.kept["active"].unsqueeze(0), count, each).expand(tangents, -1, -1).sum((0, 1))
 
     def moves(self, count: int, each: int = 1) -> Float[Tensor, "k rows units"]:
         """What moved of each row."""
-        assert self.u is not None
         return self.of_rows(self.still(self.u), count, each)
 
     def positions(self, t: Tensor, count: int, lead: int = 0) -> Float[Tensor, "*lead count positions channels"]:
@@ -232,7 +235,6 @@ class ActivityUse(Entered):
         return gradients | {name: found[role].to(self.layer.call[role].dtype) for role, name in self.layer.names.items()}
 
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
-        assert self.u is not None
         u = self.u.to(self.layer.like.dtype)
         weights = weights.to(u.dtype)
         if weights.shape[1] == 1 or self.place.rows is None:
