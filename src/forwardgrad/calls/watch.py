@@ -69,12 +69,10 @@ class ModelWatch(TorchFunctionMode):
         self.unmoved, self.entered = dict[str, Tensor](), list[Entered]()
         self.parts: tuple[Scaled, ...] = ()
         self.loss_of: LossOf | None = None
-        self.constants: dict[Slot, Tensor] = {}
-        self.flaw = ""  # why the calls behind the last layer cannot be made again
+        self.constants, self.flaw = dict[Slot, Tensor](), ""  # why the calls behind the last layer cannot be made again
 
     def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
-        self._evaluation = evaluation
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._evaluation, self._names = evaluation, {id(p): name for name, p in parameters.items()}
         self._moving: dict[int, tuple[Tensor, Tensor]] = {}  # tensors and what stands in for them from now on
         self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
