@@ -5,8 +5,8 @@ python benchmarks/population.py --models mlp --directions 64 --sides two --round
 python benchmarks/population.py --device cuda --directions 64,512,4096
 
 A step is all of it: random numbers, evaluations, the loss, and the move of plain SGD. Plain inference is the same model and loss, as it
-stands, on the examples of all points, in whichever of one batch and batches of 1,024 takes less time. `share` is its time over that of the
-step; above 1 the step is faster, since the product of the first layer is made once for all directions. The loop is the same step with
+stands, on the examples of all points, in whichever of one batch and batches of --batches takes less time. `share` is its time over that of
+the step; above 1 the step is faster, since the product of the first layer is made once for all directions. The loop is the same step with
 chunk_size=1. All take turns. Shown are medians over the rounds, and that of the share within a round with its 95 % bootstrap interval.
 """
 
@@ -27,7 +27,6 @@ from forwardgrad.lab import environment
 
 GOAL, GOAL_AT = 0.8, 64
 LAWS = {law.name: law for law in (fg.Gaussian(), fg.Rademacher())}
-FEW = 1024  # examples of a batch of plain inference
 LOOPED = 64  # directions up to which the loop is timed
 
 
@@ -121,7 +120,7 @@ def measure(name: str, directions: int, options: argparse.Namespace) -> None:
 
     arms: dict[str, Callable[[], object]] = {
         "one batch": lambda: plain(len(wide)),
-        "batches": lambda: plain(FEW),
+        "batches": lambda: plain(options.batches),
         "step": step(options.chunk),
     }
     if directions <= LOOPED:
@@ -157,7 +156,8 @@ def main() -> None:
     parser.add_argument("--rank", default=1, type=int)
     parser.add_argument("--sides", default="one", choices=["one", "two"])
     parser.add_argument("--law", default="rademacher", choices=list(LAWS))
-    parser.add_argument("--chunk", type=int, help="directions side by side; all if left out")
+    parser.add_argument("--chunk", type=int, help="directions side by side; those of chunk_size=None if left out")
+    parser.add_argument("--batches", default=1024, type=int, help="examples of a batch of plain inference, unless one of all is faster")
     parser.add_argument("--engine", default="eager", choices=["eager", "compile"])
     parser.add_argument("--rounds", default=11, type=int)
     parser.add_argument("--device", default="cpu")

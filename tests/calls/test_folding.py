@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from forwardgrad.calls.folding import attention_in_one, beside, linear_in_one
+from forwardgrad.calls.folding import attention_in_one, attention_together, beside, linear_in_one
+from forwardgrad.forward_mode import levels
 
 MEMBERS = 5
 
@@ -55,3 +56,37 @@ def test_a_copy_beside_others_may_be_written_to_by_each_member() -> None:
     assert counts.dtype == torch.int64
     torch.testing.assert_close(means, torch.arange(4.0, dtype=torch.float64).unsqueeze(1) * mean)
     assert int(counter) == 0
+
+
+def test_what_is_made_together_belongs_to_each_member_and_leaves_what_is_shared() -> None:
+    each, shared = random(MEMBERS, 3, 4), random(3, 4)
+    before = shared.clone()
+
+    def made(x: levels.Members, y: levels.Members, z: levels.Members) -> Tensor:
+        assert [one.shared for one in (x, y, z)] == [False, True, False]
+        assert [one.all.shape for one in (x, y, z)] == [(MEMBERS, 3, 4), (MEMBERS, 3, 4), (MEMBERS, 4, 3)]
+        return x.all.add_(y.all) + z.all.mT
+
+    found = vmap(lambda x: levels.together(made, x.clone(), shared, x.mT), in_dims=1)(each.movedim(0, 1))
+    torch.testing.assert_close(found, 2 * each + shared)
+    assert torch.equal(shared, before)
+
+
+def test_members_of_a_stack() -> None:
+    each, shared = random(MEMBERS, 3), random(3)
+
+    def member(x: Tensor) -> Tensor:
+        assert levels.hangs_on_member(x)
+        assert not levels.hangs_on_member(shared)
+        return levels.member(each.flip(0)) + x
+
+    torch.testing.assert_close(vmap(member)(each), each + each.flip(0))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_attention_together_is_that_of_each(mask: bool) -> None:
+    q, k, v = random(MEMBERS, 2, 3, 4, 6), random(MEMBERS, 2, 3, 4, 6).flip(0), random(2, 3, 4, 6)
+    given = random(2, 1, 4, 4) if mask else None
+    found = vmap(lambda q, k: attention_together(q, k, v, given, scale=0.3))(q, k)
+    alone = [F.scaled_dot_product_attention(q[i], k[i], v, given, scale=0.3) for i in range(MEMBERS)]
+    torch.testing.assert_close(found, torch.stack(alone))

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forwardgrad as fg
+from forwardgrad.calls import displaced
 from forwardgrad.diagnostics import peak_bytes
 
 APART = "directions are evaluated one after another under this loss, since vmap cannot follow it"
 TOGETHER = (
     *("mlp", "cnn", "tied", "batch norm train", "batch norm average", "padded embedding", "attention train", "attention function", "lstm"),
-    *("dropout", "branching", "module list", "tagged words", "loss an example", "one example"),
+    *("dropout", "branching", "module list", "tagged words", "loss an example", "one example", "layer norm", "group norm"),
 )
 """Cases that differ in what side by side may make of them."""
 MHA = ("attention train", "attention eval", "attention classes")
@@ -130,6 +131,49 @@ def test_a_population_is_the_loop(case: Case, perturb: fg.Perturbation, sides: A
         torch.testing.assert_close(gradients, ends[0][1], rtol=1e-10, atol=1e-11)
         torch.testing.assert_close(buffers, ends[0][2], rtol=1e-11, atol=1e-13)
         assert torch.equal(state, ends[0][3])
+
+
+class Encoder(nn.Module):
+    """Words, two of which are padding, through a block of a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.norm = nn.Embedding(9, 4, padding_idx=0), nn.LayerNorm(4), nn.LayerNorm(4)
+        self.into, self.out, self.up, self.down = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4, bias=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.words(words)
+        q, k, v = (part.unflatten(-1, (2, 2)).transpose(-3, -2) for part in self.into(self.first(x)).chunk(3, -1))
+        seen = (words != 0)[:, None, None]
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(-3, -2).flatten(-2))
+        return self.norm(x + self.down(F.gelu(self.up(x)))).mean(1)
+
+
+@pytest.mark.parametrize("sides", ["two", "one"])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("held", [2**24, 3000, 1], ids=["one batch", "batches", "one by one"])
+def test_a_population_of_a_transformer_is_the_loop(held: int, rank: int, sides: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is evaluated in batches: the widest of what is made is 12 numbers for 5 words of 3 texts, 1,440 bytes a direction."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = Encoder().double()
+    words = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 1, 6, 7], [8, 8, 2, 1, 3]])
+    monkeypatch.setattr(displaced, "_HELD", held)
+    batches, together = list[int](), displaced.Lines._together
+
+    def noted(self: Any, part: range, steps: Any) -> Any:
+        batches.append(len(part))
+        return together(self, part, steps)
+
+    monkeypatch.setattr(displaced.Lines, "_together", noted)
+    ends = []
+    for size in (1, None):
+        model.zero_grad()
+        method = fg.ZerothOrder(1e-2, tangents=5, perturb=fg.LowRank(rank), sides=sides, chunk_size=size)
+        record = step(lambda m: F.cross_entropy(m(words), torch.tensor([0, 1, 2])), model, method)
+        ends.append((record.loss, record.derivatives, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-9, atol=1e-11)
+    assert batches == ([5] if held == 2**24 or sides == "two" else [2, 2] if held == 3000 else [])  # the fifth is one by itself
 
 
 def test_a_loss_that_vmap_cannot_follow_is_told_of_once() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from forwardgrad.calls.folding import IN_ONE, Folding, beside, side_by_side
+from forwardgrad.calls.folding import Folding, attention_in_one, attention_together, beside, linear_in_one, side_by_side
 from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.passes import Pass, numbered
 from forwardgrad.calls.retakes import OtherPath, Transformed, UsedAgain
@@ -28,7 +28,10 @@ from forwardgrad.directions import Directions, HeldDirections, Law, PartOfSeeds,
 from forwardgrad.forward_mode import EMBEDDINGS, Alike, Unwritten, levels, one_by_one, renormed
 from forwardgrad.forward_mode.rules import dropout
 from forwardgrad.objective import Objective, loss_by_example
-from forwardgrad.perturbations import WHOLE, Entered, Perturbation, Pick, Reading, Sown, Step, WholeUse
+from forwardgrad.perturbations import WHOLE, Entered, Layer, Norm, Perturbation, Pick, Reading, Sown, Step, WholeUse
+
+_HELD = 2**24
+"""Bytes of the widest of what a batch makes. Larger blocks are new memory at every call, which a system has to clear first."""
 
 
 class Unmoved(NamedTuple):
@@ -63,10 +66,36 @@ class Displacing:
         return tensor
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        in_one = IN_ONE.get(func) if isinstance(self.step, Tensor) else None
-        if in_one is not None and not (func is F.linear and torch.compiler.is_compiling()):  # of which a compiler makes one itself
+        in_one = func is F.scaled_dot_product_attention and isinstance(self.step, Tensor)
+        return (attention_in_one if in_one else func)(*args, **kwargs)
+
+
+class SideBySide(Displacing):
+    """An evaluation of the members of a batch under `vmap`, which go through the directions once for each of the sizes of `steps` [n].
+
+    It is made inside of vmap. `step` is that of one member, or any number that hangs on the member.
+    """
+
+    def __init__(self, steps: Tensor, step: Tensor) -> None:
+        super().__init__(step, self._picked)
+        self.steps, self._level = steps, levels.level()
+
+    def _picked(self, stack: Tensor) -> Tensor:
+        times = len(self.steps) // len(stack)
+        return levels.member(stack if times == 1 else stack.repeat(times, *[1] * (stack.dim() - 1)))
+
+    def inject(self, tensor: Tensor, source: Entered) -> Tensor:
+        found = source.displaced_together(tensor, self.steps)
+        return super().inject(tensor, source) if found is None else found
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if levels.level() == self._level and (in_one := _TOGETHER.get(func)) is not None:
             return in_one(*args, **kwargs)
-        return func(*args, **kwargs)
+        return super().call(func, args, kwargs)
+
+
+_TOGETHER: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear_in_one, F.scaled_dot_product_attention: attention_together}
+"""What stands in for calls of all members: as one call it takes less time than as vmap makes it."""
 
 
 class DisplacedWatch(ModelWatch):
@@ -100,6 +129,11 @@ class DisplacedWatch(ModelWatch):
         if moved is not parameter:
             self._unwritten.add(name, moved)
         return moved
+
+    def _whole(self, layer: Layer, given: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(layer, Norm) or not isinstance(self._evaluation, SideBySide):
+            return super()._whole(layer, given, x)
+        return layer.scaled_together(x, self._standing(layer.call.get("weight")), self._standing(layer.call.get("bias")))
 
     def _moved(self, entered: Sown, out: Tensor) -> Tensor:
         moved = super()._moved(entered, out)
@@ -168,13 +202,16 @@ class Lines:
         self._surveyed = Surveyed.of(objective, perturbation, exact_output=False, who=f"perturb={perturbation!r}")
         self._primals = {name: p.detach() for name, p in objective.parameters.items()}
 
-    def differences(self, stencil: Stencil, size: int, mine: range | None = None) -> Differences:
-        """Evaluate the loss at the steps of a stencil along all lines, or those that are mine, at most `size` lines side by side."""
+    def differences(self, stencil: Stencil, size: int | None, mine: range | None = None) -> Differences:
+        """Evaluate the loss at the steps of a stencil along all lines, or those that are mine, at most `size` lines side by side.
+
+        None: all of them, or as many as are fast where that is known.
+        """
         mine = range(len(self._seeds)) if mine is None else mine
         passes, losses, buffers = list[Pass](), list[Tensor](), list[dict[str, Tensor]]()
         with torch.no_grad():
             base = None if stencil.two_sided else self._at_theta()
-            for seen in self._groups(stencil.steps, size, mine):
+            for seen in self._groups(stencil.steps, size or self._abreast(len(mine), base), mine):
                 found, loss = _pass(seen, stencil, base)
                 passes.append(found)
                 losses.append(loss)
@@ -213,6 +250,15 @@ class Lines:
                 yield from (self._alone(index, steps) for index in part)
         folding.finish()
 
+    def _abreast(self, count: int, base: _Seen | None) -> int:
+        """How many of so many lines are one batch, by what places hold at θ: a processor's caches hold no more of what they make."""
+        first = next(iter(self._primals.values()))
+        if base is None or first.device.type != "cpu" or torch.compiler.is_compiling():
+            return count
+        widest = max((entered.shape.numel() for entered in base.watch.entered), default=0) * first.itemsize
+        batches = -(-count * widest // _HELD)
+        return -(-count // max(1, batches))
+
     def _directions(self, part: range) -> HeldDirections:
         kept = None if self._kept is None else PartOfSeeds(self._kept, part)
         return HeldDirections(self._law, PartOfSeeds(self._seeds, part), self._device, kept)
@@ -238,7 +284,7 @@ class Lines:
         """Some lines, all of their points as one batch: what is the same for all is computed once, as long as it is the same."""
         directions, count, first = self._directions(part), len(part), next(iter(self._primals.values()))
         index = torch.arange(count, device=first.device).repeat(len(steps))
-        step = side_by_side(steps, count, first)
+        sizes = side_by_side(steps, count, first)
 
         def evaluate(reading: Reading) -> tuple[_Found, DisplacedWatch]:
             watches: list[DisplacedWatch] = []
@@ -248,13 +294,14 @@ class Lines:
                     return stack.index_select(0, index.reshape(1)).squeeze(0)
 
                 with Alike():
-                    found, watch = self._evaluated(directions.again, Displacing(step, pick), partial(beside, member=step), reading)
+                    evaluation = Displacing(step, pick) if torch.compiler.is_compiling() else SideBySide(sizes, step)
+                    found, watch = self._evaluated(directions.again, evaluation, partial(beside, member=step), reading)
                 if any(isinstance(p.factor, Tensor) and levels.unwrapped(p.factor) is not p.factor for p in watch.parts):
                     raise RuntimeError("a factor of the loss depends on what moves")
                 watches.append(watch)
                 return found
 
-            return vmap(one, randomness="same")(index, step), watches[0]
+            return vmap(one, randomness="same")(index, sizes), watches[0]
 
         found, watch = self._settled(evaluate)
         watch.keep({name: t[0] for name, t in found.kept.items()})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from forwardgrad.forward_mode import Redo
+from forwardgrad.forward_mode import Redo, levels
 from forwardgrad.objective import Objective, code_of
 
 T = TypeVar("T")
@@ -90,30 +90,37 @@ def attention_in_one(
     return found
 
 
+def attention_together(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """As `attention_in_one`, in less time, where no other transform is inside the vmap that is at work."""
+    if dropout_p > 0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    options["is_causal"] = is_causal
+
+    def made(*given: levels.Members) -> Tensor:
+        mask, each = (given[3].all, not given[3].shared) if len(given) > 3 else (None, False)
+        return _attended([one.all for one in given[:3]], mask if mask is None or each else mask[0], each, options)
+
+    return levels.together(made, query, key, value, *([] if attn_mask is None else [attn_mask]))
+
+
 def linear_in_one(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of all members of a batch under `vmap` as one product that adds the bias, which vmap would add by itself."""
-    found: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
-    return found
+    if any(levels.hangs_on_member(t) for t in (weight, bias) if t is not None):
+        return F.linear(input, weight, bias)
 
+    def made(x: levels.Members) -> Tensor:
+        flat = F.linear(x.all.reshape(-1, x.all.shape[-1]), weight, bias)  # of more dimensions torch adds the bias by itself, too
+        return flat.view(*x.all.shape[:-1], -1)
 
-class _Linear(torch.autograd.Function):
-    """A linear layer whose members share weight and bias; where they do not, vmap does what it does."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        if in_dims[1:] != (None, None):
-            return torch.func.vmap(F.linear, in_dims)(x, weight, bias), 0
-        moved = x.movedim(in_dims[0], 0)
-        flat = F.linear(moved.reshape(-1, moved.shape[-1]), weight, bias)  # of more dimensions torch adds the bias by itself, too
-        return flat.view(*moved.shape[:-1], -1), 0
+    return levels.together(made, input) if levels.hangs_on_member(input) else F.linear(input, weight, bias)
 
 
 class _Attention(torch.autograd.Function):
@@ -131,23 +138,24 @@ class _Attention(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, int]:
-        count = info.batch_size
-        given = [_front(t, dim, count) for t, dim in zip((query, key, value), in_dims[:3], strict=True)]
-        lead = given[0].shape[1:-2]
-        wide = [t.unsqueeze(1) if t.dim() == 3 else t for t in given]
-        wide = [t.flatten(0, t.dim() - 4) if t.dim() > 4 else t for t in wide]
-        if mask is not None and (in_dims[3] is not None or mask.dim() > 2):
-            mask = _front(mask, in_dims[3], count)
-            mask = mask.reshape(count, *[1] * (len(lead) + 3 - mask.dim()), *mask.shape[1:])
-            mask = mask.expand(-1, *lead[:-1], *mask.shape[len(lead) :]) if lead else mask  # heads may share it
-            mask = mask.unsqueeze(1) if mask.dim() == 3 else mask.flatten(0, mask.dim() - 4)
-        found = _Attention.apply(*wide, mask, options)  # type: ignore[no-untyped-call]
-        return found.reshape(*given[0].shape[:-1], found.shape[-1]), 0
+        given = [_front(t, dim, info.batch_size) for t, dim in zip((query, key, value), in_dims[:3], strict=True)]
+        mask = mask if mask is None or in_dims[3] is None else mask.movedim(in_dims[3], 0)
+        return _attended(given, mask, in_dims[3] is not None, options), 0
+
+
+def _attended(given: list[Tensor], mask: Tensor | None, each: bool, options: dict[str, Any]) -> Tensor:
+    """What all members attend to, with the members in front of query, key and value, and of the mask where it is one of `each`."""
+    count, lead = len(given[0]), given[0].shape[1:-2]
+    wide = [t.unsqueeze(1) if t.dim() == 3 else t for t in given]
+    wide = [t.flatten(0, t.dim() - 4) if t.dim() > 4 else t for t in wide]
+    if mask is not None and (each or mask.dim() > 2):
+        mask = mask if each else _front(mask, None, count)
+        mask = mask.reshape(count, *[1] * (len(lead) + 3 - mask.dim()), *mask.shape[1:])
+        mask = mask.expand(-1, *lead[:-1], *mask.shape[len(lead) :]) if lead else mask  # heads may share it
+        mask = mask.unsqueeze(1) if mask.dim() == 3 else mask.flatten(0, mask.dim() - 4)
+    found: Tensor = _Attention.apply(*wide, mask, options)  # type: ignore[no-untyped-call]
+    return found.reshape(*given[0].shape[:-1], found.shape[-1])
 
 
 def _front(tensor: Tensor, dim: int | None, count: int) -> Tensor:
     return tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-IN_ONE: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear_in_one, F.scaled_dot_product_attention: attention_in_one}
-"""What stands in for a call of members side by side: as one call it takes less time than as vmap makes it."""

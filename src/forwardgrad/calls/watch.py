@@ -303,6 +303,8 @@ class ModelWatch(TorchFunctionMode):
         given = layer.call.pop("input")
         if (rows := self.reading.place(len(self.entered)).rows) is not None:
             layer.along = rows.dim
+        if not self.perturbation.rules(layer):
+            return self._whole(layer, given, layer.ahead(given, self._call))
         out, x = layer.run(given, self._call)
         if self._parted:
             return self._moved(self._parted[0].once_more(layer, self._evaluation.primal(x), self._evaluation.primal(out)), out)

@@ -77,8 +77,9 @@ class ZerothOrder(Estimator):
         sides: "two" or "one".
         chunk_size: directions evaluated side by side as one batch, by `torch.func.vmap`: None for all K, 1 for one point after the other.
             At low rank they share the weights, and the product of the first layer; so many times the activations are held, and with
-            Dense so many copies of a layer. The result is the same up to rounding. Where vmap cannot follow the loss, one warning says
-            so, and points come one after the other.
+            Dense so many copies of a layer. On one side, on a processor and without Dense, None makes equal batches of the K where the
+            widest output of a layer would be more than 16 MiB: that is faster there. The result is the same up to rounding. Where vmap
+            cannot follow the loss, one warning says so, and points come one after the other.
         normalize: divide by the standard deviation of the K losses; K ≥ 2. FZOO has sides="one" and law=Rademacher() besides.
         in_place: move the live parameters themselves, and back again, as MeZO does: with Dense() alone, one point after the other. A step
             then has the memory of inference whatever the size of a layer, as directions are made a block at a time (Gaussian ones with a
@@ -265,15 +266,15 @@ class ZerothOrder(Estimator):
 
     def _differences(self, objective: Objective, generator: Generator, state: dict[str, Tensor]) -> tuple[Estimate, list[Pass]]:
         ranks = self._ranks(objective)
-        mine, size = ranks.part(self.tangents), self.chunk_size or ranks.share(self.tangents)
+        mine = ranks.part(self.tangents)
         with counted(state):
             kept, seeds = kept_seeds(self.perturb, self.tangents, generator, state), fork(generator, self.tangents)
             lines = Lines(objective, self.perturb, self.law, seeds, generator.device, SameDraws(objective).begun, kept)
             check_outputs(objective, self.epsilon, lines)
-            found = lines.differences(self._stencil, size, mine)
+            found = lines.differences(self._stencil, self.chunk_size, mine)
         loss, derivatives = ranks.together(found.loss, torch.cat([one.derivatives for one in found.passes]))
         if len(mine) < self.tangents:
-            passes = lines.everywhere(found.passes[0], derivatives, size)
+            passes = lines.everywhere(found.passes[0], derivatives, self.chunk_size or ranks.share(self.tangents))
         else:
             each = derivatives.split([len(one.derivatives) for one in found.passes])
             passes = [replace(one, derivatives=d) for one, d in zip(found.passes, each, strict=True)]

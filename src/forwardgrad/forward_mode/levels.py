@@ -5,7 +5,8 @@ They wrap tensors, and no function mode sees that. A wrapped tensor is therefore
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,3 +37,46 @@ def storage(tensor: Tensor) -> int:
 def storages(values: Any) -> set[int]:
     """Those of all tensors among some arguments."""
     return {storage(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)} - {0}
+
+
+class Members(NamedTuple):
+    """A tensor of all members of a batch under `vmap`, [n, *shape]; `shared`: it is one that all have, and not n copies of it."""
+
+    all: Tensor
+    shared: bool
+
+
+def together(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The result [n, *shape] of a function of `Members`, as the tensor of each member of the vmap that is at work.
+
+    For a few operations in a row this takes a tenth of the time that vmap takes, which goes by each of them. No function mode sees them.
+    """
+    functorch = torch._C._functorch
+    interpreter = functorch.peek_interpreter_stack()
+    assert interpreter is not None
+    vmap = functorch.CVmapInterpreterPtr(interpreter)
+    depth, count = vmap.level(), vmap.batchSize()
+    given = [_members(*functorch._unwrap_batched(tensor, depth), count) for tensor in tensors]
+    with torch._C.DisableTorchFunction():
+        outer = functorch.pop_dynamic_layer_stack()
+        try:
+            found = make(*given)
+        finally:
+            functorch.push_dynamic_layer_stack(outer)
+        return functorch._add_batch_dim(found, 0, depth)
+
+
+def _members(tensor: Tensor, dim: int | None, count: int) -> Members:
+    if dim is None:
+        return Members(tensor.expand(count, *tensor.shape), shared=True)
+    return Members(tensor.movedim(dim, 0), shared=False)
+
+
+def member(stack: Tensor) -> Tensor:
+    """What each member of the vmap that is at work has of a stack [n, *shape]."""
+    return torch._C._functorch._add_batch_dim(stack, 0, level())
+
+
+def hangs_on_member(tensor: Tensor) -> bool:
+    """Whether members of the vmap that is at work have tensors of their own."""
+    return torch._C._functorch._unwrap_batched(tensor, level())[1] is not None

@@ -60,6 +60,13 @@ class Entered(ABC):
             return tensor + (moved * step).to(tensor.dtype)
         return torch.add(tensor, moved.to(tensor.dtype), alpha=step)
 
+    def displaced_together(self, tensor: Tensor, steps: Float[Tensor, " n"]) -> Tensor | None:
+        """As `displaced`, of all members of the batch that is evaluated; None where nothing is gained over what `vmap` makes of that.
+
+        Members go through the directions once for each of the sizes of step.
+        """
+        return None
+
     @abstractmethod
     def gradient(self, weights: Float[Tensor, "k n"]) -> Mapping[str, Gradient]:
         """Σₖ Σ_b weights[k, b] · (direction k of example b), by parameter name; a single weight is that of all examples."""
@@ -149,6 +156,10 @@ class Perturbation(ABC):
     def whole(self, name: str, directions: Directions, make: Callable[[Directions], Sown]) -> Sown:
         """A parameter that moves as a whole: what `make` makes of the directions that move it."""
         return make(directions)
+
+    def rules(self, layer: Layer) -> bool:
+        """Whether this can be a layer with a rule, and not one whose parameters move as a whole."""
+        return True
 
     @abstractmethod
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> Entered | None:

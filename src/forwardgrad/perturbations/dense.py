@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forwardgrad.directions import Directions, Law
 from forwardgrad.factored import Along, Gradient
+from forwardgrad.forward_mode import levels
 from forwardgrad.perturbations.base import Entered, Perturbation, Pick, Sown
 from forwardgrad.perturbations.layers import Layer
 
@@ -78,18 +79,28 @@ class DenseUse(Sown):
 
 
 class WholeUse(Sown):
-    """As `DenseUse`, its directions drawn again wherever they are needed: none is held."""
+    """As `DenseUse`, its directions drawn again wherever they are needed: none is held of more than a few numbers."""
 
     def __init__(self, name: str, parameter: Tensor, directions: Directions) -> None:
         super().__init__()
         self.name, self._parameter, self.directions, self.number = name, parameter, directions, directions.next_place
-        self._numbers = directions.replayed(tuple(parameter.shape), parameter)
+        held = parameter.numel() <= _FEW
+        self._numbers = (directions.plan if held else directions.replayed)(tuple(parameter.shape), parameter)
 
     def tangent(self, pick: Pick) -> Tensor:
         return pick(self._numbers())
 
+    def displaced_together(self, tensor: Tensor, steps: Tensor) -> Tensor:
+        def moved(parameter: levels.Members) -> Tensor:
+            v = self._numbers()
+            by = steps.view(-1, len(v), *[1] * (v.dim() - 1))
+            return parameter.all + (v * by).flatten(0, 1).to(parameter.all.dtype)
+
+        return levels.together(moved, tensor)
+
     def gradient(self, weights: Tensor) -> Mapping[str, Gradient]:
-        return DenseUse(self.name, self._numbers()).gradient(weights)
+        numbers = self._numbers()
+        return DenseUse(self.name, numbers.clone() if len(numbers) == 1 else numbers).gradient(weights)  # which uses up a single one
 
     def along(self, directions: Directions) -> WholeUse:
         directions.next_place = self.number
@@ -98,3 +109,6 @@ class WholeUse(Sown):
     @property
     def names(self) -> list[str]:
         return [self.name]
+
+
+_FEW = 4096  # numbers, such as a gain: to draw them takes as long as all else that is done with them

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from forwardgrad.factored import Factored
+from forwardgrad.forward_mode import levels
 from forwardgrad.forward_mode.rules import shifted
-from forwardgrad.perturbations.outer import outer, scaled
+from forwardgrad.perturbations.outer import added, onto, outer, repeated, scaled, stepped
 
 Caller = Callable[..., Any]
 """Makes a call: the function, and its arguments."""
@@ -60,6 +61,10 @@ class Layer(ABC):
     def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
         """The output, by a function that makes the calls, and the input as the rules want to see it."""
         return self.made({**self.call, "input": x}, calls), x
+
+    def ahead(self, x: Tensor, calls: Caller) -> Tensor:
+        """The input as the rules want to see it, where the output is not asked for."""
+        return x
 
     def made(self, call: Mapping[str, Any], calls: Caller) -> Tensor:
         """The output of the call with these arguments."""
@@ -143,6 +148,11 @@ class Linear(Layer):
         along = x.reshape(-1, self.fan_in) @ (right[0] if count == 1 else right.transpose(0, 1).flatten(1))
         along = along.unsqueeze(0) if count == 1 else along.unflatten(1, (count, -1)).transpose(0, 1)
         return outer(along, left, moved, out).view(count, *out.shape)
+
+    def displaced(self, out: levels.Members, x: levels.Members, left: Tensor, right: Tensor, steps: Tensor) -> Tensor:
+        """The outputs of the members of a batch, each a step along its direction; see `Entered.displaced_together`."""
+        left, right = stepped(left, steps), repeated(right, steps)
+        return added(out, onto(x, right), left)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         along = torch.bmm(x.reshape(self.rows, -1, self.fan_in), right.unsqueeze(2))
@@ -304,6 +314,14 @@ class Embedding(Layer):
 
     def respond(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return self.moving(x, left[x] @ right.T)
+
+    def displaced(self, out: levels.Members, x: levels.Members, left: Tensor, right: Tensor, steps: Tensor) -> Tensor:
+        """As `Linear.displaced`."""
+        left, right, indices = repeated(left, steps), stepped(right, steps), x.all.flatten(1)
+        along = left[:, indices[0]] if x.shared else left[torch.arange(len(left), device=left.device).unsqueeze(1), indices]
+        if self.padding is not None:
+            along = along.masked_fill((indices == self.padding).unsqueeze(2), 0)
+        return added(out, along, right)
 
     def respond_each(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         raise NotImplementedError  # a direction over the whole vocabulary for every example: see PerExample

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from forwardgrad.directions import Directions
 from forwardgrad.factored import Factored, Gradient
+from forwardgrad.forward_mode import levels
 from forwardgrad.perturbations.base import Perturbation, Pick, Sown, Step
-from forwardgrad.perturbations.layers import Layer, Linear
-from forwardgrad.perturbations.outer import added
+from forwardgrad.perturbations.layers import Embedding, Layer, Linear
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class LowRank(Perturbation):
     @property
     def parted(self) -> bool:
         return True
+
+    def rules(self, layer: Layer) -> bool:
+        return layer.matrix
 
     def enter(self, layer: Layer, x: Tensor, out: Tensor, directions: Directions) -> LowRankUse | None:
         return LowRankUse(layer, x, out, directions, self.rank) if layer.matrix else None
@@ -130,12 +133,18 @@ class LowRankUse(Sown):
     def displaced(self, tensor: Tensor, step: Step, pick: Pick) -> Tensor:
         if not isinstance(step, Tensor):  # one direction alone: its factors are added in place
             return self._responded(tensor.unsqueeze(0), step)[0]
-        left, right = self.factors()
-        if not self.rank or not isinstance(self.layer, Linear) or torch.compiler.is_compiling():
-            return super().displaced(tensor, step, pick)
-        x, _ = self.x, self.out
+        return super().displaced(tensor, step, pick)
+
+    def displaced_together(self, tensor: Tensor, steps: Tensor) -> Tensor | None:
+        layer, x = self.layer, self.x
+        if not self.rank or not isinstance(layer, (Linear, Embedding)):
+            return None
         del self.x, self.out
-        return added(tensor, x, pick(left) * step, pick(right))
+
+        def moved(out: levels.Members, x: levels.Members) -> Tensor:
+            return layer.displaced(out, x, *self.factors(), steps)
+
+        return levels.together(moved, tensor, x)
 
     def tangents(self, count: int) -> Tensor:
         return self._responded(None)

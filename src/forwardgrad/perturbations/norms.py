@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forwardgrad.directions import Directions
+from forwardgrad.forward_mode import levels
 from forwardgrad.perturbations.base import Pick, Sown
 from forwardgrad.perturbations.layers import Caller, Layer
 
@@ -20,20 +21,38 @@ class Norm(Layer):
     arguments: ClassVar[tuple[str, ...]] = ()
 
     def run(self, x: Tensor, calls: Caller) -> tuple[Tensor, Tensor]:
-        weight, bias = self.call.get("weight"), self.call.get("bias")
+        normal = self.ahead(x, calls)
+        return self.scaled(normal, self.call.get("weight"), self.call.get("bias"), calls), normal
+
+    def ahead(self, x: Tensor, calls: Caller) -> Tensor:
         plain = {**self.call, "input": x, "weight": None}
         if "bias" in self.arguments:
             plain["bias"] = None
         normal: Tensor = calls(self.function, **plain)
         self.lie(x, self.outer(x))
         self.inner = self.inside(x)
-        return self.scaled(normal, weight, bias, calls), normal
+        return normal
 
     def scaled(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None, calls: Caller) -> Tensor:
         """The output with this gain and bias, in the precision that the normalisation gives."""
         out = normal if weight is None else calls(torch.mul, normal, calls(self._spread, weight))
         out = out if bias is None else calls(torch.add, out, calls(self._spread, bias))
         return out if out.dtype == normal.dtype else calls(Tensor.to, out, normal.dtype)
+
+    def scaled_together(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """As `scaled`, of all members of the batch under `vmap` that is evaluated, in place of the normalised numbers of each."""
+        given = {role: t for role, t in (("weight", weight), ("bias", bias)) if t is not None}
+
+        def made(out: levels.Members, *vectors: levels.Members) -> Tensor:
+            found, own = out.all, not out.shared
+            for role, vector in zip(given, vectors, strict=True):
+                spread = vector.all.reshape(len(vector.all), *[1] * (found.dim() - 1 - len(self.inner)), *self.inner)
+                own = own and torch.result_type(found, spread) == found.dtype
+                operation = torch.mul if role == "weight" else torch.add
+                found, own = operation(found, spread, out=found if own else None), True
+            return found.to(normal.dtype)
+
+        return levels.together(made, normal, *given.values())
 
     def inside(self, x: Tensor) -> list[int]:
         """The shape that makes one gain for every channel broadcast against an example."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from forwardgrad.forward_mode import levels
 
 
 def outer(along: Tensor, left: Tensor, moved: Tensor | None, like: Tensor) -> Tensor:
@@ -33,51 +33,33 @@ def scaled(along: Tensor, columns: Tensor, moved: Tensor | None) -> Tensor:
     return along * columns[:, 0] if columns.shape[1] == 1 else torch.addcmul(columns[:, 1], along.to(columns.dtype), columns[:, 0])
 
 
-def added(out: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """out [..., m] + (x [..., n] @ right [n, r]) @ left [m, r or r + 1].T, a last column meeting ones: the output of a layer that moved.
-
-    Under `vmap` members with factors of their own are moved together, and `out` may be written to.
-    """
-    found: Tensor = _Added.apply(out, x, left, right)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Added(torch.autograd.Function):
-    """As vmap would do it operation by operation, an output would go through memory several times."""
-
-    @staticmethod
-    def forward(out: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        along = x.reshape(-1, x.shape[-1]) @ right
-        return _with(out.reshape(1, -1, out.shape[-1]).clone(), along.unsqueeze(0), left.unsqueeze(0)).view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], out: Tensor, x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        count = info.batch_size
-        left, right = (
-            t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in zip((left, right), in_dims[2:], strict=True)
-        )
-        if in_dims[1] is None:  # all see the same input: one product for all of them
-            flat = x.reshape(-1, x.shape[-1])
-            along = (flat @ right.transpose(0, 1).flatten(1)).unflatten(1, (count, -1)).transpose(0, 1)
-        else:
-            along = (right.mT @ x.movedim(in_dims[1], 0).reshape(count, -1, right.shape[1]).mT).mT  # a tenth of the time of x @ right
-        if in_dims[0] is None:
-            shape, whole = out.shape, out.reshape(1, -1, out.shape[-1]).expand(count, -1, -1)
-        else:
-            moved = out.movedim(in_dims[0], 0)
-            shape, whole = moved.shape[1:], moved.reshape(count, -1, moved.shape[-1])
-        return _with(whole, along, left).view(count, *shape), 0
-
-
-def _with(out: Tensor, along: Tensor, left: Tensor) -> Tensor:
-    """out [K, N, m] + [along [K, N, r], 1] left [K, m, r or r + 1]ᵀ, in place where `out` has memory of its own."""
+def added(out: levels.Members, along: Tensor, left: Tensor) -> Tensor:
+    """out [K, ..., m] + [along [K, N, r], 1] left [K, m, r or r + 1]ᵀ, in place where each member has an output of its own."""
+    flat, shape = out.all.reshape(len(left), -1, left.shape[1]), out.all.shape
     if left.shape[2] > along.shape[2]:
         along = F.pad(along, (0, 1), value=1.0)
-    along, left = along.to(out.dtype), left.to(out.dtype)
+    along, left = along.to(flat.dtype), left.to(flat.dtype)
     if left.shape[2] == 1:  # for which libraries have no fast product
-        return torch.addcmul(out, along, left.mT) if 0 in out.stride() else out.addcmul_(along, left.mT)
-    return torch.baddbmm(out, along, left.mT) if 0 in out.stride() else out.baddbmm_(along, left.mT)
+        found = torch.addcmul(flat, along, left.mT) if out.shared else flat.addcmul_(along, left.mT)
+    else:
+        found = torch.baddbmm(flat, along, left.mT) if out.shared else flat.baddbmm_(along, left.mT)
+    return found.view(shape)
+
+
+def onto(x: levels.Members, right: Tensor) -> Tensor:
+    """x [K, ..., n] times right [K, n, r]: [K, N, r]."""
+    if x.shared:  # one product for all of them
+        flat = x.all[0].reshape(-1, x.all.shape[-1])
+        along: Tensor = (flat @ right.transpose(0, 1).flatten(1)).unflatten(1, (len(right), -1))
+        return along.transpose(0, 1)
+    return (right.mT @ x.all.reshape(len(right), -1, right.shape[1]).mT).mT  # a tenth of the time of x @ right
+
+
+def stepped(factors: Tensor, steps: Tensor) -> Tensor:
+    """The factors [K, m, r] of all members, those of each direction times the steps [n] along it: [n, m, r]."""
+    return (factors * steps.view(-1, len(factors), 1, 1)).flatten(0, 1)
+
+
+def repeated(factors: Tensor, steps: Tensor) -> Tensor:
+    """The factors [K, m, r] of all members, one for every step: [n, m, r]."""
+    return factors if len(steps) == len(factors) else factors.repeat(len(steps) // len(factors), 1, 1)
