@@ -85,6 +85,12 @@ class Objective:
             if not p.is_floating_point():
                 raise TypeError(f"{name} is {p.dtype}: forward gradients need real floating-point parameters")
 
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that stay as they are, by name."""
+        named = dict(self.at.named_parameters(prefix="model")) if isinstance(self.at, nn.Module) else self._tensors
+        return {name: p for name, p in named.items() if not p.requires_grad}
+
     @cached_property
     def buffered(self) -> bool:
         """Whether an evaluation may leave something in buffers."""

@@ -199,18 +199,42 @@ def test_the_state_goes_through_a_file_and_that_of_another_model_is_told() -> No
 
 
 TARGETS = rows(6, 3)
-OUTSIDE: dict[str, tuple[Any, Loss]] = {
-    "no closed form": (deep, regress(rows(6, 4))),
-    "squared error": (deep, lambda m: F.mse_loss(m(rows(6, 4)), TARGETS)),
-    "chances": (deep, lambda m: F.cross_entropy(m(rows(6, 4)), TARGETS.softmax(1))),
-    "one example": (deep, lambda m: F.cross_entropy(m(rows(4)), torch.tensor(1))),
+ROWS, LABELLED = rows(6, 4), torch.arange(6) % 3
+NONE, WAY, LIES = "and this loss has none", "but this loss uses its result in another way", "do not have the examples of the batch along"
+
+
+def each(m: nn.Module) -> Tensor:
+    return F.cross_entropy(m(ROWS), LABELLED, reduction="none")
+
+
+OUTSIDE: dict[str, tuple[Any, Loss, str]] = {
+    "no closed form": (deep, regress(ROWS), NONE),
+    "squared error": (deep, lambda m: F.mse_loss(m(ROWS), TARGETS), NONE),
+    "chances": (deep, lambda m: F.cross_entropy(m(ROWS), TARGETS.softmax(1)), NONE),
+    "one example": (deep, lambda m: F.cross_entropy(m(rows(4)), torch.tensor(1)), NONE),
+    "some examples": (deep, lambda m: each(m)[LABELLED > 0].mean(), WAY),
+    "another function": (deep, lambda m: each(m).sqrt().mean(), WAY),
+    "hardest": (deep, lambda m: each(m).topk(3)[0].mean(), WAY),
+    "part of the batch": (deep, lambda m: F.cross_entropy(m(ROWS)[:3], LABELLED[:3]), LIES),
+    "two": (deep, lambda m: F.cross_entropy(m(ROWS), LABELLED) + F.cross_entropy(2 * m(ROWS), LABELLED), "and this loss has 2 of them"),
 }
 
 
-@pytest.mark.parametrize(("make", "loss"), OUTSIDE.values(), ids=OUTSIDE)
-def test_a_loss_that_classifiers_inside_the_model_cannot_learn_is_told(make: Any, loss: Loss) -> None:
-    with pytest.raises(ValueError, match=r"LocalLosses needs one F\.cross_entropy of class indices in the loss"):
+@pytest.mark.parametrize(("make", "loss", "said"), OUTSIDE.values(), ids=OUTSIDE)
+def test_a_loss_that_classifiers_inside_the_model_cannot_learn_is_told(make: Any, loss: Loss, said: str) -> None:
+    with pytest.raises(ValueError, match=f"LocalLosses needs an F.cross_entropy of class indices.*{said}.*or use LearnedFeedback"):
         step(loss, make().double(), fg.LocalLosses(), {})
+
+
+def mapped(m: nn.Module) -> Tensor:
+    return torch.func.vmap(lambda score, label: F.cross_entropy(score, label))(m(ROWS), LABELLED).mean()
+
+
+@pytest.mark.filterwarnings("ignore:derivatives of Sequential")
+@pytest.mark.parametrize("method", [fg.LocalLosses(), fg.LearnedFeedback()], ids=repr)
+def test_a_loss_inside_a_transform_has_no_error_at_the_output(method: fg.Estimator) -> None:
+    with pytest.raises(ValueError, match=r"inside torch\.func\.vmap or another transform.*on the whole batch"):
+        step(mapped, deep().double(), method, {})
 
 
 def test_a_pattern_of_ends_has_to_name_something_that_is_trained() -> None:

@@ -1,5 +1,6 @@
 from forwardgrad.calls.ahead import AtEnd as AtEnd
 from forwardgrad.calls.displaced import Lines as Lines
+from forwardgrad.calls.displaced import Stencil as Stencil
 from forwardgrad.calls.displaced import Unmoved as Unmoved
 from forwardgrad.calls.folding import Folding as Folding
 from forwardgrad.calls.folding import beside as beside
@@ -8,9 +9,9 @@ from forwardgrad.calls.kept import check_uses as check_uses
 from forwardgrad.calls.passes import Pass as Pass
 from forwardgrad.calls.passes import gathered as gathered
 from forwardgrad.calls.passes import perturbed_pass as perturbed_pass
+from forwardgrad.calls.replay import MOST_NUMBERS as MOST_NUMBERS
 from forwardgrad.calls.retakes import OtherPath as OtherPath
 from forwardgrad.calls.retakes import UsedAgain as UsedAgain
-from forwardgrad.calls.stencil import Stencil as Stencil
 from forwardgrad.calls.sums import Scaled as Scaled
 from forwardgrad.calls.surveyed import ATTEMPTS as ATTEMPTS
 from forwardgrad.calls.surveyed import UNSTEADY as UNSTEADY

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forwardgrad.calls.sums import Scaled
 from forwardgrad.forward_mode.rules import Output
-from forwardgrad.perturbations import ActivityUse, Entered
+from forwardgrad.perturbations import ActivityUse, Entered, Told
 
 AtEnd = Callable[[int, ActivityUse, Tensor, Scaled], None]
 """Called with the number of a block, its place, its values and the labelled part of the loss, as soon as the block has ended."""
@@ -41,15 +41,20 @@ class Ahead:
         entered: Sequence[Entered],
         prefixes: Sequence[int],
         read: Collection[str],
+        told: Sequence[Told],
     ) -> Ahead | None:
         """What an evaluation of so many examples tells about the next on its path. None where the labels are no tensor of the batch or do
         not have the examples first, a factor is one that may change, something ends no block, or a parameter is used twice, so that its
         gradient is whole at the end alone.
 
-        `read`: parameters whose values were read besides, perhaps behind their block, where they would have moved.
+        `read`: parameters whose values were read besides, perhaps behind their block, where they would have moved. `told`: where the
+        examples lie in the scores, and so in the labels.
         """
         labelled = [part for part in parts if part.output.labelled]
         if len(labelled) != 1 or not isinstance(labelled[0].factor, float):
+            return None
+        where = told[labelled[0].index] if labelled[0].index < len(told) else None
+        if where is None or where.apart or where.rows is None or where.rows.dim:
             return None
         names = [name for one in entered for name in one.names]
         simple = all(isinstance(one, ActivityUse) for one in entered) and len(set(names)) == len(names) and not set(names) & set(read)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.func import vmap
 
@@ -21,7 +22,6 @@ from forwardgrad.calls.folding import Folding, attention_in_one, attention_toget
 from forwardgrad.calls.kept import check_uses
 from forwardgrad.calls.passes import Pass, numbered
 from forwardgrad.calls.retakes import OtherPath, Transformed, UsedAgain
-from forwardgrad.calls.stencil import Stencil
 from forwardgrad.calls.surveyed import ATTEMPTS, Surveyed, unsteady
 from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.directions import Directions, HeldDirections, Law, PartOfSeeds, Still, unplanned
@@ -32,6 +32,26 @@ from forwardgrad.perturbations import WHOLE, Entered, Layer, Norm, Perturbation,
 
 _HELD = 2**24
 """Bytes of the widest of what a batch makes. Larger blocks are new memory at every call, which a system has to clear first."""
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """Points at ±ε on both sides of θ, or at ε on one side, which are compared with one value at θ."""
+
+    epsilon: float
+    two_sided: bool
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        return (self.epsilon, -self.epsilon) if self.two_sided else (self.epsilon,)
+
+    def slopes(self, values: Float[Tensor, "s k ..."], base: Tensor | None) -> Float[Tensor, "k ..."]:
+        """Rates of change along k lines, from what was found at the steps and, on one side, at θ."""
+        return (values[0] - values[1]) / (2 * self.epsilon) if base is None else (values[0] - base) / self.epsilon
+
+    def middle(self, values: Float[Tensor, "s k ..."], base: Tensor | None) -> Float[Tensor, "k ..."]:
+        """What is taken for the value at θ, for each of the lines."""
+        return values[0] / 2 + values[1] / 2 if base is None else base.expand_as(values[0])
 
 
 class Unmoved(NamedTuple):
@@ -296,7 +316,7 @@ class Lines:
                 with Alike():
                     evaluation = Displacing(step, pick) if torch.compiler.is_compiling() else SideBySide(sizes, step)
                     found, watch = self._evaluated(directions.again, evaluation, partial(beside, member=step), reading)
-                if any(isinstance(p.factor, Tensor) and levels.unwrapped(p.factor) is not p.factor for p in watch.parts):
+                if any(isinstance(p.factor, Tensor) and levels.unwrapped(p.factor) is not p.factor for p in watch.loss.parts):
                     raise RuntimeError("a factor of the loss depends on what moves")
                 watches.append(watch)
                 return found
@@ -353,13 +373,13 @@ def _pass(seen: _Seen, stencil: Stencil, base: _Seen | None) -> tuple[Pass, Tens
     replay, lines = None, list[Pass]()
     for k in range(len(total)):  # what is at θ is told by each line's own pair on two sides, so that no line depends on another
         at, kept = (at_theta, base.kept) if base is not None else (_middles(seen.values, k), _middles(seen.kept, k))
-        if watch.loss_of is not None:
-            replay = watch.loss_of, {slot: kept[f"constant/{slot[0]}/{slot[1]}"] for slot in watch.constants}
+        if watch.loss.loss_of is not None:
+            replay = watch.loss.loss_of, {slot: kept[f"constant/{slot[0]}/{slot[1]}"] for slot in watch.loss.constants}
         moved = tuple(t[k : k + 1] for t in numbered(slopes, "output"))
         entered = seen.watch.entered  # whose shapes may be what tells how many examples there are
-        lines.append(Pass(loss[k], total[k : k + 1], entered, reading, None, numbered(at, "output"), moved, watch.parts, replay))
+        lines.append(Pass(loss[k], total[k : k + 1], entered, reading, None, numbered(at, "output"), moved, watch.loss.parts, replay))
     told = [line.rows for line in lines if line.rows is not None]
-    whole = Pass(loss.mean(), total, seen.watch.entered, reading, terms, lines[0].read, (), watch.parts, replay)
+    whole = Pass(loss.mean(), total, seen.watch.entered, reading, terms, lines[0].read, (), watch.loss.parts, replay)
     return replace(whole, told=torch.cat(told) if told else None), loss
 
 

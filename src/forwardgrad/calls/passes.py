@@ -38,6 +38,7 @@ class Pass:
     blocks, ended: for local losses, the block of each use; and the places where blocks end, with values and tangents (None: unmoved).
     told: the part of each example in the derivatives, where whoever made the evaluations knows it.
     learned: how many blocks, from the first one, were handed to `at_end` on the way.
+    classified: how many losses of class indices were called, whether or not they are among the parts.
     hidden: the tangents of what the last layer was given, where its gradient is exact; None where that did not move.
     """
 
@@ -55,6 +56,7 @@ class Pass:
     told: Float[Tensor, "k count"] | None = None
     learned: int = 0
     hidden: Tensor | None = None
+    classified: int = 0
 
     @cached_property
     def errors(self) -> list[Tensor]:
@@ -224,7 +226,7 @@ def perturbed_pass(
             one = replace(one, learned=early.learned)
             surveyed.took(stands.path_taken)
             if at_end is not None:
-                surveyed.came(stands, one.parts, one.count, ends, ahead)
+                surveyed.came(stands, one.parts, one.count, ends, ahead, one.reading.told)
             if (asked := notes.asked.get()) is not None:
                 asked.layers[:] = [one.scored(entered) for entered in one.entered]
             return one
@@ -263,10 +265,10 @@ def gathered(values: dict[str, Tensor], derivatives: dict[str, Tensor], watch: M
     ended = tuple(
         (point, {**values, **watch.unmoved}[name], derivatives.get(name)) for name, point in zip(names, watch.ending, strict=True)
     )
-    replay = None if watch.loss_of is None else (watch.loss_of, watch.constants)
+    replay = None if watch.loss.loss_of is None else (watch.loss.loss_of, watch.loss.constants)
     hidden = derivatives.get("hidden")
-    found = Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.parts, replay, tuple(watch.blocks), ended)
-    return replace(found, hidden=hidden)
+    found = Pass(loss, total, watch.entered, watch.reading, terms, read, moved, watch.loss.parts, replay, tuple(watch.blocks), ended)
+    return replace(found, hidden=hidden, classified=watch.loss.classified)
 
 
 def numbered(found: Mapping[str, Tensor], what: str) -> tuple[Tensor, ...]:

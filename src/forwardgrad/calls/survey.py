@@ -29,12 +29,26 @@ from torch import Tensor
 
 from forwardgrad.calls import spread
 from forwardgrad.calls.replay import MOST_NUMBERS, Slot, errors
-from forwardgrad.calls.trials import Option, Trials
+from forwardgrad.calls.retakes import BARE
+from forwardgrad.calls.trials import LabelTrials, Option, Trials
 from forwardgrad.calls.watch import Mark, ModelWatch
 from forwardgrad.directions import Still
 from forwardgrad.forward_mode import Evaluation, Redo, derivatives_under
 from forwardgrad.objective import Objective
-from forwardgrad.perturbations import WHOLE, ActivityUse, DenseUse, Entered, ExamplesPlace, Memory, Perturbation, Pick, Reading, Rows
+from forwardgrad.perturbations import (
+    WHOLE,
+    ActivityUse,
+    Block,
+    DenseUse,
+    Entered,
+    ExamplesPlace,
+    Memory,
+    Perturbation,
+    Pick,
+    Reading,
+    Rows,
+    Told,
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +77,16 @@ class _SurveyWatch(ModelWatch):
 
     def close(self, loss: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         values, kept = super().close(loss)
-        self.seen_path, self.found = self.path, self.sums.of(loss)
+        self.seen_path, self.found = self.path, self.loss.sums.of(loss)
         parts, rest = (self.found.parts, self.found.rest) if self.found is not None else ((), ())
         factors = [part.factor for part in parts if isinstance(part.factor, Tensor)]
-        self.beside_follows = any(self._follows(tensor) for tensor in (*self.beside, *factors))
+        self.beside_follows = any(self._follows(tensor) for tensor in (*self.loss.beside, *factors))
         self.rest_follows = any(self._follows(tensor) for tensor in rest)
+        used = self.found.only()[1] if self.found is not None else []
+        self.scores = [self.evaluation.primal(self._now(self.loss.outputs[index])) for index in used]
         self.following: dict[Slot, int] = {}  # what follows among the inputs of recorded calls, and how many numbers it has
         named = set[int]()
-        for slot, tensor in () if self.recording is None else self.recording.given.items():
+        for slot, tensor in () if self.loss.recording is None else self.loss.recording.given.items():
             if id(tensor) not in named and self._follows(tensor):
                 named.add(id(tensor))
                 self.following[slot] = tensor.numel()
@@ -109,14 +125,25 @@ class Survey:
             raise RuntimeError(_BRANCHES)
         return seen.read
 
+    def scores(self, way: Reading, mark: Mark, bare: frozenset[int]) -> list[Tensor]:
+        """What loss functions were given, in a pass with something changed; RuntimeError where the model takes other calls then.
+
+        Places of the numbers in `bare` do not lie behind views.
+        """
+        at_once = frozenset(BARE - index for index in bare)
+        seen = self._evaluated(way, lambda: self._watch(way, mark, False, at_once), 0)[0]
+        if seen.watch.seen_path != self._path:
+            raise RuntimeError(_BRANCHES)
+        return seen.watch.scores
+
     def _pass(self, reading: Reading, mark: Mark | None = None, *, exact: bool = False) -> _Seen:
         def watch() -> _SurveyWatch:
             return self._watch(reading, mark or _leave, exact)
 
         return self._evaluated(reading, watch, 0)[0]
 
-    def _watch(self, reading: Reading, mark: Mark, exact: bool) -> _SurveyWatch:
-        options: dict[str, Any] = {"at_once": self._memory.at_once, "whole": self._memory.whole, "mark": mark}
+    def _watch(self, reading: Reading, mark: Mark, exact: bool, at_once: frozenset[int] = frozenset()) -> _SurveyWatch:
+        options: dict[str, Any] = {"at_once": self._memory.at_once | at_once, "whole": self._memory.whole, "mark": mark}
         watch = _SurveyWatch(self._perturbation, Still(), reading=reading, exact_output=exact, **options)
         watch.views = self._exact  # so that places lie alike in all passes
         return watch
@@ -186,7 +213,10 @@ class Survey:
         places = tuple(ExamplesPlace(name) for name in self.names)
         for way in self._ways(plain):
             if not isinstance(way, str):
-                return replace(way, path=path, places=places, read=tuple(Rows(0) for _ in self._pass(way, exact=self._exact).read))
+                found = plain.watch.found
+                told = tuple(Told(Rows(0)) for _ in found.only()[1]) if found is not None else ()
+                read = tuple(Rows(0) for _ in self._pass(way, exact=self._exact).read)
+                return replace(way, path=path, places=places, read=read, told=told)
         return Reading(path, "whole", places, why="it is one number")
 
     def _ways(self, plain: _Seen) -> Iterator[Reading | str]:
@@ -252,10 +282,10 @@ class Survey:
         reading = Reading(None, "replay", beyond=True, since=since, cut=cut)
         try:
             seen = self._pass(reading, exact=self._exact)
-            if seen.watch.loss_of is None:
-                return f"it is one number, and the calls behind the last layer cannot be made again ({seen.watch.flaw})"
-            again = seen.watch.loss_of(seen.read, seen.watch.constants)
-            if not any(bool(error.any()) for error in errors(seen.watch.loss_of, seen.read, seen.watch.constants)):
+            if seen.watch.loss.loss_of is None:
+                return f"it is one number, and the calls behind the last layer cannot be made again ({seen.watch.loss.flaw})"
+            again = seen.watch.loss.loss_of(seen.read, seen.watch.loss.constants)
+            if not any(bool(error.any()) for error in errors(seen.watch.loss.loss_of, seen.read, seen.watch.loss.constants)):
                 return "it is one number, and its derivative with respect to the outputs is zero"
         except Redo:
             raise
@@ -263,7 +293,9 @@ class Survey:
             return f"it is one number, and its derivative with respect to the outputs cannot be found ({_first_line(error)})"
         loss = seen.loss.mean() if seen.loss.dim() else seen.loss
         close = torch.allclose(again.double(), loss.double(), rtol=1e-2 if loss.dtype.itemsize < 4 else 1e-4, equal_nan=True)
-        return reading if close else "it is one number, and the calls behind the last layer give another one when they are made again"
+        if close:
+            return replace(reading, behind=seen.watch.loss.transformed)
+        return "it is one number, and the calls behind the last layer give another one when they are made again"
 
     def _laid_out(self, way: Reading) -> Reading | None:
         """The same way with where examples lie; None where no dimension of what is read can be the examples."""
@@ -281,7 +313,16 @@ class Survey:
                 self.count = option.count
             if not self._unsettled(found):
                 break
-        return best
+        return best if best is None else replace(best, told=self._told(best, plain, self.count))
+
+    def _told(self, way: Reading, plain: _Seen, count: int) -> tuple[Told, ...]:
+        """Where examples lie in the scores that loss functions were given, for those who let classifiers learn their targets."""
+        parts = plain.watch.found.only()[0] if plain.watch.found is not None else ()
+        scored = {part.index for part in parts if part.output.classifies}
+        if not scored or not (self._exact or isinstance(self._perturbation, Block)):
+            return ()
+        before = self._pass(replace(way, path=None)).watch.scores
+        return LabelTrials(self, replace(way, path=None), count, before).told([index in scored for index in range(len(before))])
 
     def _unsettled(self, places: Sequence[ExamplesPlace]) -> bool:
         """Whether another number of examples might tell more of them apart."""
@@ -299,18 +340,18 @@ class Survey:
         batched = [entered.shape for entered in self.entered if len(entered.dims) > 1]
         if batched and all(shape[0] == 1 for shape in batched):  # one sentence, whose words have losses of their own
             yield Option(1, tuple(Rows(0) for _ in shapes), None)
-        tried = set[tuple[int, bool]]()
-        for dim in range(min(2, len(shapes[0]))):
+        tried = set[tuple[int, tuple[Rows | None, ...]]]()
+        for dim in range(min(3, len(shapes[0]))):
             count = shapes[0][dim]
             rows = [_rows_in(shape, count, dim) for shape in shapes]
-            if count > 1 and None not in rows and (count, False) not in tried:
-                tried.add((count, False))
+            if count > 1 and None not in rows and (count, tuple(rows)) not in tried:
+                tried.add((count, tuple(rows)))
                 yield Option(count, tuple(r for r in rows if r is not None), ("read", 0, dim))
         for count, source in self._factors(shapes[0][0]):
             for turns in (False, True):
                 rows = [Rows(0, turns) if Rows(0, turns).fits(shape, count) else None for shape in shapes]
-                if None not in rows and (count, turns) not in tried:
-                    tried.add((count, turns))
+                if None not in rows and (count, tuple(rows)) not in tried:
+                    tried.add((count, tuple(rows)))
                     yield Option(count, tuple(r for r in rows if r is not None), source)
 
     def _factors(self, rows: int) -> Iterator[tuple[int, Any]]:

@@ -19,7 +19,7 @@ from forwardgrad.calls.survey import Survey
 from forwardgrad.calls.watch import ModelWatch
 from forwardgrad.forward_mode import notes, runs_below
 from forwardgrad.objective import Objective, code_of
-from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading
+from forwardgrad.perturbations import MOST_PATHS, WHOLE, Memory, Perturbation, Reading, Told
 
 ATTEMPTS = 64  # evaluations of one step that may have to be made again while a model is still being learned
 _TURNS = 3  # in one step, of a model whose calls are partly unseen
@@ -127,14 +127,16 @@ class Surveyed:
         """Another path was taken than that by which blocks had learned: those behind them saw blocks that had moved."""
         self._unsteady("the model took another path through its calls than in the step before")
 
-    def came(self, stands: ModelWatch, parts: Sequence[Scaled], count: int, ends: Hashable, ahead: Ahead | None) -> None:
+    def came(
+        self, stands: ModelWatch, parts: Sequence[Scaled], count: int, ends: Hashable, ahead: Ahead | None, told: Sequence[Told]
+    ) -> None:
         """The loss of an evaluation came: remember it, or say where it is not what blocks had learned by."""
         given = self._objective.given
         if ahead is not None:
             if not ahead.holds(parts, given):
                 self._unsteady("the loss has another factor, label or option than in the step before")
         elif not self.memory.unsteady:
-            found = Ahead.of(parts, given, count, stands.entered, stands.prefixes, stands.read_bare)
+            found = Ahead.of(parts, given, count, stands.entered, stands.prefixes, stands.read_bare, told)
             if found is not None:
                 self.memory.ahead[self._setting(stands.path_taken, ends)] = found
 

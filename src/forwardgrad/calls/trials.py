@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forwardgrad.calls.watch import Mark
 from forwardgrad.forward_mode import Redo
-from forwardgrad.perturbations import Entered, ExamplesPlace, Reading, Rows, codes, halves
+from forwardgrad.perturbations import ActivityUse, Entered, ExamplesPlace, Reading, Rows, Told, codes, halves
 
 RUNS = 400  # forward passes that a survey may take; what is not known by then is scored by the whole loss
 
@@ -35,6 +35,9 @@ class Passes(Protocol):
 
     def read(self, way: Reading, mark: Mark) -> list[Tensor]:
         """What the loss is read at, after one more pass."""
+
+    def scores(self, way: Reading, mark: Mark, bare: frozenset[int]) -> list[Tensor]:
+        """What the loss functions were given, after one more pass in which places of these numbers do not lie behind views."""
 
     def derivatives(self, way: Reading, chosen: Callable[[int, Tensor], Tensor | None]) -> list[Tensor]:
         """How that follows where the numbers that are chosen at each place move."""
@@ -116,7 +119,7 @@ class Trials:
         """Whether nothing of the examples outside a set follows from what is changed inside it."""
 
         def mark(index: int, entered: Entered, tensor: Tensor) -> Tensor:
-            inside = self._inside(places, chosen, index, tensor)
+            inside = _inside(places.get(index), chosen, tensor)
             return tensor if inside is None else torch.where(inside, spoil(tensor), tensor)
 
         try:
@@ -130,19 +133,12 @@ class Trials:
     def _stands(self, places: Mapping[int, Rows], chosen: Tensor) -> bool:
         """Whether nothing of the examples outside a set moves where those inside it do."""
         try:
-            found = self._passes.derivatives(self._way, lambda index, tensor: self._inside(places, chosen, index, tensor))
+            found = self._passes.derivatives(self._way, lambda index, tensor: _inside(places.get(index), chosen, tensor))
         except Redo:
             raise
         except Exception:
             return False
         return self._only(chosen, [derivative != 0 for derivative in found])
-
-    def _inside(self, places: Mapping[int, Rows], chosen: Tensor, index: int, tensor: Tensor) -> Tensor | None:
-        """Which numbers at a place belong to the examples of a set."""
-        if (rows := places.get(index)) is None:
-            return None
-        inside = chosen[rows.of(tensor.shape[rows.dim], self._option.count)].to(tensor.device)
-        return inside.reshape(*[1] * rows.dim, -1, *[1] * (tensor.dim() - rows.dim - 1))
 
     def _only(self, chosen: Tensor, others: Sequence[Tensor]) -> bool:
         """Whether what is other in what the loss is read at belongs to the examples of a set alone."""
@@ -150,6 +146,132 @@ class Trials:
             if bool((rows.gather(other.to(chosen.device), self._option.count).any(1) & ~chosen).any()):
                 return False
         return True
+
+
+class LabelTrials:
+    """Where the targets of a cross-entropy lie that classifiers inside the model learn: by what the scores follow from.
+
+    Scores and targets lie alike. They may do so in another order than what the loss is read at, or than the blocks of the model: behind a
+    view that lets examples take turns, or exchanges two dimensions of an image.
+    """
+
+    def __init__(self, passes: Passes, way: Reading, count: int, before: Sequence[Tensor]) -> None:
+        self._passes, self._way, self._count, self._before = passes, way, count, before
+        self._last = [index for index, entered in enumerate(passes.entered) if isinstance(entered, ActivityUse) and entered.exact]
+
+    def told(self, scored: Sequence[bool]) -> tuple[Told, ...]:
+        """For the scores of every loss function; those that are not `scored` have no targets that a classifier could learn."""
+        rows = [list(self._choices(t)) if known else [] for t, known in zip(self._before, scored, strict=True)]
+        if self._way.way == "outputs":
+            rows = [[one] if some and one.dim != 1 else [] for one, some in zip(self._way.read, rows, strict=True)]
+        elif self._count > 1:
+            rows = self._followed(rows)
+        found = [some[0] if some else None for some in rows]
+        apart = self._apart(found, self._in_order)
+        for index in self._last:
+            turned = self._turned(found, index)
+            apart = [frozenset(range(len(self._passes.entered))) if all_ else some for all_, some in zip(turned, apart, strict=True)]
+        return tuple(Told(one, places) for one, places in zip(found, apart, strict=True))
+
+    def _choices(self, scores: Tensor) -> Iterator[Rows]:
+        if self._count == 1:
+            yield Rows(0)
+        else:
+            yield from (rows for rows in _choices(range(scores.dim()), scores.shape, self._count) if rows.dim != 1)
+
+    def _followed(self, rows: list[list[Rows]]) -> list[list[Rows]]:
+        """Those of some choices by which no example has scores that follow from another one, and each has some that follow."""
+        places = {index: place.rows for index, place in enumerate(self._way.places) if place.apart and index not in self._last}
+        follow = [{one: torch.zeros(self._count, dtype=torch.bool) for one in some} for some in rows]
+        for chosen in codes(self._count):
+
+            def mark(index: int, entered: Entered, tensor: Tensor, chosen: Tensor = chosen) -> Tensor:
+                inside = _inside(places.get(index), chosen, tensor)
+                return tensor if inside is None else torch.where(inside, _spoiled(tensor), tensor)
+
+            for known, other in zip(follow, self._changed(mark), strict=True):
+                for one in list(known):
+                    changed = one.gather(other, self._count).any(1)
+                    if bool((changed & ~chosen).any()):
+                        del known[one]
+                    else:
+                        known[one] |= changed
+        return [[one for one, changed in known.items() if bool(changed.all())] for known in follow]
+
+    def _apart(self, found: Sequence[Rows | None], rows_of: Callable[[int, ActivityUse], Rows | None]) -> list[frozenset[int]]:
+        """The numbers of places where something of a position changes, and nothing of the score of that position: for each loss function.
+
+        Numbers are changed wherever nothing has changed yet, of the places for which `rows_of` tells where their examples lie.
+        """
+        apart = [frozenset[int]() for _ in found]
+        sizes = [t.numel() // (self._count * t.shape[1]) if rows is not None else 1 for t, rows in zip(self._before, found, strict=True)]
+        for positions in {size for size in sizes if size > 1}:
+            for chosen in codes(positions):
+                spoils = _Positions(self._count, chosen, rows_of)
+                for number, other in enumerate(self._changed(spoils)):
+                    if (rows := found[number]) is not None and sizes[number] == positions and bool(other.any()):
+                        changed = Rows(rows.dim - (rows.dim > 1), rows.turns).gather(other.any(1), self._count).cpu()
+                        apart[number] |= {index for index, now in spoils.seen.items() if bool((now & ~changed).any())}
+        return apart
+
+    def _in_order(self, index: int, entered: ActivityUse) -> Rows | None:
+        return entered.place.rows if entered.place.apart and index not in self._last else None
+
+    def _turned(self, found: Sequence[Rows | None], last: int) -> list[bool]:
+        """Whether the loss has the positions of the model's output in another order, for each loss function, wherever examples lie."""
+        choices = list[Rows]()
+
+        def look(index: int, entered: Entered, tensor: Tensor) -> Tensor:
+            if index == last and isinstance(entered, ActivityUse):
+                dims = [dim for dim in range(tensor.dim()) if dim != entered.channels]
+                one = [Rows(dims[0])] if self._count == 1 and dims else []
+                choices[:] = one or [rows for rows in _choices(range(tensor.dim()), tensor.shape, self._count) if rows.dim in dims]
+            return tensor
+
+        self._changed(look)
+        each = [self._apart(found, lambda index, _, rows=rows: rows if index == last else None) for rows in choices]  # type: ignore[misc]
+        return [bool(each) and all(bool(one[number]) for one in each) for number in range(len(found))]
+
+    def _changed(self, mark: Mark) -> list[Tensor]:
+        """Where scores are others after a pass with something changed; nothing of it where that cannot be tried."""
+        try:
+            now = self._passes.scores(self._way, mark, frozenset(self._last))
+        except Redo:
+            raise
+        except Exception:
+            return [torch.zeros_like(t, dtype=torch.bool) for t in self._before]
+        return [_differs(before, after) for before, after in zip(self._before, now, strict=True)]
+
+
+class _Positions:
+    """A mark that spoils some positions of every example, and what each place has seen of that."""
+
+    def __init__(self, count: int, chosen: Tensor, rows_of: Callable[[int, ActivityUse], Rows | None]) -> None:
+        self._count, self._chosen, self._rows_of = count, chosen, rows_of
+        self.seen = dict[int, Tensor]()
+
+    def __call__(self, index: int, entered: Entered, tensor: Tensor) -> Tensor:
+        if not isinstance(entered, ActivityUse) or (rows := self._rows_of(index, entered)) is None:
+            return tensor
+        units = tensor.shape[entered.channels]
+        if tensor.numel() != self._count * len(self._chosen) * units or not rows.fits(tensor.shape, self._count):
+            return tensor
+        entered.place = replace(entered.place, rows=rows)
+        now = entered.positions(tensor, self._count).isnan().any(2)
+        spoil = not bool(now.any())
+        self.seen[index] = self._chosen.expand(self._count, -1) if spoil else now.cpu()
+        if not spoil:
+            return tensor
+        inside = entered.at_positions(self._chosen.to(tensor.device)[None, :, None].expand(self._count, -1, units))
+        return torch.where(inside, _spoiled(tensor), tensor)
+
+
+def _inside(rows: Rows | None, chosen: Tensor, tensor: Tensor) -> Tensor | None:
+    """Which numbers at a place with such rows belong to the examples of a set."""
+    if rows is None:
+        return None
+    inside = chosen[rows.of(tensor.shape[rows.dim], len(chosen))].to(tensor.device)
+    return inside.reshape(*[1] * rows.dim, -1, *[1] * (tensor.dim() - rows.dim - 1))
 
 
 def _choices(dims: range, shape: Sequence[int], count: int) -> Iterator[Rows]:

@@ -17,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from forwardgrad.calls import paths
 from forwardgrad.calls.ahead import Ahead
-from forwardgrad.calls.replay import LossOf, Recording, Slot, Unrepeatable
+from forwardgrad.calls.loss_seen import LossSeen
 from forwardgrad.calls.retakes import BARE, BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
-from forwardgrad.calls.sums import Scaled, Sums
 from forwardgrad.directions import Directions
-from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels, regions
 from forwardgrad.forward_mode.rules import composed, losses
 from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
@@ -66,10 +65,8 @@ class ModelWatch(TorchFunctionMode):
         self._below, self.views = bool(len(directions)) and BELOW in at_once, exact_output  # places are put off behind views of values
         self.mark, self.apart, self.whole, self.ahead, self.at_end = mark, apart, whole, ahead, at_end
         self.blocks, self.ending, self._made_ones = list[int](), list[ActivityUse](), list[Hashable]()
-        self.unmoved, self.entered, self.constants = dict[str, Tensor](), list[Entered](), dict[Slot, Tensor]()
-        self.parts: tuple[Scaled, ...] = ()
-        self.loss_of: LossOf | None = None
-        self.flaw = ""  # why the calls behind the last layer cannot be made again
+        self.unmoved, self.entered = dict[str, Tensor](), list[Entered]()
+        self.loss = LossSeen(reading)
 
     def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         self._evaluation = evaluation
@@ -79,9 +76,8 @@ class ModelWatch(TorchFunctionMode):
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
         self._calls = paths.Calls(self._names)
-        self.last_layer, self.sums, self._fed = 0, Sums(), dict[ActivityUse, Tensor]()  # its call; what layers at rest were given
-        self.outputs, self.beside = list[Tensor](), list[Tensor]()  # what known losses were given, and besides, which must not follow
-        self.recording: Recording | None = None
+        self.last_layer, self._fed = 0, dict[ActivityUse, Tensor]()  # its call; what layers at rest were given
+        self.loss = LossSeen(self.reading)
         self._level, self._parameters, self._live = levels.level(), parameters, Live(parameters)
         self._parted: list[Sown] | None = None  # inside a call that is made in parts: the use of its layer, once it was entered
         self._missed = set[str]()  # names of parameters that should have moved from the start
@@ -117,7 +113,7 @@ class ModelWatch(TorchFunctionMode):
             raise WrittenTo
         if self.reading.path is not None and self.path_taken != self.reading.path:
             raise OtherPath(self.path_taken)
-        read = self._read(loss)
+        read = self.loss.read(loss, self._evaluation.primal)
         if self.reading.path is not None and not self.reading.fits(
             [tensor.shape for tensor in read] or [loss.shape], [entered.shape for entered in self.entered]
         ):  # rows of a place that cannot be those of the examples, as where a mask leaves another number of them
@@ -128,32 +124,11 @@ class ModelWatch(TorchFunctionMode):
                 if entered.read_at is None:
                     raise UsedAgain(self.entered, index)
         kept = {f"{index}/{key}": t for index, entered in enumerate(self.entered) for key, t in entered.kept.items()}
-        kept.update({f"constant/{call}/{place}": t for (call, place), t in self.constants.items()})
+        kept.update({f"constant/{call}/{place}": t for (call, place), t in self.loss.constants.items()})
         moved = {name: h for name, h in self._ended.items() if self._evaluation.carries(h)}
         kept.update({name: h for name, h in self._ended.items() if name not in moved})  # else zeros would be made for their derivatives
         moved.update(("hidden", given) for point, given in self._fed.items() if point.exact and self._evaluation.carries(given))
         return {**moved, **{f"output {index}": self._now(tensor) for index, tensor in enumerate(read)}}, kept
-
-    def _read(self, loss: Any) -> list[Tensor]:
-        """The tensors that the loss is read at."""
-        found = self.sums.of(loss)
-        if found is not None:
-            self.parts, used = found.only()
-            if self.reading.way == "outputs":
-                return [self.outputs[index] for index in used]
-        elif self.reading.way == "outputs" and self.reading.path is not None:
-            raise OtherPath(None)
-        if self.reading.way == "replay" and self.recording is not None:
-            try:
-                self.loss_of, others = self.recording.again(self.reading.cut, loss)
-            except Unrepeatable as flaw:
-                self.flaw = str(flaw)
-                if self.reading.path is None:  # which is being found out
-                    return []
-                raise OtherPath(None) from flaw
-            self.constants = {slot: self._evaluation.primal(t) if t.is_floating_point() else t for slot, t in others.items()}
-            return [self.recording.given[slot] for slot in self.reading.cut]
-        return []
 
     def _now(self, tensor: Tensor) -> Tensor:
         return tensor if (found := self._stand_in(tensor)) is None else found
@@ -165,12 +140,12 @@ class ModelWatch(TorchFunctionMode):
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed, self._passed_on, self._fed = {}, {}, {}, [], {}
-        self.outputs, self.beside, self.recording, self.sums = [], [], None, Sums()
+        self.loss.forget()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
             kind, *rest = key.split("/")
             if kind == "constant":
-                self.constants[int(rest[0]), int(rest[1])] = tensor
+                self.loss.constants[int(rest[0]), int(rest[1])] = tensor
             elif key not in self.unmoved:
                 self.entered[int(kind)].kept[rest[0]] = tensor
 
@@ -183,20 +158,22 @@ class ModelWatch(TorchFunctionMode):
             self._calls.begin(func, args, kwargs)
         if levels.level() != self._level:
             return self._inside(func, args, kwargs)
+        if regions.still():  # values alone: nothing moves, and calls that are made again take them for constants
+            result = self._live.write(func, args, kwargs)
+            result = self._call(func, *args, **kwargs) if result is NotImplemented else result
+            if follow:
+                self._calls.end(func, args, kwargs, result)
+            return result
         if func is F.linear_cross_entropy and (result := self._in_parts(args, kwargs)) is not NotImplemented:
             return result
-        if self.recording is None and self.reading.since is not None and self._calls.count > self.reading.since:
-            self.recording = Recording()
+        if self.loss.called(self._calls.count, inside=False):
             for _, point in self._waiting.values():
                 point.views = False  # calls from here on are made again
-        known = self.sums.before(args) if self.sums else []  # before the call, which may write to its arguments
+        known = self.loss.sums.before(args) if self.loss.sums else []  # before the call, which may write to its arguments
         result = self._made(func, args, kwargs)
         if follow:
             self._calls.end(func, args, kwargs, result)
-        if known:
-            self.sums.follow(func, args, kwargs, result, known)
-        if self.recording is not None:
-            self.recording.add(func, args, kwargs, result)
+        self.loss.made(func, args, kwargs, result, known)
         return result
 
     def _in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,8 +188,8 @@ class ModelWatch(TorchFunctionMode):
 
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (result := self._live.write(func, args, kwargs)) is not NotImplemented:
-            if self.recording is not None:
-                self.recording.flaw = "one of them writes to a parameter"
+            if self.loss.recording is not None:
+                self.loss.recording.flaw = "one of them writes to a parameter"
             return result
         # The order counts. A ReLU behind a layer is asked first whether the place moves behind it: in front half of its units cannot count.
         # A loss comes before the layers, since its input may stay unmoved. What is left has no rule: all that it is given moves from here.
@@ -233,8 +210,7 @@ class ModelWatch(TorchFunctionMode):
 
     def _inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call inside a transform of torch.func, where what goes in must be moving already: such a call is no layer."""
-        if self.recording is not None:
-            self.recording.flaw = "a transform of torch.func is at work"
+        self.loss.called(self._calls.count, inside=True)
         # The transform wrapped its inputs before any call, so they are other objects than those known here: memory is what tells them.
         reached = levels.storages((args, kwargs))
         for passed, index in self._put_off:
@@ -255,11 +231,11 @@ class ModelWatch(TorchFunctionMode):
             if (key := id(value)) in self._names:
                 return self._dense(value)
             if key in self._waiting:  # its error will be found where calls are recorded
-                settles = self.recording is not None and self.exact_output
+                settles = self.loss.recording is not None and self.exact_output
                 return (self._settle if settles else self._move)(*self._waiting[key])
             # What moves was put behind the layer's ReLU, and somebody reads what stands in front of it (a residual connection), which
             # should have moved, too. It is too late for that: the evaluation is made again, with this place not put off.
-            if (passed := self._had(value)) is not None and not (passed.exact and self.recording is not None):
+            if (passed := self._had(value)) is not None and not (passed.exact and self.loss.recording is not None):
                 raise UsedAgain(self.entered, self.entered.index(passed))
             return value
         if isinstance(value, (tuple, list)) and any(isinstance(item, (Tensor, tuple, list)) for item in value):
@@ -392,11 +368,8 @@ class ModelWatch(TorchFunctionMode):
             self._settle(given, point)
         elif not ((had := self._had(given)) is not None and had.exact):
             self._standing(given)
-        index = next((index for index, known in enumerate(self.outputs) if known is given), len(self.outputs))
-        if index == len(self.outputs):
-            self.outputs.append(given)
+        index = self.loss.function(output)
         rest = {key: value for key, value in output.call.items() if key != "input"}
-        self.beside += [value for value in rest.values() if isinstance(value, Tensor)]
         result = self._call(function, self._now(given), **{key: self._standing(value) for key, value in rest.items()})
-        self.sums.begin(result, output, index)
+        self.loss.sums.begin(result, output, index)
         return result

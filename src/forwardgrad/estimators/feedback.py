@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from forwardgrad.calls import Pass, perturbed_pass
+from forwardgrad.calls import MOST_NUMBERS, Pass, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, check_count, check_number, needed
@@ -41,7 +41,8 @@ class LearnedFeedback(Estimator):
     The last layer gets its exact gradient, e xᵀ. Parameters outside layers with rules get the forward gradient of the residual.
 
     Bias: with use="direct", that of B: e (B_l − J_l) an example; J_l changes with the example and the weights, B_l does not, or late. With
-    a target at every position also all that attention carries to other positions. With
+    a target at every position also all that attention carries to other positions (none where a layer has the positions in another order
+    than the targets: it learns by the derivative alone). With
     use="control-variate", δ̂_l + (e·r) u_l: none, since E[(e·J u − e·B u) u] = e (J − B) for every B that does not depend on u.
     Variance: of "direct", what the noise of u leaves in B_l, small for small rates; of "control-variate", (q ± 1)‖e(J − B)‖² an example.
     Cost: K + 1 forward passes for K tangents, and about 2 C q products an example to predict and to learn; B holds C q numbers. Of the
@@ -58,8 +59,8 @@ class LearnedFeedback(Estimator):
         law: where moves are drawn from.
         masked: whether units that cannot matter are left out, as in `Activity`.
 
-    Raises ValueError where an argument is outside its limits, no generator or state was given, the error at the output cannot be found, or
-    the state belongs to another model.
+    Raises ValueError where an argument is outside its limits, no generator or state was given, the error at the output cannot be found
+    (for "direct" also where a further term of the loss may use that output), or the state belongs to another model.
 
     Source: the moving average is that of Bacho and Chu, FDFA (2022), eqs. 7 and 8, with Lansdell et al. (2020) before them; the residual
     form and the control variate are this project's (compare "Apical Dust", 2026).
@@ -114,6 +115,8 @@ class LearnedFeedback(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, type(self).__name__)
+            if self.use == "direct":
+                check_error(found, type(self).__name__)
             entered = [place for place in found.entered if place not in found.exact]
             ready = self.warm_up == 0 or int(step) >= self.warm_up
             self.follow(gradients if ready else None, found, entered, error, moved, objective, state)
@@ -139,7 +142,7 @@ class LearnedFeedback(Estimator):
         beyond = found.beyond(rows) if found.reading.beyond and len(moved) else None
         if len(labels) == len(found.parts) == 1 and labels[0].tokens and found.reading.way == "outputs":
             told = by_position(found, labels[0], objective, state)
-            self.teach(gradients, found, entered, *told, state, beyond, rows)
+            self.teach(gradients, found, entered, *told, state, beyond, rows, labels[0].apart)
         else:
             self.teach(gradients, found, entered, error, moved, state, beyond)
 
@@ -153,14 +156,15 @@ class LearnedFeedback(Estimator):
         state: dict[str, Tensor],
         beyond: Float[Tensor, " k"] | None = None,
         derivatives: Float[Tensor, "k n"] | None = None,
+        apart: Collection[Entered] = (),
     ) -> None:
         """Add the gradients of what entered ahead of an output with this error, where wanted, and learn from how the output moved.
 
         A row is an example, or a position of one. `beyond` is the derivative of what the loss has besides that output, `derivatives` that
-        of each example where error and moves do not give it exactly.
+        of each example where error and moves do not give it exactly. What is `apart` has positions in another order than the output.
         """
         each = len(error) // found.count
-        places = places_of(found, entered, each)
+        places = [point for point in places_of(found, entered, each) if point not in apart]
         feedback = [matrix(state, found, point, error, None) for point in places]
         residual = moved - sum(
             (point.moves(found.count, each).to(b.dtype) @ b.T for b, point in zip(feedback, places, strict=True)), torch.zeros_like(moved)
@@ -242,6 +246,27 @@ def output_of(found: Pass, who: str) -> tuple[Float[Tensor, "n c"], Float[Tensor
     if not found.moved:
         return error, error.new_zeros(0, *error.shape)
     return error, torch.cat([r.gather(m.to(error.dtype), count, lead=1) for r, m in zip(rows, found.moved, strict=True)], 2)
+
+
+def check_error(found: Pass, who: str) -> None:
+    """ValueError where the error at the model's output is not all that the loss has there; a warning where it has more inside the model."""
+    if found.reading.behind:
+        raise ValueError(
+            f"{who} needs the error at the model's output, and the loss uses that output inside torch.func.vmap or another transform, "
+            "where nothing is seen: call the loss function on the whole batch instead"
+        )
+    if not found.reading.rest or found.reading.way != "outputs":
+        return
+    if {point.read_at for point in found.exact} != set(range(len(found.read))):
+        raise ValueError(
+            f"{who} needs the error at the model's output, and the loss has a further term that may use that output, whose error is not "
+            "known in closed form: leave that term out, or let it use the same tensor as the loss function (before anything reshapes it) "
+            f"and have at most {MOST_NUMBERS:,} numbers there"
+        )
+    warnings.warn(
+        f"{who} goes by the error at the model's output: a further term of the loss that uses activities inside the model trains nothing",
+        stacklevel=6,
+    )
 
 
 def by_position(

@@ -12,7 +12,7 @@ from forwardgrad.calls import perturbed_pass
 from forwardgrad.directions import Rademacher
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, needed
-from forwardgrad.estimators.feedback import matrix, output_of, places_of, warn_of_penalty
+from forwardgrad.estimators.feedback import check_error, matrix, output_of, places_of, warn_of_penalty
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity
 
@@ -55,6 +55,7 @@ class FixedFeedback(Estimator):
         gradients: dict[str, Tensor | None] = dict.fromkeys(objective.parameters)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, _ = output_of(found, type(self).__name__)
+            check_error(found, type(self).__name__)
             warn_of_penalty(found, type(self).__name__)
             for point in places_of(found, found.entered):
                 sent = error @ matrix(state, found, point, error, generator)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from forwardgrad.calls import Pass, Scaled
-from forwardgrad.perturbations import ActivityUse, Rows
+from forwardgrad.perturbations import ActivityUse, Entered, Rows
 from forwardgrad.ranks import ALONE, Ranks
 
 Sight = Literal["flatten", "pooled", "positions"]
@@ -28,22 +28,23 @@ class Labels:
     """What classifiers inside a model learn: the part of its loss that is a cross-entropy of class indices, example by example.
 
     `rows`: where the examples lie in the targets, `count` their number.
+    `apart`: places whose positions lie in another order than the targets.
     """
 
     part: Scaled
     rows: Rows
     count: int
+    apart: frozenset[Entered] = frozenset()
 
     @classmethod
     def of(cls, found: Pass) -> list[Labels]:
-        """One for each such part of a loss. Where the loss is not read at its scores, all that it is read at has the examples first."""
-        first, at_scores = all(rows == Rows(0) for rows in found.reading.read), found.reading.way == "outputs"
-        read = [found.reading.read[part.index] if at_scores else Rows(0) for part in found.parts]
-        return [
-            cls(part, Rows(rows.dim - (rows.dim > 1), rows.turns), found.count)
-            for part, rows in zip(found.parts, read, strict=True)
-            if part.output.classifies and rows.dim != 1 and (at_scores or first)
-        ]
+        """One for each such part of a loss whose examples were found in its scores."""
+        labels, told = list[Labels](), found.reading.told
+        for part in found.parts:
+            if part.index < len(told) and part.output.classifies and (rows := told[part.index].rows) is not None:
+                apart = frozenset(found.entered[index] for index in told[part.index].apart)
+                labels.append(cls(part, Rows(rows.dim - (rows.dim > 1), rows.turns), found.count, apart))
+        return labels
 
     @classmethod
     def to_come(cls, part: Scaled) -> Labels:

@@ -14,7 +14,7 @@ from forwardgrad.calls import AtEnd, Pass, Scaled, perturbed_pass
 from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, Move, check_count, check_number, needed
-from forwardgrad.estimators.feedback import LearnedFeedback, output_of
+from forwardgrad.estimators.feedback import LearnedFeedback, check_error, output_of
 from forwardgrad.estimators.heads import SIGHTS, Features, Head, Labels, Sight, similarity_error
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, ActivityUse, Block, Entered
@@ -74,7 +74,7 @@ class LocalLosses(Estimator):
 
     Raises ValueError where an argument is outside its limits, no generator or state was given, a pattern of `ends` names nothing that is
     trained, the loss does not hold one F.cross_entropy with a class index for each example or each of its positions (scaled, or beside
-    other terms), a block has another number of positions than targets, or the state belongs to another model.
+    other terms), a block has other positions than the targets, or the state belongs to another model.
 
     Source: Ren et al., "Scaling forward gradient with local losses" (2023), sections 4.1 and 4.2; Nøkland and Eidnes (2019), eqs. 1 to 3;
     Medini et al., "Extreme classification in log memory" (2019), for classes that stand for many; the learned feedback is this project's.
@@ -172,6 +172,8 @@ class LocalLosses(Estimator):
         found = perturbed_pass(objective, Block(), self.law, seeds, generator.device, who=who, **options)
         with torch.autocast(found.loss.device.type, enabled=False):
             error, moved = output_of(found, "LocalLosses")
+            if self._own_loss:
+                check_error(found, "LocalLosses")
             late, d = range(found.learned, len(found.ended)), list[Tensor]()
             if late or not found.learned:
                 labels = _labelled(found)  # though there may be no block
@@ -245,10 +247,17 @@ class LocalLosses(Estimator):
         if self.head == "pooled" or self.similarity:
             option = 'head="pooled" takes means over positions' if self.head == "pooled" else "similarity compares whole examples"
             raise ValueError(f"{option}, but every position has a target of its own in this loss: leave that option out")
+        name = end.names[0].removeprefix("model.")
+        if end in labels.apart:
+            raise ValueError(
+                f"the positions of the block that ends with {name} lie in another order than the targets, so its classifier would learn "
+                "those of other positions: give the loss scores and targets in the order that the model has them in, or let other blocks "
+                "end (with `ends`)"
+            )
         positions = end.shape.numel() // (labels.count * end.shape[end.channels])
         if positions != labels.positions:
             raise ValueError(
-                f"the block that ends with {end.names[0].removeprefix('model.')} has {positions} positions an example, and the loss "
+                f"the block that ends with {name} has {positions} positions an example, and the loss "
                 f"{labels.positions} targets: let blocks end where there is one position a target (with `ends`), and ignore targets by "
                 "ignore_index instead of cutting them off"
             )
@@ -298,7 +307,7 @@ class LocalLosses(Estimator):
                 told = back.flatten(0, 1), moves.to(back.dtype).flatten(1, 2)
             else:
                 told = error.flatten(1), (features.of(moves, lead=2) @ head.weight.T).flatten(2)
-            self._feedback.teach(deeper.gradients, deeper.found, deeper.entered, *told, state)
+            self._feedback.teach(deeper.gradients, deeper.found, deeper.entered, *told, state, apart=labels.apart)
         last = [features.put_back(back, end)]
         del back  # as large as the block's output, and needed no more once it is masked
         take(end.from_error(last.pop()))
@@ -373,9 +382,19 @@ class _Deeper(NamedTuple):
 def _labelled(found: Pass) -> Labels:
     """What classifiers learn; ValueError where the loss has nothing for them, or several things."""
     labelled = Labels.of(found)
-    if len(labelled) != 1:
-        raise ValueError(
-            f"LocalLosses needs one F.cross_entropy of class indices in the loss, one for each example or each of its positions, and finds "
-            f"{len(labelled)}: the classifiers of its blocks learn those classes"
-        )
-    return labelled[0]
+    if len(labelled) == 1:
+        return labelled[0]
+    if len(labelled) > 1:
+        wrong, instead = f"and this loss has {len(labelled)} of them that its classifiers could learn", "keep one of them"
+    elif not found.classified:
+        wrong, instead = "and this loss has none", "let the loss end in it"
+    elif not any(part.output.classifies for part in found.parts):
+        wrong = "but this loss uses its result in another way than as a mean, a sum or a weighted mean over all examples"
+        instead = 'take reduction="mean", or multiply reduction="none" by weights and add it up; ignore_index leaves examples out'
+    else:
+        wrong = "but the scores that it is given here do not have the examples of the batch along one dimension"
+        instead = "call it once, on the scores of all examples, with the examples first"
+    raise ValueError(
+        f"LocalLosses needs an F.cross_entropy of class indices, one for each example or each of its positions, {wrong}: {instead}, or use "
+        "LearnedFeedback(), which needs no classes"
+    )

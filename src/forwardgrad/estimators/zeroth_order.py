@@ -19,7 +19,7 @@ from forwardgrad.estimators.same_draws import SameDraws
 from forwardgrad.estimators.subspace import counted, kept_seeds, period_of
 from forwardgrad.estimators.whole_weights import WeightsInPlace, WholeWeights, seeds_of_weights
 from forwardgrad.factored import Gradient
-from forwardgrad.forward_mode import trained_script
+from forwardgrad.forward_mode import frozen_kept, trained_script
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, Cheapest, Dense, Informed, LowRank, Perturbation, Sparse, SplitWeights
 from forwardgrad.ranks import ALONE, Ranks, share_of
@@ -233,6 +233,10 @@ class ZerothOrder(Estimator):
 
     def _measured(self, objective: Objective, generator: Generator) -> tuple[Estimate, WholeWeights, Tensor]:
         """What the step found out, along which directions, and what each of them is multiplied by."""
+        with frozen_kept(objective):
+            return self._evaluated(objective, generator)
+
+    def _evaluated(self, objective: Objective, generator: Generator) -> tuple[Estimate, WholeWeights, Tensor]:
         assert isinstance(self.perturb, Dense)
         check_spacing(objective, self.epsilon)
         check_uses(objective, live=True)
@@ -267,7 +271,7 @@ class ZerothOrder(Estimator):
     def _differences(self, objective: Objective, generator: Generator, state: dict[str, Tensor]) -> tuple[Estimate, list[Pass]]:
         ranks = self._ranks(objective)
         mine = ranks.part(self.tangents)
-        with counted(state):
+        with counted(state), frozen_kept(objective):
             kept, seeds = kept_seeds(self.perturb, self.tangents, generator, state), fork(generator, self.tangents)
             lines = Lines(objective, self.perturb, self.law, seeds, generator.device, SameDraws(objective).begun, kept)
             check_outputs(objective, self.epsilon, lines)

@@ -1,5 +1,6 @@
 from forwardgrad.forward_mode import levels as levels
 from forwardgrad.forward_mode import notes as notes
+from forwardgrad.forward_mode import regions as regions
 from forwardgrad.forward_mode.arbitration import Redo as Redo
 from forwardgrad.forward_mode.arbitration import plainly as plainly
 from forwardgrad.forward_mode.derivative import directional_derivatives as directional_derivatives
@@ -27,4 +28,5 @@ from forwardgrad.forward_mode.workarounds import one_by_one as one_by_one
 from forwardgrad.forward_mode.writes import EMBEDDINGS as EMBEDDINGS
 from forwardgrad.forward_mode.writes import Live as Live
 from forwardgrad.forward_mode.writes import Unwritten as Unwritten
+from forwardgrad.forward_mode.writes import frozen_kept as frozen_kept
 from forwardgrad.forward_mode.writes import renormed as renormed

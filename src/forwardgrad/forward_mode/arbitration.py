@@ -15,12 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from forwardgrad.forward_mode import regions
 from forwardgrad.forward_mode.guard import Unfollowed
 from forwardgrad.forward_mode.notes import Way, asked, outside
 from forwardgrad.forward_mode.quotients import are_asked, asked_of, lent
 from forwardgrad.forward_mode.refusals import place_of, refusal
 from forwardgrad.forward_mode.workarounds import RandomState, forward_mode
-from forwardgrad.forward_mode.writes import Repeated
+from forwardgrad.forward_mode.writes import Repeated, frozen_kept
 from forwardgrad.objective import Objective, code_of
 
 W = TypeVar("W")
@@ -78,7 +79,7 @@ def either(
 ) -> Outcome[W]:
     """The explicit evaluation where it can be trusted, else the plain one; without a key the plain one alone."""
     known, plain = _Known(plain=True, reason=""), partial(_with_differences, objective, plain)
-    with torch.no_grad(), forward_mode(objective, commit):
+    with torch.no_grad(), forward_mode(objective, commit), regions.followed(), frozen_kept(objective):
         try:
             if _only_plain.get():
                 found, known.reason = plain(), "torch's own forward mode was asked for (plainly, or an ensemble)"

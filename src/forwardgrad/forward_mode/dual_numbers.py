@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from forwardgrad.forward_mode import regions
 from forwardgrad.forward_mode.explicit import READS
 from forwardgrad.forward_mode.notes import Way, counter, name_of
 from forwardgrad.forward_mode.quotients import Call, Differenced, attempt
@@ -86,6 +87,8 @@ class Alike(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is regions.SWITCH:
+            return regions.switched(args, kwargs)
         if self.live is not None and (result := self.live.write(func, args, kwargs)) is not NotImplemented:
             return result
         if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():

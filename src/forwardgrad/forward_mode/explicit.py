@@ -22,13 +22,14 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
+from forwardgrad.forward_mode import regions
 from forwardgrad.forward_mode.guard import Guard, Unfollowed, address
 from forwardgrad.forward_mode.levels import level, unwrapped
 from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
 from forwardgrad.forward_mode.quotients import Call, attempt
 from forwardgrad.forward_mode.rules import ALL_RULES, Track, attention, composed, dropout
 from forwardgrad.forward_mode.structure import exchanged, leaves, named, rebuilt
-from forwardgrad.forward_mode.writes import Live, writes
+from forwardgrad.forward_mode.writes import Live, writes, written
 
 
 def _reads(name: str) -> Callable[..., Any]:
@@ -216,6 +217,8 @@ class Explicit(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, moving as its arguments make it."""
+        if func is regions.SWITCH:
+            return regions.switched(args, kwargs)
         if self._guard is not None:
             self._guard.look(self, (*args, *kwargs.values()))
         if self._live is not None and (result := self._live.write(func, args, kwargs)) is not NotImplemented:
@@ -230,6 +233,14 @@ class Explicit(TorchFunctionMode):
             if self._guard is not None and any(self._is_still(tensor) for tensor in leaves((args, kwargs))):
                 for tensor in leaves(result):  # it may be a view of what is known to stand still
                     self._still(tensor)
+            return result
+        if regions.still():
+            if any(self.track(tensor) is not None for tensor in written(func, args, kwargs)):
+                raise Unfollowed(f"{name_of(func)} writes under torch.no_grad() into what moves")
+            self._note(func, "did not move", "it is made under torch.no_grad()")
+            result = func(*args, **kwargs)
+            for tensor in leaves(result):
+                self._still(tensor)
             return result
         if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
             raise Unfollowed("an autograd function is being evaluated")

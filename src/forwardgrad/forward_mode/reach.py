@@ -31,6 +31,7 @@ from forwardgrad.forward_mode.notes import outside
 from forwardgrad.forward_mode.refusals import Said
 from forwardgrad.forward_mode.structure import exchanged
 from forwardgrad.forward_mode.workarounds import RandomState, one_by_one
+from forwardgrad.forward_mode.writes import frozen_kept
 from forwardgrad.objective import Objective, code_of
 
 _NAMED = 3  # parameters that a sentence names
@@ -69,7 +70,7 @@ def check_reach(objective: Objective, around: Callable[[], AbstractContextManage
     beneath = _Beneath(copies, objective.parameters, parameters)
     seen.add(key)
     try:
-        with warnings.catch_warnings(), around(), torch.no_grad(), one_by_one(), copies, beneath:
+        with warnings.catch_warnings(), around(), torch.no_grad(), one_by_one(), frozen_kept(objective), copies, beneath:
             warnings.simplefilter("ignore")  # the estimator's own evaluation gives them
             beneath.begin()
             objective.raw(parameters)

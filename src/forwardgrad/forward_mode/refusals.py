@@ -20,6 +20,7 @@ _INSTEAD = (
     "replace it, ask for differences of this one operator (with forwardgrad.differences(): ...), "
     "or train this model with ZerothOrder, which needs no derivatives"
 )
+_WRITE = "write to it with copy_() and keep it as a buffer of the model (register_buffer), or write to it ahead of the step"
 _CHECKPOINT = (
     "call it with use_reentrant=False (of a Hugging Face model, "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})), or leave checkpoints away: "
@@ -43,6 +44,12 @@ def refusal(error: Exception, at: Any) -> Said | None:
         )
     if found := re.search(r"vmap: we do not yet support (?:aten::)?(\w+)", text):
         return Said(f"{found[1]} cannot take several tangents at once{where}", "use tangents=1 or chunk_size=1, or replace it")
+    if found := re.search(r"in-place operation \(aten::(\w+)[^)]*\) that would mutate a captured Tensor", text):
+        return Said(f"the loss writes to a tensor that it did not make ({found[1]}), which forward mode does not let it{where}", _WRITE)
+    if "mutating directly with `.data`" in text:
+        return Said(f"the loss assigns to the data of a tensor, which forward mode does not let it{where}", _WRITE)
+    if "inference tensor" in text or "aten::_unpack_dual" in text:
+        return Said(f"the loss uses torch.inference_mode(), whose tensors forward mode cannot take{where}", "use torch.no_grad() there")
     if "Cannot access data pointer" in text or "doesn't have storage" in text:
         return Said(f"an operator reads its input's memory, which forward mode does not let it{where}", _INSTEAD)
     return None

@@ -7,7 +7,7 @@ values. Forward mode does the same here. Differences cannot: they evaluate the l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from forwardgrad.forward_mode.levels import level, storage, unwrapped
 from forwardgrad.forward_mode.structure import exchanged, leaves
+from forwardgrad.objective import Objective
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
 _IN_PLACE |= {"__setitem__", "__set__"}
@@ -137,11 +138,28 @@ class Unwritten(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def refused(name: str, func: Any, why: str) -> RuntimeError:
+class _Kept(Unwritten):
+    """Refuses calls that write to frozen parameters, such as a teacher's that follows the model."""
+
+    def check(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for tensor in written(func, args, kwargs):
+            if (found := self._standing.get(storage(tensor))) is not None:
+                why = "is frozen, and a step evaluates the loss several times and would write to it in each"
+                raise refused(found[1], func, why, ", or make it a buffer (register_buffer), which a step updates once")
+
+
+def frozen_kept(objective: Objective) -> AbstractContextManager[Any]:
+    """Inside, a write to a frozen parameter of the model is refused ahead of it."""
+    return _Kept(frozen) if (frozen := objective.frozen) else nullcontext()
+
+
+def refused(name: str, func: Any, why: str, otherwise: str = "") -> RuntimeError:
     how = getattr(func, "__name__", "a call")
     return RuntimeError(
         f"the loss writes to {name.removeprefix('model.')} ({'an assignment' if how.startswith('__') else how}), which {why}: "
-        "write to it ahead of the step, outside of the loss and of forward()"
+        f"write to it ahead of the step, outside of the loss and of forward(){otherwise}"
     )
 
 

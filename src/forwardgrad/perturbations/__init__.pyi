@@ -16,6 +16,7 @@ from forwardgrad.perturbations.examples import ExamplesPlace as ExamplesPlace
 from forwardgrad.perturbations.examples import Memory as Memory
 from forwardgrad.perturbations.examples import Reading as Reading
 from forwardgrad.perturbations.examples import Rows as Rows
+from forwardgrad.perturbations.examples import Told as Told
 from forwardgrad.perturbations.examples import codes as codes
 from forwardgrad.perturbations.examples import halves as halves
 from forwardgrad.perturbations.informed import Informed as Informed

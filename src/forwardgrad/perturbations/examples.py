@@ -79,6 +79,18 @@ class ExamplesPlace:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Told:
+    """Where the examples lie in the scores that a cross-entropy of class indices was given, and so in its targets.
+
+    rows: None where that could not be found out.
+    apart: numbers of places whose positions lie in another order than the targets, so that none of them is that of its target.
+    """
+
+    rows: Rows | None
+    apart: frozenset[int] = frozenset()
+
+
 ReadingKind = Literal["outputs", "replay", "examples", "whole"]
 
 
@@ -98,6 +110,8 @@ class Reading:
     beyond: whether the loss has more than what is read, such as a factor, or a penalty on weights (`penalty`).
     rest: whether some of that depends on activities.
     even: for each tensor that is read and each place that is apart, whether an example has a single row there.
+    told: where examples lie in what each of the loss functions was given, if somebody learns their labels.
+    behind: whether it is read behind calls inside a transform of torch.func, which may be all of the loss.
     since, cut: for "replay", how many calls come before those that are made again, and what these are given.
     why: what stood in the way of a better `way`, as the end of a sentence.
     """
@@ -110,7 +124,9 @@ class Reading:
     beyond: bool = False
     penalty: bool = False
     rest: bool = False
+    behind: bool = False
     even: tuple[bool, ...] = ()
+    told: tuple[Told, ...] = ()
     since: int | None = None
     cut: tuple[tuple[int, int], ...] = ()
     why: str = ""

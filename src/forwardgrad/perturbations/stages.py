@@ -71,6 +71,10 @@ class Viewed:
         if function is F.dropout:
             call = {**dict(zip(("p", "training"), rest, strict=False)), **kwargs}
             return cls(given.shape) if call.get("p", 0.5) == 0 or not call.get("training", True) else None
+        if function in UNFLATTENS:
+            dim = {**dict(zip(("dim", "sizes"), rest, strict=False)), **kwargs}["dim"]
+            ahead = type(dim) is int and dim % given.dim() < channels == given.dim() - 1
+            return cls(given.shape) if ahead else None
         rest = [*rest[0]] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
         numbers = [*rest, *kwargs.values()]
         if function in CASTS:
@@ -166,9 +170,10 @@ POOLS: frozenset[Callable[..., Any]] = frozenset({F.max_pool2d, torch.max_pool2d
 CASTS: frozenset[Callable[..., Any]] = frozenset({Tensor.float, Tensor.double, Tensor.contiguous})
 RESHAPES: frozenset[Callable[..., Any]] = frozenset({Tensor.view, Tensor.reshape, torch.reshape})
 FLATTENS: frozenset[Callable[..., Any]] = frozenset({Tensor.flatten, torch.flatten})
+UNFLATTENS: frozenset[Callable[..., Any]] = frozenset({Tensor.unflatten, torch.unflatten})
 TRANSPOSES: frozenset[Callable[..., Any]] = frozenset({Tensor.transpose, torch.transpose})
 PERMUTES: frozenset[Callable[..., Any]] = frozenset({Tensor.permute, torch.permute})
-VIEWS: frozenset[Callable[..., Any]] = CASTS | RESHAPES | FLATTENS | TRANSPOSES | PERMUTES | {F.dropout}
+VIEWS: frozenset[Callable[..., Any]] = CASTS | RESHAPES | FLATTENS | UNFLATTENS | TRANSPOSES | PERMUTES | {F.dropout}
 _FLAT = (("start_dim", 0), ("end_dim", -1))
 BEHIND: frozenset[Callable[..., Any]] = RECTIFIERS | POOLS | {F.batch_norm}
 """Calls that belong to the layer in front of them."""

@@ -121,6 +121,7 @@ def test_what_cannot_be_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ((alone,), "there is no run.json beside the log in"),
         ((folder, "--step", 35), "holds the steps 1 to 34, and none up to step 35"),
         ((folder, "--out", tmp_path / "no" / "weights.pt"), "there is no folder"),
+        ((folder, "--out", tmp_path), "it is a folder, so name a file in it"),
     ]
     for arguments, said in cases:
         status, out, err = command(monkeypatch, capsys, "replay", *arguments)

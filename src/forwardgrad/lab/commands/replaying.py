@@ -23,6 +23,8 @@ def replay(
     folder, path = _log(target)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"the weights cannot be written to {out}: there is no folder {out.parent}")
+    if out is not None and out.is_dir():
+        raise UserError(f"the weights cannot be written to {out}: it is a folder, so name a file in it")
     run, took = _described(folder)
     import torch
 
