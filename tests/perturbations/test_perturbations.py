@@ -334,7 +334,7 @@ class Placed(nn.Module):
 def test_unbiased_where_the_rows_of_an_embedding_are_places_and_not_examples(perturb: fg.Perturbation, sentences: int) -> None:
     """As many sentences as places, or a multiple of them: no count tells that the rows are not examples."""
     torch.manual_seed(0)
-    model, words = WordsAndPlaces().double().requires_grad_(False), torch.randint(7, (sentences, 3), generator=seeded(1))
+    model, words = Placed().double().requires_grad_(False), torch.randint(7, (sentences, 3), generator=seeded(1))
     model.places.requires_grad_()  # alone, so that its own gradient is not lost in the noise of the others
     for part in against_backpropagation(model, classify(words), fg.ForwardGradient(64, perturb=perturb), pairs=20):
         assert part.z < 4.5, part
