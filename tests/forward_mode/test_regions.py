@@ -112,3 +112,31 @@ def test_inference_mode_is_told() -> None:
 
     with pytest.raises(NotImplementedError, match=r"uses torch\.inference_mode\(\).*use torch\.no_grad\(\) there"):
         fg.estimate_grad_(loss, model_of(), fg.ForwardGradient(), generator=seeded())
+
+
+GRAPHS = [pytest.param(fg.ForwardGradient(2, perturb=fg.LowRank()), id="low rank")]
+GRAPHS += [
+    pytest.param(method, id=method.name, marks=pytest.mark.full)
+    for method in (fg.ForwardGradient(2), fg.ForwardGradient(perturb=fg.Activity()), fg.LearnedFeedback())
+]
+
+
+@pytest.mark.parametrize("method", GRAPHS)
+def test_a_graph_has_the_parts_that_stand_still(method: fg.Estimator) -> None:
+    found = []
+    for engine in ("eager", "compile"):
+        model, state = model_of(), {} if method.stateful else None
+        step = fg.TrainingStep(
+            lambda m, x: with_target(m),
+            model,
+            torch.optim.SGD(model.parameters(), 0.1),
+            method,
+            generator=seeded(2),
+            state=state,
+            engine=engine,
+        )
+        for _ in range(3):
+            step(X)
+        assert step.fallback == ""
+        found.append(trained(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)

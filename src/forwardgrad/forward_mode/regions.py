@@ -77,7 +77,7 @@ def followed() -> Iterator[None]:
 def switched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The switch is turned, as a mode sees it."""
     result = SWITCH(*args, **kwargs)
-    if (found := _now.get()) is not None and not torch.compiler.is_compiling():
+    if (found := _now.get()) is not None:
         found.turned(bool(args[0]), sys._getframe(1))
     return result
 
