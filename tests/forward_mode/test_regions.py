@@ -50,6 +50,15 @@ def weighted(m: nn.Module) -> Tensor:
     return (F.cross_entropy(scores, LABELS, reduction="none") * weights).mean()
 
 
+def viewed(m: nn.Module) -> Tensor:
+    """A view that is made there is constant; what a call gives back as it was given is not."""
+    assert isinstance(m, nn.Sequential)
+    hidden = m[0](X)
+    with torch.no_grad():
+        flat, column, same = hidden.view(-1), hidden[:, 0], hidden.contiguous()
+    return m[2](m[1](hidden)).square().mean() + (2 * flat).mean() + (column * hidden[:, 1]).mean() + 0.3 * same.square().mean()
+
+
 def enabled_again(m: nn.Module) -> Tensor:
     assert isinstance(m, nn.Sequential)
     with torch.no_grad():
@@ -68,7 +77,7 @@ def after_an_error(m: nn.Module) -> Tensor:
         return F.cross_entropy(m(X), LABELS)
 
 
-LOSSES = [with_target, with_decorated_target, switched, weighted, enabled_again, after_an_error]
+LOSSES = [with_target, with_decorated_target, switched, weighted, viewed, enabled_again, after_an_error]
 EXACT = [fg.ForwardGradient(tangents=27, law=fg.Orthogonal()), fg.ForwardGradient(tangents=27, law=fg.Orthogonal(), chunk_size=1)]
 MEAN = [
     *(fg.ForwardGradient(tangents=4000, perturb=perturb) for perturb in (fg.LowRank(1), fg.PerExample(), fg.Activity())),
@@ -94,7 +103,7 @@ def test_directions_at_right_angles_give_backpropagations_gradient(loss: Callabl
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*a part of the loss does not tell examples apart")
+@pytest.mark.filterwarnings("ignore:.*a part of the loss does not tell examples apart", "ignore:.*torch's own forward mode from now on")
 @pytest.mark.parametrize("method", MEAN, ids=repr)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_mean_of_many_directions_is_backpropagations_gradient(loss: Callable[[nn.Module], Tensor], method: fg.Estimator) -> None:

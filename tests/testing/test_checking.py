@@ -231,7 +231,7 @@ def test_a_case_that_is_refused_is_skipped_and_to_refuse_all_is_a_failure() -> N
     results = check_estimator(fg.LocalLosses(), cases=[*ONE, Case("regression", regression)], repeats=100)
     refused = [result for result in results if result.case == "regression"]
     assert {result.status for result in refused} == {"skipped"}
-    assert "the estimator refuses it (LocalLosses needs one F.cross_entropy" in refused[0].message
+    assert "the estimator refuses it (LocalLosses needs an F.cross_entropy" in refused[0].message
     with pytest.raises(AssertionError, match=r"it refuses every case .*; give cases= that it is made for"):
         check_estimator(fg.LocalLosses(), cases=[Case("regression", regression)], repeats=100)
 

@@ -89,6 +89,10 @@ class Alike(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is regions.SWITCH:
             return regions.switched(args, kwargs)
+        result = self._made(func, args, kwargs)
+        return regions.constant(result, (args, kwargs)) if regions.still() else result
+
+    def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.live is not None and (result := self.live.write(func, args, kwargs)) is not NotImplemented:
             return result
         if func is Tensor.requires_grad_ and not torch._C._functorch.get_inplace_requires_grad_allowed():

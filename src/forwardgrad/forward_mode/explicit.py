@@ -200,9 +200,10 @@ class Explicit(TorchFunctionMode):
         return tensor if self.track(tensor) is None else self._still(tensor.detach())
 
     def _still(self, value: Any) -> Any:
-        """The same, known to share memory with something that moves and not to move itself."""
-        if self._guard is not None and isinstance(value, Tensor):
-            value.__dict__["_forwardgrad_still"] = self
+        """The same; what does not move in it is known to share memory with something that does."""
+        for tensor in leaves(value) if self._guard is not None else ():
+            if self.track(tensor) is None:
+                tensor.__dict__["_forwardgrad_still"] = self
         return value
 
     def inject(self, tensor: Tensor, source: Any) -> Tensor:
@@ -231,17 +232,13 @@ class Explicit(TorchFunctionMode):
             result = NotImplemented if func is not attention.FUNCTION else attention.values(args, kwargs, derived=False)
             result = func(*args, **kwargs) if result is NotImplemented else result
             if self._guard is not None and any(self._is_still(tensor) for tensor in leaves((args, kwargs))):
-                for tensor in leaves(result):  # it may be a view of what is known to stand still
-                    self._still(tensor)
+                self._still(result)  # it may be a view of what is known to stand still
             return result
         if regions.still():
             if any(self.track(tensor) is not None for tensor in written(func, args, kwargs)):
                 raise Unfollowed(f"{name_of(func)} writes under torch.no_grad() into what moves")
             self._note(func, "did not move", "it is made under torch.no_grad()")
-            result = func(*args, **kwargs)
-            for tensor in leaves(result):
-                self._still(tensor)
-            return result
+            return self._still(regions.constant(func(*args, **kwargs), (args, kwargs)))
         if not torch._C._is_fwd_grad_enabled():  # inside a custom autograd function, which has a derivative of its own
             raise Unfollowed("an autograd function is being evaluated")
         self._calls.append(getattr(func, "__code__", func))  # a method or a lambda may be a new one at every step

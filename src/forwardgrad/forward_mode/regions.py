@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.autograd import grad_mode
 
+from forwardgrad.forward_mode.structure import exchanged, leaves
+
 SWITCH: Any = torch._C._set_grad_enabled
 
 
@@ -85,6 +87,12 @@ def switched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def still() -> bool:
     """Whether a loss that is being evaluated is in a part under `no_grad`."""
     return not torch._C._is_fwd_grad_enabled() and (found := _now.get()) is not None and found.still
+
+
+def constant(result: Any, given: Any) -> Any:
+    """What a call made in a part under `no_grad`, its views of what moves without their tangents; what it was given itself moves on."""
+    known = {id(tensor) for tensor in leaves(given)}
+    return exchanged(result, {id(tensor): tensor.detach() for tensor in leaves(result) if id(tensor) not in known})
 
 
 def _of_context(frame: FrameType | None) -> FrameType | None:
