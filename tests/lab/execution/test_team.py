@@ -188,7 +188,7 @@ def test_of_several_jobs_one_that_loses_a_rank_is_tried_again(faulty: Path) -> N
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("executor", ["process", "ray"])
+@pytest.mark.parametrize("executor", ["process", pytest.param("ray", marks=pytest.mark.rest)])  # Ray starts for two minutes
 def test_jobs_of_ranks_end_where_one_process_does(executor: Any, tmp_path: Path) -> None:
     if executor == "ray":
         pytest.importorskip("ray", reason="pip install 'forwardgrad[ray]'")
