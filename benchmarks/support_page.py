@@ -41,7 +41,7 @@ The numbers: how many parameter tensors move, and how many have backpropagation'
 A star marks a model that computes in float32 somewhere, whatever its weights are, as many of transformers do in their norms and losses. Its
 limits are {single_exact:g}, and {single_zeroth:g} with ε = {single_epsilon:g}.
 
-`LocalLosses` has `feedback=True`. It takes one class index an example, so it refuses losses over words.
+`LocalLosses` has `feedback=True`. Its classifiers have a class for every word where a model predicts words.
 
 """
 
