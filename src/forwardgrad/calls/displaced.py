@@ -336,6 +336,7 @@ class Lines:
         with watch.open(evaluation, self._primals):
             loss, buffers = self._objective.raw({**self._primals, **watch.instead}, cloned)
         outputs, kept = watch.close(loss)
+        watch.unmark()
         return _Found({"loss": loss_by_example(self._objective.precise(loss)), **outputs}, kept, buffers), watch
 
     def _settled(self, evaluate: Callable[[Reading], tuple[_Found, DisplacedWatch]]) -> tuple[_Found, DisplacedWatch]:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from forwardgrad.forward_mode import Marks
+
 SMALL = 8  # whole numbers below may choose a dimension; larger ones are sizes
 _PERHAPS_NOTHING = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "dropout", "alpha_dropout"}
 """Calls that may return what they were given, or a tensor that is the same but for its name under torch's own forward mode."""
@@ -26,7 +28,7 @@ class Calls:
         self._names, self._mine = names, next(_evaluations)
         self._seen: list[Hashable] = []
         self._given: dict[int, tuple[Tensor, int]] = {}  # tensors that no call here made, kept so that their ids stay theirs
-        self._results = 0
+        self._results, self._numbers = 0, Marks("_forwardgrad_number")
 
     def name(self, tensors: Mapping[str, Tensor]) -> None:
         """Know what stands for parameters besides."""
@@ -35,6 +37,11 @@ class Calls:
     @property
     def count(self) -> int:
         return len(self._seen)
+
+    def close(self) -> None:
+        """Let go of all tensors."""
+        self._given = {}
+        self._numbers.clear()
 
     def seen(self) -> int:
         """All of them as one number."""
@@ -53,9 +60,9 @@ class Calls:
             if not isinstance(leaf, Tensor):
                 continue
             if first is not None and _perhaps_the_same(func, args, kwargs) and (leaf.shape, leaf.dtype) == (first.shape, first.dtype):
-                leaf.__dict__["_forwardgrad_number"] = self._mine, self._number(first)
+                self._numbers.put(leaf, (self._mine, self._number(first)))
                 continue
-            leaf.__dict__["_forwardgrad_number"] = self._mine, self._results
+            self._numbers.put(leaf, (self._mine, self._results))
             self._results += 1
 
     def _part(self, value: Any, first: Tensor | None) -> Hashable:
@@ -73,7 +80,7 @@ class Calls:
     def _number(self, tensor: Tensor) -> Hashable:
         if (name := self._names.get(id(tensor))) is not None:
             return name
-        number = tensor.__dict__.get("_forwardgrad_number")
+        number = self._numbers.of(tensor)
         if number is not None and number[0] == self._mine:
             told: Hashable = number[1]
             return told

@@ -20,7 +20,7 @@ from forwardgrad.calls.ahead import Ahead
 from forwardgrad.calls.loss_seen import LossSeen
 from forwardgrad.calls.retakes import BARE, BELOW, OtherPath, Strayed, Transformed, UsedAgain, WrittenTo
 from forwardgrad.directions import Directions
-from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Unfollowed, levels, regions
+from forwardgrad.forward_mode import DROPS, READS, Evaluation, Explicit, Live, Marks, Unfollowed, levels, regions
 from forwardgrad.forward_mode.rules import composed, losses
 from forwardgrad.perturbations import INTO_FIRST, LAYERS, WHOLE, ActivityUse, DenseUse, Entered, Layer, Norm, Perturbation, Reading, Sown
 
@@ -71,7 +71,8 @@ class ModelWatch(TorchFunctionMode):
     def open(self, evaluation: Evaluation, parameters: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
         self._evaluation = evaluation
         self._names = {id(p): name for name, p in parameters.items()}
-        self._mine, self._moving = object(), dict[int, Tensor]()  # what stands in for parameters from now on; see `_stand_in`
+        self._mine, self._stands = object(), Marks("_forwardgrad_stand_in")
+        self._moving = dict[int, Tensor]()  # what stands in for parameters from now on; see `_stand_in`
         self._waiting: dict[int, tuple[Tensor, ActivityUse]] = {}  # outputs whose place is not fixed yet
         self._passed: dict[int, tuple[weakref.ref[Tensor], ActivityUse]] = {}  # and those that a ReLU, pooling or loss has had
         self._ended, self._passed_on = dict[str, Tensor](), list[tuple[Tensor, int]]()  # values of blocks, and the versions of those
@@ -135,12 +136,18 @@ class ModelWatch(TorchFunctionMode):
 
     def _stand_in(self, tensor: Tensor) -> Tensor | None:
         """What stands in for a tensor, if anything does. A layer's output knows that itself: held here, none would go before the end."""
-        mine, other = tensor.__dict__.get("_forwardgrad_stand_in", (None, None))
+        mine, other = self._stands.of(tensor) or (None, None)
         return self._moving.get(id(tensor)) if mine is not self._mine else tensor if other is None else other
+
+    def unmark(self) -> None:
+        """Let go of what was known of single tensors, which the model may keep."""
+        self._calls.close()
+        self._stands.clear()
 
     def keep(self, tensors: dict[str, Tensor]) -> None:
         self._moving, self._waiting, self._passed, self._passed_on, self._fed = {}, {}, {}, [], {}
         self.loss.forget()
+        self.unmark()
         self.unmoved = {name: tensor for name, tensor in tensors.items() if name in self._ended}
         for key, tensor in tensors.items():
             kind, *rest = key.split("/")
@@ -339,7 +346,7 @@ class ModelWatch(TorchFunctionMode):
             self._ended[f"block {len(self._ended)}"] = moved
             moved = self._evaluation.primal(moved).clone() if self.apart else self._evaluation.primal(moved)
             self._passed_on.append((moved, moved._version))
-        tensor.__dict__["_forwardgrad_stand_in"] = self._mine, None if moved is tensor else moved
+        self._stands.put(tensor, (self._mine, None if moved is tensor else moved))
         return moved
 
     def _learn(self, tensor: Tensor, point: ActivityUse) -> Tensor:

@@ -21,6 +21,7 @@ from forwardgrad.forward_mode.refusals import Said as Said
 from forwardgrad.forward_mode.refusals import place_of as place_of
 from forwardgrad.forward_mode.refusals import refusal as refusal
 from forwardgrad.forward_mode.rules.attention import attention_by_tiles as attention_by_tiles
+from forwardgrad.forward_mode.structure import Marks as Marks
 from forwardgrad.forward_mode.watching import Evaluation as Evaluation
 from forwardgrad.forward_mode.watching import derivatives_under as derivatives_under
 from forwardgrad.forward_mode.workarounds import RandomState as RandomState

@@ -28,7 +28,7 @@ from forwardgrad.forward_mode.levels import level, unwrapped
 from forwardgrad.forward_mode.notes import Kind, Way, counter, name_of
 from forwardgrad.forward_mode.quotients import Call, attempt
 from forwardgrad.forward_mode.rules import ALL_RULES, Track, attention, composed, dropout
-from forwardgrad.forward_mode.structure import exchanged, leaves, named, rebuilt
+from forwardgrad.forward_mode.structure import Marks, exchanged, leaves, named, rebuilt
 from forwardgrad.forward_mode.writes import Live, writes, written
 
 
@@ -99,6 +99,7 @@ class Explicit(TorchFunctionMode):
         self.count = count
         self.moving = dict(moving or {})
         self._calls: list[Any] = []
+        self._tracks = Marks("_forwardgrad_track")
         self.low = False  # whether a call was made in low precision
         self.ways = counter()
         self._level: ExitStack | None = None
@@ -139,6 +140,9 @@ class Explicit(TorchFunctionMode):
     def _end(self) -> None:
         """Leave torch's forward mode, if a call needed it, and let go of directions: what outlives the evaluation may know it still."""
         self.moving = {}
+        self._tracks.clear()
+        if self._guard is not None:
+            self._guard.stills.clear()
         if self._level is not None:
             self._level.close()
             self._level = None
@@ -155,7 +159,7 @@ class Explicit(TorchFunctionMode):
 
     def track(self, tensor: Tensor) -> Track | None:
         """How a tensor moves in this evaluation, None where it does not."""
-        found: Track | None = tensor.__dict__.get("_forwardgrad_track")
+        found: Track | None = self._tracks.of(tensor)
         if found is not None and found.owner is self:
             return found
         if self.moving and (tangents := self.moving.get(id(tensor))) is not None:
@@ -174,7 +178,7 @@ class Explicit(TorchFunctionMode):
 
     def attach(self, tensor: Tensor, tangents: Tensor, stack: Tensor | None = None, *, fresh: bool = False) -> Tensor:
         """Let a tensor move. `stack` [1 + K, *shape] holds its values and tangents behind them; `fresh`: nothing else sees either."""
-        tensor.__dict__["_forwardgrad_track"] = Track(self, tangents, stack, fresh)
+        self._tracks.put(tensor, Track(self, tangents, stack, fresh))
         if self._guard is not None:
             self._guard.add(tensor)
         return tensor
@@ -186,7 +190,7 @@ class Explicit(TorchFunctionMode):
         track = Track(self, None, fresh=True)
         track.behind = source, ref(behind)
         source.lent += 1
-        tensor.__dict__["_forwardgrad_track"] = track
+        self._tracks.put(tensor, track)
         if self._guard is not None:
             self._guard.add(tensor)
         return tensor
@@ -201,9 +205,8 @@ class Explicit(TorchFunctionMode):
 
     def _still(self, value: Any) -> Any:
         """The same; what does not move in it is known to share memory with something that does."""
-        for tensor in leaves(value) if self._guard is not None else ():
-            if self.track(tensor) is None:
-                tensor.__dict__["_forwardgrad_still"] = self
+        if self._guard is not None:
+            self._guard.leave_still([tensor for tensor in leaves(value) if self.track(tensor) is None])
         return value
 
     def inject(self, tensor: Tensor, source: Any) -> Tensor:
@@ -231,7 +234,7 @@ class Explicit(TorchFunctionMode):
             self._note(func, "did not move")
             result = NotImplemented if func is not attention.FUNCTION else attention.values(args, kwargs, derived=False)
             result = func(*args, **kwargs) if result is NotImplemented else result
-            if self._guard is not None and any(self._is_still(tensor) for tensor in leaves((args, kwargs))):
+            if self._guard is not None and any(self._guard.knows_still(tensor) for tensor in leaves((args, kwargs))):
                 self._still(result)  # it may be a view of what is known to stand still
             return result
         if regions.still():
@@ -296,9 +299,6 @@ class Explicit(TorchFunctionMode):
     def _note(self, func: Any, kind: Kind, reason: str = "") -> None:
         if self.ways is not None:
             self.ways[Way(name_of(func), kind, reason)] += 1
-
-    def _is_still(self, tensor: Tensor) -> bool:
-        return tensor.__dict__.get("_forwardgrad_still") is self
 
     def _moves(self, value: Any) -> bool:
         if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from forwardgrad.forward_mode.levels import unwrapped
 from forwardgrad.forward_mode.rules import Tracking
-from forwardgrad.forward_mode.structure import leaves
+from forwardgrad.forward_mode.structure import Marks, leaves
 
 
 class Unfollowed(Exception):
@@ -38,6 +38,7 @@ class Guard(TorchDispatchMode):
         self._full = 0
         self._parameters = {address(p) for p in parameters}  # which may be used as they are, and moving, one after the other
         self._memories: dict[int, ref[Any]] = {}  # of what moves, as long as it lives
+        self.stills = Marks("_forwardgrad_still")  # the views that stand still on purpose
 
     def begin(self) -> None:
         # the height with the evaluation's own mode on the stack: torch takes a mode off while it handles a call
@@ -51,12 +52,20 @@ class Guard(TorchDispatchMode):
         if (place := address(tensor)) not in self._parameters:
             self._memories[place] = ref(tensor.untyped_storage())
 
+    def leave_still(self, tensors: Iterable[Tensor]) -> None:
+        """Know that these stand still, though they may share memory with something that moves."""
+        for tensor in tensors:
+            self.stills.put(tensor, self)
+
+    def knows_still(self, tensor: Tensor) -> bool:
+        return self.stills.of(tensor) is self
+
     def look(self, evaluation: Tracking, values: Any) -> None:
         """Raise Unfollowed where a tensor among these got its memory unseen."""
         for tensor in leaves(values):
             # it looks still, but lies in the memory of what moves: a view that was made unseen. Taken for still, it would drop a part of
-            # the derivative. Views that the evaluation made itself on purpose, by detach(), carry the mark `_forwardgrad_still`.
-            if self._shares(tensor) and tensor.__dict__.get("_forwardgrad_still") is not evaluation and evaluation.track(tensor) is None:
+            # the derivative. Views that the evaluation made itself on purpose, by detach(), are among the stills.
+            if self._shares(tensor) and not self.knows_still(tensor) and evaluation.track(tensor) is None:
                 raise Unfollowed("something made a tensor out of one that moves, and was not seen")
 
     def _shares(self, tensor: Tensor) -> bool:

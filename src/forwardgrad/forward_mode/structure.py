@@ -1,9 +1,10 @@
-"""Tensors in lists, tuples and dictionaries, as calls take and return them."""
+"""Tensors in lists, tuples and dictionaries, as calls take and return them; and what an evaluation knows of single tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -44,3 +45,26 @@ def rebuilt(like: Any, real: Any, rest: Any) -> Any:
     if isinstance(like, dict):
         return {key: rebuilt(item, real, rest) for key, item in like.items()}
     return like
+
+
+class Marks:
+    """What one evaluation knows of tensors, kept with each tensor, so that it goes where the tensor goes.
+
+    A model may keep its outputs beyond the evaluation. They are let go of by `clear`: a mark would hold memory, and cannot be saved.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._marked = name, list[ref[Tensor]]()
+
+    def put(self, tensor: Tensor, mark: Any) -> None:
+        tensor.__dict__[self._name] = mark
+        self._marked.append(ref(tensor))
+
+    def of(self, tensor: Tensor) -> Any:
+        return tensor.__dict__.get(self._name)
+
+    def clear(self) -> None:
+        for marked in self._marked:
+            if (tensor := marked()) is not None:
+                tensor.__dict__.pop(self._name, None)
+        self._marked = []
