@@ -30,10 +30,10 @@ from torch import Tensor
 from forwardgrad.calls import spread
 from forwardgrad.calls.replay import MOST_NUMBERS, Slot, errors
 from forwardgrad.calls.retakes import BARE
-from forwardgrad.calls.trials import LabelTrials, Option, Trials
+from forwardgrad.calls.trials import LabelTrials, Option, Trials, rows_in
 from forwardgrad.calls.watch import Mark, ModelWatch
 from forwardgrad.directions import Still
-from forwardgrad.forward_mode import Evaluation, Redo, derivatives_under
+from forwardgrad.forward_mode import Evaluation, Redo, derivatives_under, levels
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import (
     WHOLE,
@@ -58,6 +58,15 @@ class _Seen:
     watch: _SurveyWatch
     read: list[Tensor]
     loss: Tensor
+
+    @property
+    def at_scores(self) -> bool:
+        """Whether the loss is read at what its loss functions were given, and at nothing else."""
+        return [_memory(t) for t in self.read] == [_memory(t) for t in self.watch.scores]
+
+
+def _memory(tensor: Tensor) -> Hashable:
+    return levels.storage(tensor) or id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 class _SurveyWatch(ModelWatch):
@@ -117,6 +126,7 @@ class Survey:
         self.entered: list[Entered] = []
         self.names: list[str] = []
         self._path: Hashable = None
+        self._scores_tried = False  # whether examples were looked for in what loss functions were given
 
     def read(self, way: Reading, mark: Mark) -> list[Tensor]:
         """What the loss is read at, in a pass with something changed; RuntimeError where the model takes other calls then."""
@@ -298,9 +308,13 @@ class Survey:
         return "it is one number, and the calls behind the last layer give another one when they are made again"
 
     def _laid_out(self, way: Reading) -> Reading | None:
-        """The same way with where examples lie; None where no dimension of what is read can be the examples."""
+        """The same way with where examples lie; None where no dimension of what is read can be them, or another way read the same."""
         free = replace(way, path=None)
         plain = self._pass(free, exact=self._exact)
+        if plain.at_scores:
+            if self._scores_tried:
+                return None
+            self._scores_tried = True
         self.entered = plain.watch.entered  # as large as they are where the loss is read this way
         best: Reading | None = None
         for option in self._options(plain):
@@ -343,7 +357,7 @@ class Survey:
         tried = set[tuple[int, tuple[Rows | None, ...]]]()
         for dim in range(min(3, len(shapes[0]))):
             count = shapes[0][dim]
-            rows = [_rows_in(shape, count, dim) for shape in shapes]
+            rows = [rows_in(shape, count, dim) for shape in shapes]
             if count > 1 and None not in rows and (count, tuple(rows)) not in tried:
                 tried.add((count, tuple(rows)))
                 yield Option(count, tuple(r for r in rows if r is not None), ("read", 0, dim))
@@ -369,14 +383,6 @@ _BRANCHES = "the model takes other calls where its numbers are not finite"
 
 def _apart(reading: Reading) -> int:
     return sum(place.apart for place in reading.places)
-
-
-def _rows_in(shape: Sequence[int], count: int, dim: int) -> Rows | None:
-    """Where so many examples lie in a tensor of this shape, the given dimension before others."""
-    for d in sorted(range(len(shape)), key=lambda d: (d != dim, d)):
-        if shape[d] == count:
-            return Rows(d)
-    return Rows(0) if Rows(0).fits(shape, count) else None
 
 
 def _leave(index: int, entered: Entered, tensor: Tensor) -> Tensor:

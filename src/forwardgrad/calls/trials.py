@@ -52,17 +52,21 @@ class Trials:
         self._choices = {
             index: found for index, entered in enumerate(passes.entered) if (found := list(_choices(entered.dims, entered.shape, count)))
         }
-        self._sets = codes(count) if count > 1 else []
+        self._sets = halves(count)  # a few at first: what passes these goes on to all
         self._hidden = False  # whether a comparison was seen to hide something
+        self._held = dict[frozenset[tuple[int, Rows]], bool]()
 
     def search(self) -> tuple[ExamplesPlace, ...]:
         """Where examples lie at every place, and whether they stay apart behind it."""
         if self._option.count == 1:
             firsts = {index: found[0] for index, found in self._choices.items()}
             return tuple(ExamplesPlace(name, firsts.get(index), index in firsts) for index, name in enumerate(self._passes.names))
-        found = self._found()
+        found, sets = self._found(), codes(self._option.count)
+        if found and not self._spares(found, sets):
+            self._sets, self._held = sets, {}
+            found = self._found()
         if found and not self._confirmed(found):
-            self._hidden = True
+            self._sets, self._hidden, self._held = sets, True, {}
             found = self._found()
         places = []
         for index, name in enumerate(self._passes.names):
@@ -107,8 +111,14 @@ class Trials:
 
     def _hold(self, places: Mapping[int, Rows]) -> bool:
         """Whether all of these places at once hold every example apart from every other."""
-        spoiled = all(self._stays(places, chosen, _spoiled) for chosen in self._sets)
-        return spoiled and (not self._hidden or self._confirmed(places))
+        key = frozenset(places.items())
+        if key not in self._held:
+            self._held[key] = self._spares(places, self._sets) and (not self._hidden or self._confirmed(places))
+        return self._held[key]
+
+    def _spares(self, places: Mapping[int, Rows], sets: Sequence[Tensor]) -> bool:
+        """Whether numbers of the examples of each set can be spoiled at all of these places, and nothing of the others is."""
+        return all(self._stays(places, chosen, _spoiled) for chosen in sets)
 
     def _confirmed(self, places: Mapping[int, Rows]) -> bool:
         """Whether other finite numbers of half of the examples, and moves of them, leave the other half as it was."""
@@ -272,6 +282,14 @@ def _inside(rows: Rows | None, chosen: Tensor, tensor: Tensor) -> Tensor | None:
         return None
     inside = chosen[rows.of(tensor.shape[rows.dim], len(chosen))].to(tensor.device)
     return inside.reshape(*[1] * rows.dim, -1, *[1] * (tensor.dim() - rows.dim - 1))
+
+
+def rows_in(shape: Sequence[int], count: int, dim: int) -> Rows | None:
+    """Where so many examples lie in a tensor of this shape, the given dimension before others."""
+    for d in sorted(range(len(shape)), key=lambda d: (d != dim, d)):
+        if shape[d] == count:
+            return Rows(d)
+    return Rows(0) if Rows(0).fits(shape, count) else None
 
 
 def _choices(dims: range, shape: Sequence[int], count: int) -> Iterator[Rows]:

@@ -115,11 +115,13 @@ class ActivityUse(Entered):
         names: Mapping[int, str],
     ) -> Tensor:
         """Let a call that `lets_pass` named pass, and put the place behind it."""
+        if function is F.batch_norm:
+            call = {**dict(zip(BatchNorm.arguments, args, strict=False)), **kwargs}
+            found = {role: names[id(call[role])] for role in ("weight", "bias") if id(call.get(role)) in names}
+            normed, stage = Normalised.made(call, found, calls, primal, self.kept)
+            self.tail.insert(0, stage)
+            return normed
         if function not in POOLS:
-            if function is F.batch_norm:
-                call = {**dict(zip(BatchNorm.arguments, args, strict=False)), **kwargs}
-                found = {role: names[id(call[role])] for role in ("weight", "bias") if id(call.get(role)) in names}
-                self.tail.insert(0, Normalised.of(call, found, primal, self.kept))
             self.rectified |= function in RECTIFIERS
             out: Tensor = calls(function, *args, **kwargs)
             if function in VIEWS and out is not args[0]:

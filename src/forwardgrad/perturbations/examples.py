@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -202,12 +203,15 @@ MOST_PATHS = 32  # paths of calls; a model that takes ever new ones is read as a
 
 
 def codes(count: int) -> list[Tensor]:
-    """Sets of examples [count] such that of any two, in some set, the first is in it and the second is not."""
-    index, found = torch.arange(count), []
-    for bit in range(max(1, math.ceil(math.log2(count)))):
-        chosen = (index >> bit) % 2 == 1
-        found += [chosen, ~chosen]
-    return [chosen for chosen in found if chosen.any() and not chosen.all()]
+    """Sets of examples [count] such that of any two, in some set, the first is in it and the second is not; as few as there can be.
+
+    Every example is in half of the sets, no two in the same half, so none is in all sets that another one is in (Sperner, 1928).
+    """
+    sets = next(sets for sets in itertools.count(2) if math.comb(sets, sets // 2) >= count)
+    found = torch.zeros(sets, count, dtype=torch.bool)
+    for example, halves in zip(range(count), itertools.combinations(range(sets), sets // 2), strict=False):
+        found[list(halves), example] = True
+    return list(found)
 
 
 def halves(count: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forwardgrad.factored import Gradient
+from forwardgrad.perturbations.layers import Caller
 
 
 @dataclass(frozen=True)
@@ -114,21 +115,30 @@ class Normalised:
     dtypes: Mapping[str, torch.dtype]
 
     @classmethod
-    def of(
-        cls, call: Mapping[str, Any], names: Mapping[str, str], primal: Callable[[Tensor], Tensor], kept: dict[str, Tensor]
-    ) -> Normalised:
-        """That of a call whose parameters have these names by role; what it needs is put to what is kept."""
+    def made(
+        cls, call: Mapping[str, Any], names: Mapping[str, str], make: Caller, primal: Callable[[Tensor], Tensor], kept: dict[str, Tensor]
+    ) -> tuple[Tensor, Normalised]:
+        """The result of a call whose parameters have these names by role, and the stage; what it needs is put to what is kept.
+
+        `make` makes the call, by torch's function or by the kernel below that.
+        """
         x, eps = primal(call["input"]), float(call.get("eps", 1e-5))
         training = bool(call.get("training", False)) or call.get("running_mean") is None
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        if training:
-            variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
-        else:
-            mean, variance = primal(call["running_mean"]).clone(), primal(call["running_var"])
-        kept["normal x"], kept["normal mean"], kept["normal root"] = x, mean, (variance + eps).rsqrt()
+        stage = cls(names, training, eps, {role: call[role].dtype for role in names})
         if call.get("weight") is not None:
             kept["normal weight"] = primal(call["weight"])
-        return cls(names, training, eps, {role: call[role].dtype for role in names})
+        if training and x is call["input"] and x.dtype.itemsize >= 4 and _several(x):
+            # the kernel of torch works statistics out on the way: to find them again costs as much as eight such calls on a processor
+            out, mean, root, *_ = make(torch._batch_norm_impl_index, *_whole(call), torch.backends.cudnn.enabled)
+        else:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            if training:
+                variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+            else:
+                mean, variance = primal(call["running_mean"]).clone(), primal(call["running_var"])
+            root, out = (variance + eps).rsqrt(), make(F.batch_norm, **call)
+        kept["normal x"], kept["normal mean"], kept["normal root"] = x, mean, root
+        return out, stage
 
     def back(self, error: Tensor, kept: Mapping[str, Tensor], gradients: dict[str, Gradient]) -> Tensor:
         """The error at the input, γ/σ (e − Σe/n − x̂ Σ(e x̂)/n) in training, and those of gain and bias, Σ e x̂ and Σ e, over each channel."""
@@ -158,6 +168,18 @@ class Normalised:
             assert part is not None
             gradients[name] = part.to(self.dtypes[role])
         return back
+
+
+def _several(x: Tensor) -> bool:
+    """Whether each channel has more than one number; torch refuses one in training, with a sentence."""
+    return x.dim() > 1 and x.numel() > x.shape[1]
+
+
+def _whole(call: Mapping[str, Any]) -> list[Any]:
+    """All arguments of the kernel, but the last."""
+    usual = {"running_mean": None, "running_var": None, "weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5}
+    given = {**usual, **call, "training": True}
+    return [given[name] for name in ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")]
 
 
 RECTIFIERS: frozenset[Callable[..., Any]] = frozenset({F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu_})
