@@ -330,8 +330,9 @@ class ModelWatch(TorchFunctionMode):
     def _move(self, tensor: Tensor, point: ActivityUse) -> Tensor:
         self._fed.pop(point, None)
         self._waiting.pop(id(tensor), None)
-        point.place_at(self._evaluation.primal(tensor))
         moved, ends = tensor, self.ends(point)
+        learns = ends and self.ahead is not None and self.at_end is not None
+        point.place_at(self._evaluation.primal(tensor), at_once=learns)
         if self.mark is not None:
             moved = self.mark(self.entered.index(point), point, tensor)
         elif len(self.directions) and not (ends and self.still_ends):
@@ -339,7 +340,7 @@ class ModelWatch(TorchFunctionMode):
             moved = self._evaluation.inject(tensor, point)
         if ends:
             self.prefixes.append(self._calls.seen())
-            if self.ahead is not None and self.at_end is not None:
+            if learns:
                 return self._learn(tensor, point)
             self.ending.append(point)
             self.blocks[self.entered.index(point)] = len(self._ended)  # another block may have ended since the layer was called

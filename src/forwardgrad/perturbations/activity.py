@@ -144,11 +144,13 @@ class ActivityUse(Entered):
         self.dims = range(min(self.dims.stop, self.channels))
         self.tail.insert(0, view)
 
-    def place_at(self, out: Tensor) -> None:
-        """Fix the place; what moves there is known from here on."""
+    def place_at(self, out: Tensor, *, at_once: bool = False) -> None:
+        """Fix the place; what moves there is known from here on. `at_once`: its error comes before `out` can change."""
         self.moved = True
         self.shape = out.shape
-        if self.rectified:
+        if self.rectified and at_once and not isinstance(self.layer, Embedding):
+            self.kept["rectified"] = out  # one kernel cuts an error off by it, where to write a mask and to apply it takes five times as long
+        elif self.rectified:
             self.kept["active"] = out > 0
         if isinstance(self.layer, Embedding) and self.layer.padding is not None and not self.tail:  # behind a pool words are mixed
             words = (self.kept["x"] != self.layer.padding).unsqueeze(-1).expand_as(out)
@@ -168,6 +170,9 @@ class ActivityUse(Entered):
 
     def still(self, t: Tensor) -> Tensor:
         """The tensor with zeros where the place cannot matter."""
+        if (out := self.kept.get("rectified")) is not None:
+            cut: Tensor = torch.ops.aten.threshold_backward(t, out, 0) if t.dtype == out.dtype else t * (out > 0)
+            return cut
         return t if "active" not in self.kept else t * self.kept["active"]
 
     def counted(self, count: int, each: int = 1) -> Float[Tensor, " units"]:

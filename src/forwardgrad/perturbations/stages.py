@@ -26,8 +26,8 @@ class Pooled:
 
     def back(self, error: Tensor, kept: Mapping[str, Tensor], gradients: dict[str, Gradient]) -> Tensor:
         """Errors sent back to the winners; windows that overlap add up."""
-        given = torch.empty(self.shape, dtype=error.dtype, device=error.device)  # only its shape and order in memory matter
-        given = given.contiguous(memory_format=torch.channels_last) if self.channels_last else given
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        given = torch.empty(self.shape, dtype=error.dtype, device=error.device, memory_format=order)  # nothing but its layout matters
         size = self.call["kernel_size"]
         stride, padding, dilation = self.call.get("stride") or size, self.call.get("padding", 0), self.call.get("dilation", 1)
         options = [[value] if isinstance(value, int) else list(value) for value in (size, stride, padding, dilation)]

@@ -6,6 +6,7 @@ A run is named by the hash of its description, so the same description is the sa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -213,7 +214,7 @@ class Run:
         if self.seed < 0:
             raise UserError(f"the seed must be zero or positive, not {self.seed}")
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Twelve hexadecimal digits: the name of the run's folder."""
         return identity(to_json(self))
