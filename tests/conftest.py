@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -26,9 +27,16 @@ settings.load_profile("reproducible")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+MEMORY, ROOM = Path("/dev/shm"), 8 << 30  # a folder in memory, and the bytes that have to be free there for tests to use it
 EACH = 2
 """How many cases of a product each value of each parameter is met in by `make test`; a test may ask for others, `product(each=1)`."""
 MORE = 2  # times as many are met by `make test` and `make test-full` together; `make test-all` takes all of them
+
+
+def pytest_configure() -> None:
+    """The many small files of tests are written to memory where there is room: to make and remove them takes most of the time of some."""
+    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,6 +80,14 @@ def untried_instructions() -> None:
 def no_compiler_processes() -> None:
     """A worker has one core: more processes of torch's compiler, which each load torch, would only wait for it."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waits_for_the_disk() -> Iterator[None]:
+    """No power is cut here but in tests of that, which count and undo writes themselves; each wait takes milliseconds, and there are many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,7 +43,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """The command line in this process; it fails the test where it raises, or ends in anything but 0, or 2 and one sentence."""
     for module in (plots, comparison_figures):
         monkeypatch.setattr(module, "render", undrawn)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is cut here
 
     def run(*words: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["forwardgrad", *map(str, words)])
