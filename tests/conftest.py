@@ -84,7 +84,7 @@ def no_compiler_processes() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waits_for_the_disk() -> Iterator[None]:
-    """No power is cut here but in tests of that, which count and undo writes themselves; each wait takes milliseconds, and there are many."""
+    """No power is cut but in tests of that, which count and undo writes themselves; each wait takes milliseconds, and there are many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield

@@ -149,7 +149,7 @@ class ActivityUse(Entered):
         self.moved = True
         self.shape = out.shape
         if self.rectified and at_once and not isinstance(self.layer, Embedding):
-            self.kept["rectified"] = out  # one kernel cuts an error off by it, where to write a mask and to apply it takes five times as long
+            self.kept["rectified"] = out  # one kernel cuts an error off by it; to write a mask and to apply it takes five times as long
         elif self.rectified:
             self.kept["active"] = out > 0
         if isinstance(self.layer, Embedding) and self.layer.padding is not None and not self.tail:  # behind a pool words are mixed
