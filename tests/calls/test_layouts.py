@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -202,9 +203,21 @@ def test_what_is_gathered_of_each_example_can_be_scattered_again(shape: tuple[in
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 64, 100])
 def test_codes_tell_every_ordered_pair_apart(count: int) -> None:
     sets = torch.stack(codes(count))
-    assert len(sets) <= 2 * (count - 1).bit_length()
+    assert math.comb(len(sets) - 1, (len(sets) - 1) // 2) < count  # with a set less there are not enough halves
     apart = (sets.unsqueeze(2) & ~sets.unsqueeze(1)).any(0)
     assert bool((apart | torch.eye(count, dtype=torch.bool)).all())
+
+
+@pytest.mark.parametrize(("meets", "most"), [(False, 21), (True, 34)])
+def test_examples_are_looked_for_in_few_passes(meets: bool, most: int) -> None:
+    """Of 64 examples; as many more for every doubling as there are sets more."""
+    norms = [nn.BatchNorm2d(2) if meets else nn.Identity() for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), norms[0], nn.ReLU(), nn.Conv2d(2, 2, 3), norms[1], nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    x, y, passes = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3, []
+    model[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    estimator = fg.ForwardGradient(perturb=fg.Activity())
+    fg.estimate_grad_(lambda model: F.cross_entropy(model(x), y), model, estimator, generator=torch.Generator().manual_seed(0))
+    assert len(passes) <= most
 
 
 @pytest.mark.parametrize("count", [2, 5, 16, 100])
