@@ -23,9 +23,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: $(READY)
 	$(PYTEST) -m "not full and not rest"
 
-# What takes longer: kills, faults, compiled variants, and more cases of each product.
+# What takes longer: kills, faults, compiled variants, and more cases of each product. PART=2/4 takes the second of four parts.
+PART ?= 1/1
 test-full: $(READY)
-	$(PYTEST) -m "full and not rest"
+	$(PYTEST) -m "full and not rest" --part $(PART)
 
 # Every test there is, full products of cases with them.
 test-all: $(READY)

@@ -33,6 +33,10 @@ EACH = 2
 MORE = 2  # times as many are met by `make test` and `make test-full` together; `make test-all` takes all of them
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="I/N: of what is chosen, the I-th of N parts; the cases of a test stay together")
+
+
 def pytest_configure() -> None:
     """The many small files of tests are written to memory where there is room: to make and remove them takes most of the time of some."""
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
@@ -40,16 +44,24 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; others are `full`, or `rest`."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    chosen = [int(_digest(item.nodeid.partition("[")[0]), 16) % parts == part % parts for item in items]
+    config.hook.pytest_deselected(items=[item for item, taken in zip(items, chosen, strict=True) if not taken])
+    items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
     met: Counter[tuple[str, str, str]] = Counter()
-    for item in sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest()):
+    for item in sorted(items, key=lambda item: _digest(item.nodeid)):
         if (product := item.get_closest_marker("product")) and isinstance(item, pytest.Function):
             each = product.kwargs.get("each", EACH)
             values = [(item.nodeid.partition("[")[0], name, _named(value)) for name, value in item.callspec.params.items()]
             if all(met[value] >= each for value in values):
                 item.add_marker("rest" if all(met[value] >= MORE * each for value in values) else "full")
             met.update(values)
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def _named(value: object) -> str:
