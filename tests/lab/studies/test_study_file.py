@@ -23,14 +23,14 @@ def mine(seeds: int = 1, name: str = "a") -> Study:
 
 
 @pytest.fixture(autouse=True)
-def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a study's file adds to where Python looks is taken away again."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     monkeypatch.setattr(sys, "modules", sys.modules)  # the same object: only what is new in it goes
     yield  # type: ignore[misc]
     for name in set(sys.modules) - before:
-        if "." not in name and str(getattr(sys.modules[name], "__file__", "") or "").startswith(("/tmp", str(EXAMPLE.parent))):
+        if "." not in name and str(getattr(sys.modules[name], "__file__", "") or "").startswith((str(tmp_path), str(EXAMPLE.parent))):
             del sys.modules[name]
 
 
