@@ -144,7 +144,7 @@ def matched(
         assert any(not torch.equal(p, b) for p, b in zip(single.parameters(), before, strict=True))
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_each_replica_is_its_single_run_in_float64(estimator: str, optimizer: str) -> None:
@@ -157,7 +157,7 @@ def test_each_replica_is_its_single_run_in_float32(estimator: str, optimizer: st
     matched(dense, ESTIMATORS[estimator], optimizer, torch.float32, 1e-3, STEPS)  # rounding of 6e-8, amplified by noisy steps
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("build", [convolutional, normalised, Tied], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_other_models_match_as_well(build: Callable[[], nn.Module], estimator: str) -> None:

@@ -108,7 +108,7 @@ def test_the_parameters_are_those_of_the_training(
     assert digest_of(start) != digest_of(again)
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("method", [METHODS[1], METHODS[6], METHODS[14]], ids=repr)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_models_of_every_kind(case: Any, method: fg.Estimator, tmp_path: Path) -> None:

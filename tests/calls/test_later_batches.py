@@ -125,6 +125,7 @@ def test_other_trained_parameters_are_other_places(monkeypatch: pytest.MonkeyPat
         exact(model, lambda m: F.cross_entropy(m(X), Y), monkeypatch)
 
 
+@pytest.mark.full
 def test_every_replica_of_an_ensemble_may_pick_its_own() -> None:
     models = [between(lambda h, i: h[i]) for _ in range(2)]
     order = torch.stack([EVERY, ORDER])

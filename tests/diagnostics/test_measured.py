@@ -97,6 +97,7 @@ def test_intervals_cover_and_the_test_keeps_its_level(shift: float, least: float
     assert alarms / cases <= 0.11 if shift == 0 else alarms / cases > 0.5
 
 
+@pytest.mark.full
 def test_the_test_keeps_its_level_where_estimates_are_skewed() -> None:
     """One Gaussian tangent, 20 estimates, 1,500 cases. Some 0.3 % are expected below 0.001 (Student's t alone: 1 %) and 4 % below 0.05;
     the bounds are reached by chance in 1 of 200 and less than 1 of 10,000."""

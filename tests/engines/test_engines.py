@@ -110,13 +110,19 @@ def by_case(case: Case, method: fg.Estimator, graphs: int = 1) -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m != fg.Backprop(checkpoint=True) and not getattr(m, "in_place", False)], ids=short
+    "method",
+    [
+        pytest.param(method, marks=pytest.mark.full if number % 2 else ())
+        for number, method in enumerate(METHODS)
+        if method != fg.Backprop(checkpoint=True) and not getattr(method, "in_place", False)
+    ],
+    ids=short,
 )
 def test_every_estimator_takes_the_same_steps_in_a_graph(method: fg.Estimator) -> None:
     by_case(next(case for case in CASES if case.name == "batch norm train"), method)
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1], ids=short)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in READS | DRAWS], ids=str)
@@ -369,6 +375,7 @@ def test_compiled_steps_are_those_of_the_eager_engine(method: fg.Estimator, grap
     compare(lambda: network(dropout), method, run=whole if graphs == 1 else scheduled, graphs=graphs)
 
 
+@pytest.mark.full
 def test_a_compiled_step_hands_its_gradient_to_an_optimizer_that_looks_ahead() -> None:
     compare(network, RANK_1, OPTIMIZERS["nesterov"], run=whole, graphs=1)
 

@@ -92,7 +92,7 @@ def estimated(model: nn.Module, method: fg.Estimator) -> tuple[fg.Estimate, list
     return record, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("make", [part, whole, itself, function], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_an_estimate_of_a_compiled_model_is_that_of_the_model_as_it_was_written(
@@ -161,6 +161,7 @@ def test_threads_that_estimate_at_once_leave_the_compiler_as_it_was() -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.full
 def test_a_whole_step_with_a_compiled_part_is_compiled_as_one() -> None:
     ends = []
     for backend, engine in ((None, "eager"), (Backend(), "compile")):

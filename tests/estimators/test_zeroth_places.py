@@ -50,7 +50,7 @@ def single() -> tuple[nn.Module, Any]:
     return model, lambda m: F.cross_entropy(m(X), torch.arange(6) % 3)
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("perturb", [fg.LowRank(2), fg.PerExample()], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", [case for case in EXACT if case.name not in MHA], ids=str)
 def test_estimates_are_those_of_forward_mode_along_the_same_directions(case: Case, perturb: fg.Perturbation) -> None:
@@ -112,7 +112,7 @@ def test_unbiased_for_a_quadratic_loss(perturb: fg.Perturbation, sides: Any) -> 
     assert float(g.norm() / (each.std(0) / math.sqrt(len(each))).norm()) > 5  # and a gradient shows
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("sides", ["two", "one"])
 @pytest.mark.parametrize("perturb", [fg.Dense(), fg.LowRank(2), fg.PerExample(), fg.Sparse(0.5)], ids=lambda p: p.name)
 @pytest.mark.parametrize("case", [case for case in EXACT if case.name in TOGETHER], ids=str)

@@ -51,6 +51,7 @@ def test_the_derivative_along_whole_weights_is_float32_and_near_that_of_float64(
         assert abs(float(record.derivatives) - d) < BITS[dtype] * norm
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 @pytest.mark.parametrize("perturb", [fg.LowRank(2), fg.PerExample(), fg.Activity(), fg.Cheapest()], ids=lambda p: p.name)

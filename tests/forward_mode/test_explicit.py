@@ -58,6 +58,7 @@ def same(one: Any, other: Any, rtol: float = 1e-9) -> None:
 
 
 @pytest.mark.product
+@pytest.mark.product
 @pytest.mark.parametrize(("method", "case"), PAIRS, ids=[f"{case}-{short(method)}" for method, case in PAIRS])
 def test_both_ways_are_equal(method: fg.Estimator, case: Case) -> None:
     model, loss = case.build()

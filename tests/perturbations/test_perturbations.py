@@ -77,6 +77,7 @@ def against_backpropagation(model: nn.Module, loss: Loss, method: fg.Estimator, 
 
 
 @pytest.mark.product
+@pytest.mark.product
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
 @pytest.mark.parametrize("name", MODELS)
 def test_unbiased(name: str, perturb: fg.Perturbation) -> None:
@@ -86,6 +87,7 @@ def test_unbiased(name: str, perturb: fg.Perturbation) -> None:
         assert part.z < 4.5, part
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=repr)
 @pytest.mark.parametrize("law", [fg.Rademacher(), fg.Sphere()], ids=lambda law: law.name)
 def test_unbiased_under_other_laws(law: fg.Law, perturb: fg.Perturbation) -> None:

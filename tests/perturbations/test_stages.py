@@ -181,7 +181,7 @@ def reference(model: Blocks, state: State) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in zip(used, found, strict=True) if gradient is not None}
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)

@@ -196,6 +196,7 @@ def all_four(everything: list[Any]) -> list[Any]:
     return everything[1:]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["dense", "low rank", "zeroth order, low rank"])
 def test_a_grid_of_ranks_divides_both(all_four: list[Any], name: str) -> None:
     assert [one["place"] for one in all_four] == [(0, 4, 0, 2), (1, 4, 0, 2), (2, 4, 1, 2), (3, 4, 1, 2)]

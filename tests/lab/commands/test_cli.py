@@ -163,6 +163,7 @@ def test_what_the_demo_names_next_works_as_it_stands(monkeypatch: pytest.MonkeyP
     assert "--out 'a demo'" in training.next_commands(Path("a demo"))[0][1]
 
 
+@pytest.mark.full
 def test_reproduce_runs_rows_shortened_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data_dir: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_fresh_seeds_are_none_of_the_claims(claim: RecordClaim) -> None:
     assert all(dataclasses.replace(each, seed=claim.run.seed) == claim.run for each in usual)
 
 
+@pytest.mark.full
 def test_a_claim_that_is_too_good_does_not_hold(claim: RecordClaim, command: Command, tmp_path: Path) -> None:
     write_claim(tmp_path / "high.json", changed(claim, lambda run: dataclasses.replace(run, accuracy=min(1.0, run.accuracy + 0.2))))
     status, out, _ = command("record", "verify", "high.json", *FRESH)
@@ -168,6 +169,7 @@ def tmp_path_of(folders: list[Path], name: str) -> Path:
     return found
 
 
+@pytest.mark.full
 def test_seconds_of_another_machine_decide_nothing(folders: list[Path], command: Command, tmp_path: Path) -> None:
     claim = claimed_runs(folders, TASKS["digits-mlp-seconds"], "somebody")
     write_claim(tmp_path / "elsewhere.json", dataclasses.replace(claim, environment={**claim.environment, "device": "another machine"}))
@@ -177,6 +179,7 @@ def test_seconds_of_another_machine_decide_nothing(folders: list[Path], command:
     assert any(line.startswith("seconds: not compared, the claim's device is another machine, here ") for line in told)
 
 
+@pytest.mark.full
 def test_code_of_the_author_is_imported_only_where_that_is_allowed(methods: str, command: Command, tmp_path: Path) -> None:
     words = ("train", "--data", "digits", "--model", "mlp", "--optimizer", "adam", "--lr", 0.01, "--epochs", 6, "--batch-size", 32)
     for seed in (0, 1, 2):

@@ -99,6 +99,7 @@ def test_a_lost_node_costs_its_unfinished_steps_alone(tmp_path: Path, nodes: Any
     tidy(store)
 
 
+@pytest.mark.full
 def test_what_is_wrong_with_all_runs_ends_the_command(tmp_path: Path, nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(threads=1, executor="ray", address=nodes.address, data_dir=tmp_path / "empty")
     run = Run("mnist", "nn", {"name": "backprop"}, Optimizer("sgd", 0.1), 1)

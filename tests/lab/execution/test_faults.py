@@ -116,6 +116,7 @@ def called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     return int(ended.value.code or 0), "".join(told)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stays", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stays: bool
@@ -149,6 +150,7 @@ def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_resumable(
 LONG = [pytest.param(1, 60, marks=pytest.mark.rest), pytest.param(2, 40, marks=pytest.mark.full)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("workers", "kills"), [(1, 3), *LONG])
 def test_kills_at_random_moments_cost_steps_and_no_result(tmp_path: Path, workers: int, kills: int) -> None:
     """A study of eight runs, killed twenty times before it may end, then begun again elsewhere; of two processes any or both are killed.

@@ -30,6 +30,7 @@ def one_thread() -> Iterator[None]:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.full
 def test_a_pool_gives_the_same_bits_as_one_process(tmp_path: Path) -> None:
     runs = [*seeded(0, 1), LEAVES]
     serial, pooled = Store(tmp_path / "serial"), Store(tmp_path / "pooled")

@@ -84,6 +84,7 @@ def gone(process: int, seconds: float = 30.0) -> bool:
     return not Path(f"/proc/{process}").exists()
 
 
+@pytest.mark.full
 def test_a_command_trains_one_run_with_its_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

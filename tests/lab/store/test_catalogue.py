@@ -147,6 +147,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("TERM", "COLUMNS")}
 
 
+@pytest.mark.full
 def test_the_benchmark_runs() -> None:
     script = Path(__file__).resolve().parents[3] / "benchmarks" / "many_runs.py"
     words = ("--arms", "2", "--runs", "2", "--trials", "3", "--steps", "51")

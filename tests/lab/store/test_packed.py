@@ -71,6 +71,7 @@ def said(here: Store) -> dict[str, Any]:
     return {**made, **pages, "rows": catalogue.rows(here, where=True), "counts": sorted(counts), "unread": looked.unread}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("thin", [False, True])
 def test_a_packed_store_says_what_its_folders_said(tmp_path: Path, thin: bool) -> None:
     here = filled(tmp_path / "out", STUDY, noise.noise(["paper-x10"], epochs=1))

@@ -45,7 +45,7 @@ def left_behind(folder: Path) -> tuple[Any, ...]:
     return {**result, "seconds": 0}, tables(folder), (folder / "losses.csv.gz").read_bytes(), (folder / "walk.csv").read_bytes()
 
 
-@pytest.mark.product(each=1)
+@pytest.mark.product
 @pytest.mark.parametrize(
     "method",
     [{"name": "backprop"}, FORWARD, {"name": "forward", "tangents": 3, "perturb": "low-rank"}],

@@ -33,6 +33,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "compiled", lambda traced, inputs: traced.graph)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "optimizer", [CAPPED, Optimizer("nesterov", 0.02, momentum=0.9), Optimizer("adam", 1e-3, anneal=True)], ids=lambda o: o.name

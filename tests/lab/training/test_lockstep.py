@@ -69,6 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "diverging"])
 def test_two_ranks_end_where_one_process_does(two: Any, name: str, tmp_path: Path) -> None:
     """In float32: 34 steps of numbers of size 1 leave some 1e-7. Without the weights of the parts it would be 1e-3."""

@@ -106,6 +106,7 @@ def test_an_estimator_remembers_from_step_to_step_and_its_passes_are_counted(
 HELD = {"weight_decay": 0.1, "anneal": True, "cap": 0.02}
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("estimator", [BACKPROP, FORWARD, {"name": "remembering"}], ids=lambda e: e["name"])
 @pytest.mark.parametrize(
     "optimizer",

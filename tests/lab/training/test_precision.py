@@ -45,6 +45,7 @@ def test_a_network_learns_in_bfloat16(tmp_path: Path, images: Dataset, method: d
     assert first[0] == pytest.approx(first[1], abs=0.01)  # the same network on the same batch, in 8 bits instead of 24
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, images: Dataset, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]

@@ -59,6 +59,7 @@ def test_training_images_are_augmented_and_no_others(tmp_path: Path) -> None:
             assert found == pytest.approx(float(F.cross_entropy(model(split.inputs.float() / 16), split.labels)), rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("estimator", [{"name": "backprop"}, LOCAL], ids=lambda e: e["name"])
 def test_a_killed_run_with_batch_norm_and_augmentation_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: dict[str, Any]
