@@ -45,12 +45,15 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; others are `full`, or `rest`."""
+    """Of a test marked `product` a part that meets every value of every parameter stays in `make test`; others are `full`, or `rest`.
+
+    Of one marked `some(n)` n cases stay, always the same; the others are `full`.
+    """
     part, parts = map(int, config.getoption("--part").split("/"))
     chosen = [int(_digest(item.nodeid.partition("[")[0]), 16) % parts == part % parts for item in items]
     config.hook.pytest_deselected(items=[item for item, taken in zip(items, chosen, strict=True) if not taken])
     items[:] = [item for item, taken in zip(items, chosen, strict=True) if taken]
-    met: Counter[tuple[str, str, str]] = Counter()
+    met: Counter[tuple[str, ...]] = Counter()
     for item in sorted(items, key=lambda item: _digest(item.nodeid)):
         if (product := item.get_closest_marker("product")) and isinstance(item, pytest.Function):
             each = product.kwargs.get("each", EACH)
@@ -58,6 +61,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if all(met[value] >= each for value in values):
                 item.add_marker("rest" if all(met[value] >= MORE * each for value in values) else "full")
             met.update(values)
+        if (some := item.get_closest_marker("some")) and not (item.get_closest_marker("full") or item.get_closest_marker("rest")):
+            test = (item.nodeid.partition("[")[0],)
+            if met[test] >= some.args[0]:
+                item.add_marker("full")
+            met.update([test])
 
 
 def _digest(name: str) -> str:

@@ -57,6 +57,7 @@ def test_a_population_is_measured_beside_inference() -> None:
     assert done.stdout.count("(goal: 0.8)") == 2
 
 
+@pytest.mark.full
 def test_attention_is_measured_both_ways() -> None:
     command = [
         sys.executable,

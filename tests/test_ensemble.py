@@ -144,6 +144,7 @@ def matched(
         assert any(not torch.equal(p, b) for p, b in zip(single.parameters(), before, strict=True))
 
 
+@pytest.mark.some(6)
 @pytest.mark.product
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -151,6 +151,7 @@ EQUAL: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("name", EQUAL)
 def test_a_step_is_that_of_the_whole_model(name: str) -> None:
     options, early = EQUAL[name]

@@ -267,6 +267,7 @@ def test_what_a_loss_keeps_is_as_after_one_step(where: str) -> None:
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.full
 def test_a_known_path_is_known_again_after_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     model = between(lambda h, n: sum((h + step for step in range(n)), torch.zeros_like(h)))
     for n in range(1, 36):

@@ -76,6 +76,7 @@ def test_examples_are_told_apart_wherever_they_do_not_meet(case: Layout, perturb
 STATISTICAL = ("transformer_time_first_of_equal_sizes", "patches_in_front_of_the_batch", "graph_network", "pairwise_logits")
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "method",
     [fg.ForwardGradient(perturb=fg.PerExample(), law=fg.Rademacher()), fg.LearnedFeedback(use="control-variate")],

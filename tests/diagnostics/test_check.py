@@ -145,6 +145,7 @@ SOME = [CASES[i] for i in (0, 1, 3, 6, 10, 13)]  # mlp, cnn, tied, batch norm, a
 PAIRS = [(method, case) for case in SOME for method in METHODS if applies(method, case)]
 
 
+@pytest.mark.some(14)
 @pytest.mark.filterwarnings("ignore:directions are evaluated one after another:UserWarning")  # vmap cannot follow an LSTM
 @pytest.mark.product
 @pytest.mark.parametrize(("method", "case"), PAIRS, ids=[f"{case}-{short(method)}" for method, case in PAIRS])
@@ -167,6 +168,7 @@ def test_every_estimator_of_the_library_passes_and_leaves_the_model_as_it_was(me
         assert p.grad is None or torch.equal(p.grad, torch.full_like(p, 3.0))
 
 
+@pytest.mark.full
 def test_bias_is_not_seen_where_there_is_none() -> None:
     """200 streams of 100 estimates of one Gaussian tangent, and where a tensor moves in one step of twenty. A false alarm has a chance of
     1e-4 in each (`forwardgrad.diagnostics.checks.bias`), two of them of less than 1e-3 over all."""

@@ -164,6 +164,7 @@ def test_backpropagation_has_no_bias_and_no_variance(case: Case) -> None:
     assert [part.weights for part in found.tensors] == [g.numel() for g in exact.values()]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("law", [fg.Gaussian(), fg.Rademacher(), fg.Sphere(), fg.Orthogonal()], ids=lambda law: law.name)
 @pytest.mark.parametrize("tangents", [1, 4])
 def test_the_variance_is_that_of_theory(law: fg.Law, tangents: int) -> None:

@@ -67,6 +67,7 @@ def test_the_python_of_the_page_runs(folder: Path) -> None:
     assert printed
 
 
+@pytest.mark.full
 def test_the_noise_of_a_column_is_what_the_page_says(folder: Path) -> None:
     from mymethods import Column  # type: ignore[import-not-found]
 

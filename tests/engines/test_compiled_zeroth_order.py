@@ -46,6 +46,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("method", "dropout"), [*((one, 0.4) for one in PLACES), (PLACES[0], 0.0), (PLACES[2], 0.0)])
 def test_a_graph_takes_the_eager_steps_where_layers_move_by_rules(method: fg.ZerothOrder, dropout: float) -> None:

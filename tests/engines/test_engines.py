@@ -108,6 +108,7 @@ def by_case(case: Case, method: fg.Estimator, graphs: int = 1) -> None:
     compare(lambda: case.build()[0], method, slow, run=take, loss=built, graphs=graphs, close=close)
 
 
+@pytest.mark.some(8)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "method",
@@ -122,6 +123,7 @@ def test_every_estimator_takes_the_same_steps_in_a_graph(method: fg.Estimator) -
     by_case(next(case for case in CASES if case.name == "batch norm train"), method)
 
 
+@pytest.mark.some(8)
 @pytest.mark.product
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1], ids=short)
@@ -163,6 +165,7 @@ OPTIMIZERS: dict[str, Optimizers] = {
 }
 
 
+@pytest.mark.some(5)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("method", [fg.Backprop(), RANK_1], ids=short)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

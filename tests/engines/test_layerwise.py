@@ -148,6 +148,7 @@ COMPILED: dict[str, tuple[dict[str, Any], int, bool]] = {
 }
 
 
+@pytest.mark.some(6)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_graph_is_the_eager_step_of_the_whole_model(name: str) -> None:

@@ -125,6 +125,7 @@ def test_an_eager_step_is_that_of_torch(optimizer: Optimizers, method: fg.Estima
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.some(5)
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("optimizer", PLAIN.values(), ids=PLAIN.keys())
 def test_a_graph_moves_as_the_eager_step_does_and_leaves_no_gradient_either(optimizer: Optimizers, monkeypatch: pytest.MonkeyPatch) -> None:

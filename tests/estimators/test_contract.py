@@ -232,6 +232,7 @@ def test_the_counter_sees_what_forward_mode_would_save_with_live_parameters_and_
 CHUNKED = [fg.Dense(), fg.LowRank(2), fg.PerExample(), fg.Activity(), fg.Cheapest(), fg.Informed(), fg.SplitWeights(3, fg.LowRank())]
 
 
+@pytest.mark.some(10)
 @pytest.mark.product
 @pytest.mark.product
 @pytest.mark.parametrize("perturb", CHUNKED, ids=lambda p: p.name)
@@ -269,6 +270,7 @@ def test_backprop_is_loss_backward(case: Case, checkpoint: bool) -> None:
     torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
 
 
+@pytest.mark.some(8)
 @cases
 def test_estimators_can_take_turns(case: Case) -> None:
     """None leaves anything behind that another, or plain torch, would trip over."""

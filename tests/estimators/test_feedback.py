@@ -127,6 +127,7 @@ def learned(case: Case, steps: int, wrong: bool = False) -> State:
 STEERED = ["mlp", "cnn", "overlapping pools", "tied", "batch norm train", "layer norm classes", "attention classes", "padded embedding"]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in [*STEERED, "tagged words", "residual"]], ids=str)
 def test_a_control_variate_is_unbiased_whatever_the_feedback(case: Case) -> None:
     method = fg.LearnedFeedback(use="control-variate", tangents=64)
@@ -150,6 +151,7 @@ def test_direct_use_is_biased_by_what_is_not_learned_and_says_so() -> None:
     assert named[0]["6.weight"].p == named[1]["6.weight"].p == 1.0  # the last layer's gradient is exact
 
 
+@pytest.mark.full
 def test_a_right_prediction_leaves_less_noise_than_none() -> None:
     case = next(case for case in CASES if case.name == "mlp")
     method = fg.LearnedFeedback(use="control-variate")
@@ -284,6 +286,7 @@ def test_a_penalty_that_trains_nothing_is_told(method: fg.Estimator) -> None:
         step(loss, perceptron().double(), method, {})
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("use", ["direct", "control-variate"])
 def test_a_penalty_on_weights_goes_by_its_own_derivative(use: Any) -> None:
     """Its part of the estimate has mean 6 W. Over 4,000 directions its length along that has a standard error of about √(2/4,000) and what

@@ -81,6 +81,7 @@ def test_one_length_for_each_parameter_is_found_with_one_derivative_each() -> No
     assert not torch.allclose(flat(found(model)), flat(g), rtol=0.01)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("method", GIVEN[1::2], ids=["one", "each"])
 @pytest.mark.parametrize("law", [fg.Gaussian(), fg.Rademacher(), fg.Sphere()], ids=repr)
 def test_unbiased_with_the_complement(method: fg.Guess, law: fg.Law) -> None:

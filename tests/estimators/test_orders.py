@@ -93,6 +93,7 @@ def learned(loss: Loss, model: nn.Module, method: Callable[[float], fg.Estimator
     return state, {name: p.grad for name, p in trained(model).items() if p.grad is not None}
 
 
+@pytest.mark.some(12)
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("order", ["texts", "words", "rows of texts", "rows of words"])
@@ -171,6 +172,7 @@ def test_positions_in_another_order_than_the_targets_are_told(name: str) -> None
             fg.estimate_grad_(lambda m: loss(m(IMAGES)), model, fg.LocalLosses(feedback=True), generator=seeded(), state=state)
 
 
+@pytest.mark.full
 def test_feedback_of_layers_in_another_order_goes_by_the_derivative() -> None:
     """The read-out is exact; of 4,000 directions the rest is within a tenth of backpropagation's gradient, at 4.7 standard errors."""
     for turned, loss in ((True, ALIKE["as they are"]), (False, OTHERWISE["turned"])):

@@ -153,6 +153,7 @@ def has_the_mean(
         assert part.z < 4.5, part
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_layer_learns_by_its_own_loss_at_every_position(name: str) -> None:
     (loss, own), model = LOSSES[name], Decoder(tied=name != "flat", gains=False)
@@ -164,6 +165,7 @@ def test_every_layer_learns_by_its_own_loss_at_every_position(name: str) -> None
 ENDS = ("blocks.*.outer.weight",)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", ["padded", "weighted texts"])
 def test_transformer_blocks_learn_by_the_derivative_of_their_own_loss(name: str) -> None:
     (loss, own), model = LOSSES[name], Decoder()
@@ -237,6 +239,7 @@ def test_learned_feedback_sends_the_error_of_a_position_to_the_same_position() -
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", ["padded", "turned"])
 def test_feedback_by_position_with_a_control_variate_is_unbiased(name: str) -> None:
     loss, model, state = LOSSES[name][0], Decoder(), {}

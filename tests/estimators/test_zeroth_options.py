@@ -220,6 +220,7 @@ def test_a_step_that_fails_does_not_count() -> None:
         fg.estimate_grad_(loss, model, fg.ZerothOrder(perturb=fg.LowRank(period=2), tangents=3), generator=seeded(), state=state)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_within_a_period_the_mean_is_the_gradient_seen_from_the_subspace_and_over_periods_the_gradient(rank: int) -> None:
     """f = ⟨G, W⟩, of which differences are exact: given B the mean is G B Bᵀ/r, and E[B Bᵀ/r] = I."""

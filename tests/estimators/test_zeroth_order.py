@@ -59,6 +59,7 @@ def test_error_falls_with_the_square_of_the_step(case: Case) -> None:
     assert error(case, 1e-3)[0] / error(case, 1e-4)[0] == pytest.approx(100, rel=0.05)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_unbiased_for_a_quadratic_loss_and_as_noisy_as_the_forward_gradient(law: fg.Law) -> None:
     a, b = torch.linspace(-1, 2, 6, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
@@ -76,6 +77,7 @@ def test_unbiased_for_a_quadratic_loss_and_as_noisy_as_the_forward_gradient(law:
     assert abs(noise.mean() - law.second_moment(12, 2)) < 4.5 * noise.std() / math.sqrt(1_000)  # m = 1 a law
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_bias_is_that_of_the_third_derivatives(law: fg.Law) -> None:
     """f = Σ aᵢxᵢ³ at 0, where ∂ᵢᵢᵢf = 6aᵢ and ∇f = 0: the formula gives 3ε²aᵢ (Gaussian) and ε²aᵢ (Rademacher)."""
@@ -342,6 +344,7 @@ def test_a_tensor_alone_and_a_loss_that_is_the_tensor(law: fg.Law) -> None:
     torch.testing.assert_close(record.loss, torch.tensor(2.0, dtype=torch.float64))
 
 
+@pytest.mark.full
 def test_trains_as_far_as_the_forward_gradient_with_as_many_directions() -> None:
     losses = {}
     for method in (fg.ZerothOrder(tangents=4), fg.ForwardGradient(tangents=4)):

@@ -133,6 +133,7 @@ def stepped(kind: str, method: fg.Estimator, close: float, dtype: torch.dtype = 
     compare(lambda: network(**options).to(dtype), method, sgd, run=take, graphs=1, close=close)
 
 
+@pytest.mark.some(4)
 @pytest.mark.product
 @pytest.mark.parametrize(("kind", "method"), PAIRS, ids=[f"{kind}-{short(method)}" for kind, method in PAIRS])
 def test_convolutions_take_the_same_steps_in_a_graph(kind: str, method: fg.Estimator, monkeypatch: pytest.MonkeyPatch) -> None:

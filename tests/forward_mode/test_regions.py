@@ -103,6 +103,7 @@ def test_directions_at_right_angles_give_backpropagations_gradient(loss: Callabl
     torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.some(3)
 @pytest.mark.product
 @pytest.mark.filterwarnings("ignore:.*a part of the loss does not tell examples apart", "ignore:.*torch's own forward mode from now on")
 @pytest.mark.parametrize("method", MEAN, ids=repr)

@@ -98,6 +98,7 @@ def test_what_a_transform_uses_moves_before_it_begins(
         torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.some(3)
 @pytest.mark.product
 @pytest.mark.filterwarnings(IGNORED)
 @pytest.mark.parametrize("perturb", PERTURBATIONS, ids=lambda p: p.name)

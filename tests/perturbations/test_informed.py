@@ -208,6 +208,7 @@ def test_both_ways_of_forward_mode_agree(name: str, perturb: fg.Perturbation) ->
             torch.testing.assert_close(dense(gradient), dense(same), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.full
 def test_less_noise_than_low_rank_on_a_wide_layer_and_a_small_batch() -> None:
     """64 inputs and 4 rows, 2000 random signs each: the squared size is 64/4 times smaller, exactly so but for the spread of d²."""
     torch.manual_seed(0)

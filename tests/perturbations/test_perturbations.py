@@ -163,6 +163,7 @@ def test_moments_of_low_rank_are_those_of_its_formula(law: dict[float, float], m
     assert float(p @ (d.square() * squares) / g.square().sum()) == pytest.approx((1 - 1 / r) * (m * n + 2) + one / r)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("law", "more"), [(SIGNS, -1), (GAUSSIAN, 1)], ids=["signs", "gaussian"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_moments_of_activities_are_those_of_the_formula(law: dict[float, float], more: int, masked: bool) -> None:

@@ -129,6 +129,7 @@ def test_the_variance_that_is_told_is_that_of_the_parts() -> None:
     assert fg.ForwardGradient(3, perturb=fg.SplitWeights(2, fg.LowRank())).variance(gradient) is None
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("inner", INNER, ids=repr)
 def test_workers_with_a_part_each_add_up(inner: fg.Perturbation) -> None:
     """A worker fills its own part and no other, with a squared error of about its own number of weights over K."""

@@ -210,6 +210,7 @@ def test_the_first_broken_promise_is_raised_with_the_name_of_the_estimator() -> 
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "method",
     [Right(), fg.ForwardGradient(tangents=2, perturb=fg.LowRank(), law=fg.Rademacher()), fg.Backprop(), fg.LearnedFeedback(), fg.Readout()],

@@ -121,6 +121,7 @@ def test_divergence_has_a_status_of_its_own(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "finals" / "report.md").read_text().count("diverged")
 
 
+@pytest.mark.full
 def test_where_all_diverged_the_space_is_still_widened_below(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

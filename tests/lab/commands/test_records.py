@@ -143,6 +143,7 @@ def test_a_claim_that_is_too_good_does_not_hold(claim: RecordClaim, command: Com
     assert (status, "forward passes, and" in out.splitlines()[-1]) == (1, True)
 
 
+@pytest.mark.full
 def test_passes_to_an_accuracy(folders: list[Path], command: Command, tmp_path: Path) -> None:
     claim = claimed_runs(folders, TASKS["digits-mlp-passes"], "somebody")
     for each in claim.runs:

@@ -36,6 +36,7 @@ def stored(out: Path) -> list[dict[str, Any]]:
     return measurements
 
 
+@pytest.mark.full
 def test_two_arms_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     trained(tmp_path, EXACT, LOCAL)
     status, out, err = run(monkeypatch, capsys, "layers", tmp_path, *SMALL, "--untrained")

@@ -22,6 +22,7 @@ print(int(low, 16) <= block.data_ptr() < int(high, 16))
 """
 
 
+@pytest.mark.some(1)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
 @pytest.mark.parametrize("keep", [True, False])
 def test_large_blocks_come_from_memory_that_is_kept(keep: bool) -> None:

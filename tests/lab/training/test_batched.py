@@ -45,6 +45,7 @@ def left_behind(folder: Path) -> tuple[Any, ...]:
     return {**result, "seconds": 0}, tables(folder), (folder / "losses.csv.gz").read_bytes(), (folder / "walk.csv").read_bytes()
 
 
+@pytest.mark.some(2)
 @pytest.mark.product
 @pytest.mark.parametrize(
     "method",
@@ -122,6 +123,7 @@ class Killed:
                 continue
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("optimizer", [Optimizer("nesterov", 0.01, momentum=0.9), Optimizer("adam", 0.001, **HELD)], ids=lambda o: o.name)
 def test_a_killed_batch_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Optimizer) -> None:
     monkeypatch.setattr(schedule, "FIRST_EVALUATIONS", (7,))

@@ -85,6 +85,7 @@ def test_two_ranks_end_where_one_process_does(two: Any, name: str, tmp_path: Pat
     assert {key for key, value in result.items() if value is not None} == {key for key, value in alone.items() if value is not None}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", DIVIDED)
 def test_two_ranks_that_divide_the_directions_end_where_one_process_does(two: Any, name: str, tmp_path: Path) -> None:
     """In float32; a difference of two losses has their rounding over its epsilon, some 1e-5, in every step."""
