@@ -78,6 +78,10 @@ class Labels:
             factor = self.rows.gather(factor, self.count).flatten()
         return Scaled(self.part.output.cross_entropy(target, merged), 0, factor)
 
+    def pull(self, features: Tensor) -> Tensor:
+        """The error at φ of the similarity term."""
+        return similarity_error(features, self.each[:, 0], self.part.output.classes)
+
 
 def merged_classes(classes: int, fewer: int, device: torch.device) -> Tensor:
     """For each of so many classes, the one of fewer that stands for it: evenly, and unlike the order that the classes have.
@@ -256,12 +260,17 @@ class Head:
         )
 
 
-def similarity_error(h: Float[Tensor, "n ..."], target: Float[Tensor, " n"]) -> Tensor:
-    """The error at h of ‖S(h) − S(t)‖²/N²: (4/N²)(g_b − (g_b·x_b) x_b)/‖h_b‖ g_b = Σ_c (S − S(t))_bc x_c, x the centred unit vectors."""
-    flat = h.flatten(1).to(torch.promote_types(h.dtype, torch.float32))
+def similarity_error(features: Float[Tensor, "n ..."], target: Float[Tensor, " n"], classes: int) -> Tensor:
+    """The error at φ of ‖S(φ) − S(t)‖²/N²: (4/N²)(g_b − (g_b·x_b) x_b)/‖φ_b‖, g_b = Σ_c (S − S(t))_bc x_c, x the centred unit vectors.
+
+    S(t) are the cosines of centred one-hot vectors: 1 for a pair of the same class, −1/(classes − 1) for another.
+    """
+    flat = features.flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
     x = centred / norm
-    pulled = (x @ x.T - (target.unsqueeze(0) == target.unsqueeze(1)).to(x.dtype)) @ x
-    error: Tensor = (4 / len(h) ** 2) * (pulled - x * (pulled * x).sum(1, keepdim=True)) / norm
-    return (error - error.mean(1, keepdim=True)).reshape(h.shape)
+    apart = -1 / max(classes - 1, 1)
+    wanted = (target.unsqueeze(0) == target.unsqueeze(1)).to(x.dtype) * (1 - apart) + apart
+    pulled = (x @ x.T - wanted) @ x
+    error: Tensor = (4 / len(flat) ** 2) * (pulled - x * (pulled * x).sum(1, keepdim=True)) / norm
+    return (error - error.mean(1, keepdim=True)).reshape(features.shape)

@@ -15,7 +15,7 @@ from forwardgrad.directions import Law, Rademacher, fork
 from forwardgrad.estimators.assembly import add, add_exact
 from forwardgrad.estimators.base import Estimate, Estimator, Move, check_count, check_number, needed
 from forwardgrad.estimators.feedback import LearnedFeedback, check_error, output_of
-from forwardgrad.estimators.heads import SIGHTS, Features, Head, Labels, Sight, similarity_error
+from forwardgrad.estimators.heads import SIGHTS, Features, Head, Labels, Sight
 from forwardgrad.objective import Objective
 from forwardgrad.perturbations import Activity, ActivityUse, Block, Entered
 from forwardgrad.ranks import ALONE, Ranks
@@ -25,9 +25,9 @@ from forwardgrad.ranks import ALONE, Ranks
 class LocalLosses(Estimator):
     """Local losses: a linear classifier of its own stands behind every block of layers, and the block is trained by that loss alone.
 
-    Formula: behind block l stands y_l = R_l φ(h_l) + b_l with the block's activities h_l, its loss (1 − s)·f(y_l) + s·‖S(h_l) − S(t)‖²/N²
-    with f the model's own loss and targets t, and e_l = ∂f/∂y_l in closed form. S(h) are the cosines between the centred activities of all
-    pairs of examples, S(t) says which pairs share their target.
+    Formula: behind block l stands y_l = R_l φ(h_l) + b_l with the block's activities h_l, its loss (1 − s)·f(y_l) + s·‖S(φ) − S(t)‖²/N²
+    with f the model's own loss and targets t, and e_l = ∂f/∂y_l in closed form. S(φ) are the cosines between the centred φ(h_l) of all
+    pairs of examples, S(t) those of their targets: 1 for the same class and −1/(C − 1) for two of C classes.
     - feedback=False: activities in the block move by u, ẏ_l = R_l φ(ḣ_l) follows from one forward pass, and ĝ_W = Σ_b d_b u_b x_bᵀ with
       d_b = e_l·ẏ_l of example b (plus its part of the similarity term). One pass serves all blocks, as a block's tangent ends with it.
     - feedback=True: the error at h_l is φᵀ(e_l B_l), and goes into the products with the layer's own input. B_l learns R_l from how y_l
@@ -64,7 +64,7 @@ class LocalLosses(Estimator):
         head: what φ is: "flatten" (all units), "pooled" (means over a grid of cells), "positions" (a classifier at every position, its loss
             the mean over them). Where every position has a target of its own it is always "positions".
         cells: of "pooled", along each dimension: 1 for the mean over all positions.
-        similarity: weight s in [0, 1) of the similarity-matching term.
+        similarity: weight s in [0, 1) of the similarity-matching term, whose gradient is much smaller than that of f: 0.99 is usual.
         head_rate: above 0, the learning rate of the classifiers.
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
@@ -270,9 +270,10 @@ class LocalLosses(Estimator):
         assert moves is not None
         features, values, head, seen, error = self._seen(index, end, values, labels, state, ranks)
         moves = features.in_front(moves, end, found.count, lead=1)
-        d = (1 - self.similarity) * (error * (features.of(moves, lead=2) @ head.weight.T)).flatten(2).sum(2)
+        moved = features.of(moves, lead=2)
+        d = (1 - self.similarity) * (error * (moved @ head.weight.T)).flatten(2).sum(2)
         if self.similarity:
-            d = d + self.similarity * (similarity_error(values, labels.each[:, 0]) * moves).flatten(2).sum(2)
+            d = d + self.similarity * (labels.pull(seen) * moved).flatten(2).sum(2)
         head.learn(seen, error, self.head_rate)
         self._add(gradients, found, found.entered_in(index), d)
         return d.sum(1)
@@ -296,9 +297,8 @@ class LocalLosses(Estimator):
     ) -> Tensor:
         """A block's gradient from the error that its feedback sends back; the feedback and the classifier learn on the way."""
         features, values, head, seen, error = self._seen(index, end, values, labels, state, ranks)
-        back = features.back(head.sent_back((1 - self.similarity) * error), values)
-        if self.similarity:
-            back = back + self.similarity * similarity_error(values, labels.each[:, 0])
+        sent = head.sent_back((1 - self.similarity) * error)
+        back = features.back(sent + self.similarity * labels.pull(seen) if self.similarity else sent, values)
         d = back.new_zeros(self.tangents)
         if deeper is not None and deeper.moves is not None:
             moves = features.in_front(deeper.moves, end, labels.count, lead=1)
