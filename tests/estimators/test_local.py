@@ -170,7 +170,20 @@ def test_the_error_of_the_similarity_is_that_of_autograd(shape: tuple[int, ...])
     h, y = rows(*shape), torch.arange(shape[0]) % 2
     leaf = h.clone().requires_grad_()
     (g,) = torch.autograd.grad(similarity(leaf, y, 5), leaf)
-    torch.testing.assert_close(similarity_error(h, y, 5), g, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(similarity_error(h, y, 5, y >= 0), g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", ["flatten", "pooled"])
+def test_an_ignored_example_has_no_part_in_any_loss(head: Any) -> None:
+    x, y = rows(6, 1, 6, 6), torch.tensor([0, -100, 1, 2, -100, 0])
+    method, used = fg.LocalLosses(feedback=True, head=head, similarity=0.7, head_rate=0.1), y >= 0
+    model, states = convolutional().double(), (dict[str, Tensor](), dict[str, Tensor]())
+    for seed in range(3):
+        found, alone = (
+            step(lambda m, a=a, b=b: F.cross_entropy(m(a), b), model, method, state, seed)
+            for a, b, state in zip((x, x[used]), (y, y[used]), states, strict=True)
+        )
+        torch.testing.assert_close(found, alone, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("feedback", [False, True])

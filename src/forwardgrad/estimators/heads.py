@@ -79,8 +79,9 @@ class Labels:
         return Scaled(self.part.output.cross_entropy(target, merged), 0, factor)
 
     def pull(self, features: Tensor) -> Tensor:
-        """The error at φ of the similarity term."""
-        return similarity_error(features, self.each[:, 0], self.part.output.classes)
+        """The error at φ of the similarity term, in which ignored examples have no part."""
+        target, call = self.each[:, 0], self.part.output.call
+        return similarity_error(features, target, self.part.output.classes, target != call.get("ignore_index", -100))
 
 
 def merged_classes(classes: int, fewer: int, device: torch.device) -> Tensor:
@@ -260,17 +261,18 @@ class Head:
         )
 
 
-def similarity_error(features: Float[Tensor, "n ..."], target: Float[Tensor, " n"], classes: int) -> Tensor:
+def similarity_error(features: Float[Tensor, "n ..."], target: Tensor, classes: int, used: Tensor) -> Tensor:
     """The error at φ of ‖S(φ) − S(t)‖²/N²: (4/N²)(g_b − (g_b·x_b) x_b)/‖φ_b‖, g_b = Σ_c (S − S(t))_bc x_c, x the centred unit vectors.
 
-    S(t) are the cosines of centred one-hot vectors: 1 for a pair of the same class, −1/(classes − 1) for another.
+    S(t) are the cosines of centred one-hot vectors: 1 for a pair of the same class, −1/(classes − 1) for another. `target` and `used`
+    [n]: the class of each example, and whether it is one of the N that are compared.
     """
     flat = features.flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    x = centred / norm
+    x, used = centred / norm, used.to(flat.dtype)
     apart = -1 / max(classes - 1, 1)
     wanted = (target.unsqueeze(0) == target.unsqueeze(1)).to(x.dtype) * (1 - apart) + apart
-    pulled = (x @ x.T - wanted) @ x
-    error: Tensor = (4 / len(flat) ** 2) * (pulled - x * (pulled * x).sum(1, keepdim=True)) / norm
+    pulled = (x @ x.T - wanted) @ (x * used.unsqueeze(1)) * used.unsqueeze(1)
+    error: Tensor = (4 / used.sum().clamp(min=1) ** 2) * (pulled - x * (pulled * x).sum(1, keepdim=True)) / norm
     return (error - error.mean(1, keepdim=True)).reshape(features.shape)
