@@ -64,7 +64,7 @@ class LocalLosses(Estimator):
         head: what φ is: "flatten" (all units), "pooled" (means over a grid of cells), "positions" (a classifier at every position, its loss
             the mean over them). Where every position has a target of its own it is always "positions".
         cells: of "pooled", along each dimension: 1 for the mean over all positions.
-        similarity: weight s in [0, 1) of the similarity-matching term; 0.99 helps networks with batch norm, other ones at most about 0.5.
+        similarity: weight s in [0, 1) of the similarity-matching term.
         head_rate: above 0, the learning rate of the classifiers.
         tangents: K ≥ 1 moves of every activity a step.
         law: where moves are drawn from.
