@@ -3,9 +3,9 @@
 python benchmarks/support.py --out docs/support.md                # everything; what the store holds already is not checked again
 python benchmarks/support.py --out docs/support.md --only BERT    # entries whose name has this in it; the page shows all that is stored
 
-Entries are checked in a child process with a time limit for each, so that one that crashes does not stop the rest. Results lie in the store
-(`--store`), a line an entry; those of other versions of torch, transformers or timm are checked again. Everything runs on one thread in
-float64 from random weights, without a download.
+Entries are checked in a child process, so that one that crashes does not stop the rest. A model under one estimator has `--seconds`.
+Results lie in the store (`--store`), a line an entry; those of other versions of torch, transformers or timm are checked again. Everything
+runs on one thread in float64 from random weights, without a download.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -46,8 +49,8 @@ def entries() -> list[Entry]:
     return [(kind, name) for kind, names in kinds.items() for name in names]
 
 
-def checked(kind: str, name: str, columns: Sequence[str] = checks.ESTIMATORS) -> dict[str, Any]:
-    """What is found of an entry; of a model, under these estimators."""
+def checked(kind: str, name: str, columns: Sequence[str] = checks.ESTIMATORS, seconds: float = math.inf) -> dict[str, Any]:
+    """What is found of an entry; of a model, under these estimators, each for so many seconds."""
     if kind in ("layer", "function"):
         make = (LAYERS if kind == "layer" else FUNCTIONS)[name]
         return asdict(checks.derived(lambda: build(make), loss_of))
@@ -57,21 +60,41 @@ def checked(kind: str, name: str, columns: Sequence[str] = checks.ESTIMATORS) ->
     single = checks.computes_in_single(model, loss)
     limits, cells = checks.SINGLE if single else checks.FULL, {}
     for estimator in columns:
-        cells[estimator] = asdict(_cell(lambda name=estimator: checks.cell(name, model, loss, exact, limits)))
+        cells[estimator] = asdict(_cell(lambda name=estimator: checks.cell(name, model, loss, exact, limits), seconds))
     return {"class": type(model).__name__, "weights": sum(p.numel() for p in model.parameters()), "single": single, "cells": cells}
 
 
-def _cell(check: Callable[[], checks.Row]) -> checks.Row:
+def _cell(check: Callable[[], checks.Row], seconds: float) -> checks.Row:
     """What is found of one estimator: by differences where an operator has no rule, which is then said."""
     try:
-        try:
-            return check()
-        except NotImplementedError:
-            with fg.differences():
-                row = check()
-            return replace(row, way=f"{row.way or f'{row.error:.0e}'} (differences)")
+        with _limited(seconds):
+            try:
+                return check()
+            except NotImplementedError:
+                with fg.differences():
+                    row = check()
+                return replace(row, way=f"{row.way or f'{row.error:.0e}'} (differences)")
     except Exception as error:
         return checks.Row(False, None, "", sentence(error))
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds, and again after each further one, should something on the way have taken it for its own."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:.0f} seconds")
+
+    if math.isinf(seconds):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def sentence(error: BaseException) -> str:
@@ -149,7 +172,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "build" / "support.jsonl", help="where results are kept")
     parser.add_argument("--only", default="", help="check entries whose name has one of these in it, with commas between")
     parser.add_argument("--kind", choices=("layer", "function", "transformers", "timm"), help="check entries of this kind alone")
-    parser.add_argument("--seconds", type=float, default=900.0, help="the limit of an entry")
+    parser.add_argument("--seconds", type=float, default=300.0, help="the limit of a model under one estimator")
     parser.add_argument("--again", action="store_true", help="check also what the store holds")
     parser.add_argument("--columns", help="check these estimators of models again, with commas between; the others keep what is stored")
     options = parser.parse_args()
@@ -169,7 +192,8 @@ def main() -> None:
         if now[kind] != "not installed" and any(kind == of for of, _ in left):
             load()
     began = time.perf_counter()
-    for (kind, name), found in in_process(left, options.seconds, partial(checked, columns=columns)):
+    check, limit = partial(checked, columns=columns, seconds=options.seconds), options.seconds * (len(columns) + 2)
+    for (kind, name), found in in_process(left, limit, check):
         commits = [commit()]
         if options.columns and "cells" in found and "cells" in (before := have.get((kind, name), {})):
             found["cells"] = {**before["cells"], **found["cells"]}
