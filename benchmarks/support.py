@@ -14,7 +14,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -40,6 +39,7 @@ from support_page import page
 import forwardgrad as fg
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 300.0  # for a model under one estimator
 Entry = tuple[str, str]
 Check = Callable[..., dict[str, Any]]
 
@@ -49,7 +49,7 @@ def entries() -> list[Entry]:
     return [(kind, name) for kind, names in kinds.items() for name in names]
 
 
-def checked(kind: str, name: str, columns: Sequence[str] = checks.ESTIMATORS, seconds: float = math.inf) -> dict[str, Any]:
+def checked(kind: str, name: str, columns: Sequence[str] = checks.ESTIMATORS, seconds: float = SECONDS) -> dict[str, Any]:
     """What is found of an entry; of a model, under these estimators, each for so many seconds."""
     if kind in ("layer", "function"):
         make = (LAYERS if kind == "layer" else FUNCTIONS)[name]
@@ -85,9 +85,6 @@ def _limited(seconds: float) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"it took longer than {seconds:.0f} seconds")
 
-    if math.isinf(seconds):
-        yield
-        return
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
@@ -172,7 +169,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "build" / "support.jsonl", help="where results are kept")
     parser.add_argument("--only", default="", help="check entries whose name has one of these in it, with commas between")
     parser.add_argument("--kind", choices=("layer", "function", "transformers", "timm"), help="check entries of this kind alone")
-    parser.add_argument("--seconds", type=float, default=300.0, help="the limit of a model under one estimator")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="the limit of a model under one estimator")
     parser.add_argument("--again", action="store_true", help="check also what the store holds")
     parser.add_argument("--columns", help="check these estimators of models again, with commas between; the others keep what is stored")
     options = parser.parse_args()

@@ -234,7 +234,6 @@ CHUNKED = [fg.Dense(), fg.LowRank(2), fg.PerExample(), fg.Activity(), fg.Cheapes
 
 @pytest.mark.some(10)
 @pytest.mark.product
-@pytest.mark.product
 @pytest.mark.parametrize("perturb", CHUNKED, ids=lambda p: p.name)
 @pytest.mark.parametrize("case", EXACT, ids=str)
 def test_chunks_make_no_difference_beyond_rounding(case: Case, perturb: fg.Perturbation) -> None:
